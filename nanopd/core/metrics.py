@@ -1,0 +1,231 @@
+"""From the event logs of requests to latencies, throughput and goodput.
+
+Pure functions over `RequestLog`s: no clock, no I/O. The definitions are those of `vllm bench serve` (TTFT, TPOT, ITL,
+E2E, request goodput), with two differences: time starts when a request's arrival was *due*, and `first_gap`, which in
+disaggregated serving holds the hand-over, is a figure of its own. Undefined figures are None, never 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from nanopd.errors import ConfigError
+from nanopd.messages import EventKind, FinishReason, RequestLog, Route
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RequestMetrics:
+    """Figures of one request with output tokens 1..n; all times in milliseconds."""
+
+    request_id: str
+    route: Route | None  # the last one
+    finish_reason: FinishReason | None  # None: not finished
+    arrived_s: float  # of the engine's clock
+    finished_s: float | None
+    queue_ms: float | None  # first scheduled - arrived
+    ttft_ms: float | None  # token 1 - arrived; n >= 1
+    first_gap_ms: float | None  # token 2 - token 1; n >= 2
+    tpot_ms: float | None  # (token n - token 1) / (n - 1); n >= 2
+    itl_ms: np.ndarray  # [max(n - 1, 0)] float64, token i+1 - token i, the first gap included
+    e2e_ms: float | None  # finished - arrived
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_cached_tokens: int
+    num_preemptions: int
+
+    @classmethod
+    def from_log(cls, log: RequestLog) -> RequestMetrics:
+        arrived_s = _first_time(log, EventKind.ARRIVED)
+        assert arrived_s is not None, f"{log.request_id} never arrived"
+        finished_s = _first_time(log, EventKind.FINISHED)
+        times_s = log.token_times_s
+        itl_ms = np.diff(times_s) * 1e3
+        return cls(
+            request_id=log.request_id,
+            route=log.route,
+            finish_reason=log.finish_reason,
+            arrived_s=arrived_s,
+            finished_s=finished_s,
+            queue_ms=_span_ms(arrived_s, _first_time(log, EventKind.SCHEDULED)),
+            ttft_ms=_span_ms(arrived_s, float(times_s[0])) if len(times_s) else None,
+            first_gap_ms=float(itl_ms[0]) if len(itl_ms) else None,
+            tpot_ms=float(itl_ms.mean()) if len(itl_ms) else None,
+            itl_ms=itl_ms,
+            e2e_ms=_span_ms(arrived_s, finished_s),
+            num_prompt_tokens=log.num_prompt_tokens,
+            num_output_tokens=len(times_s),
+            num_cached_tokens=log.num_cached_tokens,
+            num_preemptions=sum(event.kind is EventKind.PREEMPTED for event in log.events),
+        )
+
+    @property
+    def is_completed(self) -> bool:
+        """Whether the request got its answer: not aborted, failed or unfinished."""
+        return self.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+
+
+@dataclass(frozen=True, slots=True)
+class SLO:
+    """Upper limits in milliseconds (inclusive) that a request's figures must keep; None: no limit."""
+
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    first_gap_ms: float | None = None
+    e2e_ms: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> SLO:
+        """Read "ttft=200,tpot=10": names of the fields without `_ms`, limits in milliseconds.
+
+        Raises:
+            ConfigError: an unknown or repeated name, or a limit that is not a positive number.
+        """
+        names = [field.name.removesuffix("_ms") for field in fields(cls)]
+        limits: dict[str, float] = {}
+        for item in text.split(","):
+            name, _, value = (part.strip() for part in item.partition("="))
+            if name not in names or f"{name}_ms" in limits:
+                raise ConfigError("slo", text, f"NAME=MILLISECONDS,..., each name once, of {', '.join(names)}")
+            limits[f"{name}_ms"] = _limit(f"slo.{name}", value)
+        return cls(**limits)
+
+    def is_met(self, request: RequestMetrics) -> bool:
+        """Whether the request completed within all limits; a figure that it does not have (one token) keeps its limit."""
+        limits = ((getattr(request, field.name), getattr(self, field.name)) for field in fields(self))
+        return request.is_completed and all(value <= limit for value, limit in limits if None not in (value, limit))
+
+
+@dataclass(frozen=True, slots=True)
+class Percentiles:
+    """Of a non-empty sample; linear interpolation, as numpy's default."""
+
+    mean: float
+    p50: float
+    p90: float
+    p95: float
+    p99: float
+
+    @classmethod
+    def of(cls, values: Iterable[float | None] | np.ndarray) -> Percentiles | None:
+        """Over all values that are not None; None where there is none."""
+        sample = np.array([value for value in values if value is not None])
+        if not len(sample):
+            return None
+        return cls(float(sample.mean()), *map(float, np.percentile(sample, (50, 90, 95, 99))))
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Figures of a set of requests. `dataclasses.asdict` makes it JSON.
+
+    Latencies, tokens and throughput count completed requests only, attainment and goodput count all arrivals.
+    """
+
+    num_requests: int  # all arrivals
+    num_completed: int
+    num_preemptions: int  # of all arrivals
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+    duration_s: float  # first arrival to last finish, the drain included
+    queue_ms: Percentiles | None
+    ttft_ms: Percentiles | None
+    first_gap_ms: Percentiles | None
+    tpot_ms: Percentiles | None
+    itl_ms: Percentiles | None  # over the gaps of all requests together
+    itl_without_first_gap_ms: Percentiles | None
+    e2e_ms: Percentiles | None
+    requests_per_s: float
+    output_tokens_per_s: float
+    total_tokens_per_s: float  # prompt and output
+    slo_attainment: float | None  # share of all arrivals that completed and met the SLO; None: no SLO
+    goodput_per_s: float | None  # requests that met the SLO, per second of duration_s
+
+
+def summarize(logs: Iterable[RequestLog], slo: SLO | None = None, window_s: tuple[float, float] | None = None) -> Summary:
+    """Figures of all requests that arrived within `window_s` (start, end) of the engine's clock; None: of all.
+
+    Aborted, failed and unfinished requests count as misses of the SLO. A window leaves out warm-up and late arrivals;
+    requests that arrived in it are followed to their end.
+    """
+    requests = _arrived_within(logs, window_s)
+    return _summarize(requests, _duration_s(requests), slo)
+
+
+def by_route(
+    logs: Iterable[RequestLog], slo: SLO | None = None, window_s: tuple[float, float] | None = None
+) -> dict[Route | None, Summary]:
+    """`summarize` for each (last) route, in order; requests that never got one come last, under None.
+
+    All rows share the duration of the whole, so rates add up to those of `summarize`.
+    """
+    requests = _arrived_within(logs, window_s)
+    groups: dict[Route | None, list[RequestMetrics]] = {}
+    for request in requests:
+        groups.setdefault(request.route, []).append(request)
+    routes = [*sorted(route for route in groups if route is not None), *([None] if None in groups else [])]
+    return {route: _summarize(groups[route], _duration_s(requests), slo) for route in routes}
+
+
+def _arrived_within(logs: Iterable[RequestLog], window_s: tuple[float, float] | None) -> list[RequestMetrics]:
+    start_s, end_s = window_s or (-math.inf, math.inf)
+    return [request for request in map(RequestMetrics.from_log, logs) if start_s <= request.arrived_s < end_s]
+
+
+def _duration_s(requests: Sequence[RequestMetrics]) -> float:
+    finished_s = [request.finished_s for request in requests if request.finished_s is not None]
+    return max(finished_s) - min(request.arrived_s for request in requests) if finished_s else 0.0
+
+
+def _summarize(requests: Sequence[RequestMetrics], duration_s: float, slo: SLO | None) -> Summary:
+    completed = [request for request in requests if request.is_completed]
+    num_prompt_tokens = sum(request.num_prompt_tokens for request in completed)
+    num_output_tokens = sum(request.num_output_tokens for request in completed)
+    num_good = sum(map(slo.is_met, requests)) if slo else None
+    return Summary(
+        num_requests=len(requests),
+        num_completed=len(completed),
+        num_preemptions=sum(request.num_preemptions for request in requests),
+        num_prompt_tokens=num_prompt_tokens,
+        num_cached_tokens=sum(request.num_cached_tokens for request in completed),
+        num_output_tokens=num_output_tokens,
+        duration_s=duration_s,
+        queue_ms=Percentiles.of(request.queue_ms for request in completed),
+        ttft_ms=Percentiles.of(request.ttft_ms for request in completed),
+        first_gap_ms=Percentiles.of(request.first_gap_ms for request in completed),
+        tpot_ms=Percentiles.of(request.tpot_ms for request in completed),
+        itl_ms=Percentiles.of(gap for request in completed for gap in request.itl_ms),
+        itl_without_first_gap_ms=Percentiles.of(gap for request in completed for gap in request.itl_ms[1:]),
+        e2e_ms=Percentiles.of(request.e2e_ms for request in completed),
+        requests_per_s=_ratio(len(completed), duration_s),
+        output_tokens_per_s=_ratio(num_output_tokens, duration_s),
+        total_tokens_per_s=_ratio(num_prompt_tokens + num_output_tokens, duration_s),
+        slo_attainment=None if num_good is None else _ratio(num_good, len(requests)),
+        goodput_per_s=None if num_good is None else _ratio(num_good, duration_s),
+    )
+
+
+def _first_time(log: RequestLog, kind: EventKind) -> float | None:
+    return next((event.time_s for event in log.events if event.kind is kind), None)
+
+
+def _span_ms(start_s: float, end_s: float | None) -> float | None:
+    return None if end_s is None else (end_s - start_s) * 1e3
+
+
+def _ratio(count: float, total: float) -> float:
+    return count / total if total else 0.0
+
+
+def _limit(field: str, text: str) -> float:
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = math.nan
+    if not 0 < limit < math.inf:
+        raise ConfigError(field, text, "milliseconds, a number above 0")
+    return limit

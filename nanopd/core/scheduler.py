@@ -1,0 +1,434 @@
+"""The scheduler of one worker: which tokens it computes in its next step, and in which blocks their KV entries go.
+
+There is no prefill phase and no decode phase: in each step the computed tokens of a sequence catch up with its tokens,
+one token or many. `schedule` builds the next step, `complete` takes a step's result; up to `steps_in_flight` steps may
+be out at once, so a sequence's next token is computed before the parent knows the last one.
+
+Parent process, one thread, numpy and plain Python. Knows one worker's blocks and slots, and nothing of other workers,
+of time, or of text: the engine moves sequences in and out.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from nanopd.config import EngineConfig
+from nanopd.core.block_manager import BlockManager
+from nanopd.core.sequence import Sequence, SequenceStatus
+from nanopd.core.slots import SlotTable
+from nanopd.messages import BLOCK_COPY, MAX_LOGPROBS, SLOT_INIT, TABLE_UPDATE, Role, RowFlag, StepBatch, StepResult
+
+
+DECODE_FLAGS = np.int32(RowFlag.SAMPLE | RowFlag.FROM_SLOT)
+FIRST_DECODE_FLAGS = np.int32(RowFlag.SAMPLE)  # of a row whose token the worker does not have in its slot
+
+
+@dataclass(slots=True)
+class StepOutcome:
+    """What a finished step means for the sequences it was about."""
+
+    advanced: list[tuple[Sequence, int]] = field(default_factory=list)  # prefilling ones, tokens computed so far
+    prefilled: list[Sequence] = field(default_factory=list)  # have their first token and leave for their decode worker
+    watched: list[Sequence] = field(default_factory=list)  # got a token that somebody wants to look at
+    finished: list[tuple[Sequence, SequenceStatus]] = field(default_factory=list)  # to be finished by the engine
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """Prefill work of a sequence that leaves for another worker; its blocks may move as chunks get done."""
+
+    seq: Sequence
+    slot: int
+    end: int  # tokens computed when the chunk is done
+
+
+@dataclass(slots=True)
+class _StepInFlight:
+    step_id: int
+    sampled_slots: np.ndarray  # [*] int32, in the order of the rows that sample
+    chunks: list[_Chunk]
+
+
+@dataclass(slots=True)
+class _Parked:
+    """A slot and blocks that some step in flight may still name."""
+
+    last_step_id: int
+    slot: int
+    table: list[int]
+
+
+class _BatchBuilder:
+    """A StepBatch in the making, with its token budget."""
+
+    def __init__(self, step_id: int, budget: int) -> None:
+        self.step_id = step_id
+        self.budget = budget
+        self.inits: list[tuple] = []
+        self.stop_ids: list[int] = []
+        self.table_updates: list[int] = []  # slot, index, block_id, slot, index, ...
+        self.copies: list[int] = []  # src, dst, src, dst, ...
+        self.decode_slots = self.decode_starts = self.decode_flags = np.empty(0, np.int32)
+        self.rows: list[tuple[int, int, int, int]] = []  # prefill rows: slot, start, length, flags
+        self.token_ids: list[int] = []
+        self.chunks: list[_Chunk] = []
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.rows and not len(self.decode_slots)
+
+    def add_blocks(self, slot: int, first_index: int, block_ids: list[int]) -> None:
+        for index, block_id in enumerate(block_ids, first_index):
+            self.table_updates += (slot, index, block_id)
+
+    def set_decodes(self, slots: np.ndarray, starts: np.ndarray, flags: np.ndarray) -> None:
+        self.decode_slots, self.decode_starts, self.decode_flags = slots, starts, flags
+        self.budget -= len(slots)
+
+    def add_chunk(self, slot: int, start: int, token_ids: list[int], flags: int) -> None:
+        self.rows.append((slot, start, len(token_ids), flags))
+        self.token_ids += token_ids
+        self.budget -= len(token_ids)
+
+    def build(self) -> StepBatch:
+        slots, starts, flags = self.decode_slots, self.decode_starts, self.decode_flags
+        lens = np.ones(len(slots), np.int32)
+        if self.rows:
+            rows = np.array(self.rows, np.int32).T
+            slots, starts, lens, flags = map(np.concatenate, zip((slots, starts, lens, flags), rows, strict=True))
+        return StepBatch(
+            self.step_id,
+            np.array(self.inits, SLOT_INIT),
+            np.array(self.stop_ids, np.int32),
+            np.array(self.table_updates, np.int32).view(TABLE_UPDATE),
+            np.array(self.copies, np.int32).view(BLOCK_COPY),
+            slots,
+            starts,
+            lens,
+            flags,
+            np.array(self.token_ids, np.int32),
+        )
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill on one worker."""
+
+    def __init__(
+        self, worker: int, role: Role, config: EngineConfig, blocks: BlockManager, eos_token_ids: tuple[int, ...]
+    ) -> None:
+        self.worker = worker
+        self.role = role
+        self.blocks = blocks
+        self.max_num_seqs = config.max_num_seqs
+        self.max_num_batched_tokens = config.max_num_batched_tokens  # the chunk budget; may change between steps
+        self.slots = SlotTable(config.num_slots)
+        self.waiting: deque[Sequence] = deque()
+        self.prefilling: list[Sequence] = []  # this and the following in order of seq_id
+        self.decoding: list[Sequence] = []
+        self.departing: list[Sequence] = []  # prefilled here, their blocks on the way to another worker
+        self.displaced: list[Sequence] = []  # preempted here, to be computed elsewhere; the engine collects them
+        self.num_reserved = 0  # places promised to sequences that are on their way to this worker
+        self.num_preemptions = 0
+        self.is_dead = False
+        self.generation = 0  # of the worker process; raised when it is replaced
+        self.in_flight: deque[_StepInFlight] = deque()
+        self._parked: deque[_Parked] = deque()
+        self._num_parked_blocks = 0
+        self._step_id = 0
+        self._eos_ids = np.array(eos_token_ids, np.int32)
+        self._decode_slots: np.ndarray | None = None  # the slots of `decoding`; None: it has changed
+
+    # ------------------------------------------------------------------------------------------------ queues
+
+    @property
+    def num_seqs(self) -> int:
+        """Places taken, of `max_num_seqs`."""
+        return len(self.prefilling) + len(self.decoding) + len(self.departing) + self.num_reserved
+
+    @property
+    def load(self) -> int:
+        """Sequences it has to serve, the waiting ones included."""
+        return len(self.waiting) + self.num_seqs
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence whose tokens are all to be computed, in order of submission."""
+        insort(self.waiting, seq, key=lambda s: s.seq_id)
+
+    def reserve(self, num_tokens: int) -> list[int] | None:
+        """Blocks and a place for a sequence of `num_tokens` tokens that another worker prefills; None: no room now."""
+        num_blocks = self.blocks.blocks_for(num_tokens + 1)
+        if self.num_seqs >= self.max_num_seqs or not self._has_room(num_blocks):
+            return None
+        self.num_reserved += 1
+        return self.blocks.allocate(num_blocks)
+
+    def cancel_reservation(self, table: list[int]) -> None:
+        self.num_reserved -= 1
+        self.blocks.free(table)
+
+    def take_over(self, seq: Sequence, table: list[int]) -> None:
+        """Go on with a sequence whose KV entries have arrived in the reserved `table`."""
+        self.num_reserved -= 1
+        seq.block_table = table
+        self.slots.acquire(seq, seq.num_tokens - 1)
+        self._start_decoding(seq)
+
+    def keep(self, seq: Sequence) -> None:
+        """Decode a departing sequence here after all."""
+        self.departing.remove(seq)
+        self._start_decoding(seq)
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Let `child` go on from the tokens of `parent`, which decodes here, sharing its blocks (copy-on-write)."""
+        assert parent in self.decoding and child.token_ids == parent.token_ids
+        child.block_table = self.blocks.fork(parent.block_table)
+        self.slots.acquire(child, child.num_tokens - 1)
+        self._start_decoding(child)
+        for seq in (parent, child):  # whoever writes first gets a copy of the last block
+            self.slots.writable_len[seq.slot] = 0
+
+    def remove(self, seq: Sequence) -> None:
+        """Forget a sequence in whatever state it is; its blocks are free once no step in flight names them."""
+        if seq.slot is None:
+            self.waiting.remove(seq)
+        else:
+            self._evict(seq)
+            self._release_parked()
+
+    def _evict(self, seq: Sequence) -> None:
+        for queue in (self.decoding, self.prefilling, self.departing):
+            if seq in queue:
+                queue.remove(seq)
+        self._decode_slots = None
+        self._parked.append(_Parked(self._step_id, self.slots.deactivate(seq), seq.block_table))
+        self._num_parked_blocks += len(seq.block_table)
+        seq.block_table = []
+
+    # ---------------------------------------------------------------------------------------------- schedule
+
+    def schedule(self) -> StepBatch | None:
+        """The next step; None when there is nothing to compute now."""
+        step = self._build_step()
+        if step is None and self._parked and not self.in_flight:  # blocks of sequences preempted just now
+            self._release_parked()
+            step = self._build_step()
+        return step
+
+    def _build_step(self) -> StepBatch | None:
+        self._step_id += 1
+        batch = _BatchBuilder(self._step_id, self.max_num_batched_tokens)
+        self._schedule_decodes(batch)
+        self._schedule_chunks(batch)
+        self._admit_waiting(batch)
+        if batch.is_empty:
+            self._step_id -= 1
+            return None
+        sampled = [slot for slot, _, _, flags in batch.rows if flags & RowFlag.SAMPLE]
+        sampled_slots = np.concatenate((batch.decode_slots, np.array(sampled, np.int32)))
+        self.in_flight.append(_StepInFlight(batch.step_id, sampled_slots, batch.chunks))
+        return batch.build()
+
+    def _schedule_decodes(self, batch: _BatchBuilder) -> None:
+        """A row of one token for every decoding sequence that has not come to its end."""
+        slots = self._slots_of_decoding()
+        t = self.slots
+        ready = slots[(t.num_computed[slots] + 1 < t.end_len[slots]) & ~t.is_awaited[slots]][: batch.budget]
+        if not len(ready):
+            return
+        full = ready[t.num_computed[ready] >= t.writable_len[ready]]
+        if len(full):
+            ready = self._make_room(batch, ready, full)
+        from_slot = t.has_last_token[ready]
+        if not from_slot.all():
+            for slot in ready[~from_slot].tolist():
+                self._enter(batch, slot)
+                batch.token_ids.append(self._seq(slot).token_ids[t.num_computed[slot]])
+        flags = np.where(from_slot, DECODE_FLAGS, FIRST_DECODE_FLAGS)
+        batch.set_decodes(ready, t.num_computed[ready], flags)
+        t.num_computed[ready] += 1
+        t.has_last_token[ready] = True
+        t.is_awaited[ready] = t.needs_feedback[ready]
+
+    def _make_room(self, batch: _BatchBuilder, ready: np.ndarray, full: np.ndarray) -> np.ndarray:
+        """Give each slot in `full` a block to write to, preempting the youngest; returns the slots that can run."""
+        t = self.slots
+        for slot in full.tolist():
+            while t.is_active[slot] and not self.blocks.num_free + self._num_parked_blocks:
+                self._preempt(max(self.decoding + self.prefilling, key=lambda s: s.seq_id))
+            if t.is_active[slot] and self.blocks.num_free:
+                self._grow(batch, slot)
+        return ready[t.is_active[ready] & (t.num_computed[ready] < t.writable_len[ready])]
+
+    def _grow(self, batch: _BatchBuilder, slot: int) -> None:
+        t, table = self.slots, self._seq(slot).block_table
+        start = int(t.num_computed[slot])
+        for copy in self.blocks.append(table, start, start + 1):
+            batch.copies += copy
+        t.writable_len[slot] = len(table) * self.blocks.block_size
+        if t.is_entered[slot]:
+            index = start // self.blocks.block_size
+            batch.add_blocks(slot, index, table[index:])
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Take a sequence's blocks; all its tokens will be computed again."""
+        self.num_preemptions += 1
+        self._evict(seq)
+        seq.status = SequenceStatus.PREEMPTED
+        self.displaced.append(seq)
+
+    def _schedule_chunks(self, batch: _BatchBuilder) -> None:
+        for seq in self.prefilling[:]:
+            if not batch.budget:
+                return
+            self._add_chunk(batch, seq)
+
+    def _admit_waiting(self, batch: _BatchBuilder) -> None:
+        """Start waiting sequences, the oldest first, while there is budget, a place, a slot and blocks."""
+        while self.waiting and batch.budget and self.num_seqs < self.max_num_seqs and self.slots.num_free:
+            seq = self.waiting[0]
+            num_blocks = self.blocks.blocks_for(seq.num_tokens + 1)
+            if not self._has_room(num_blocks):
+                return
+            self.waiting.popleft()
+            seq.block_table = self.blocks.allocate(num_blocks)
+            seq.status = SequenceStatus.PREFILL
+            self.slots.acquire(seq, 0)
+            insort(self.prefilling, seq, key=lambda s: s.seq_id)
+            self._enter(batch, seq.slot)
+            self._add_chunk(batch, seq)
+
+    def _add_chunk(self, batch: _BatchBuilder, seq: Sequence) -> None:
+        slot = seq.slot
+        assert slot is not None and seq.route is not None
+        start = int(self.slots.num_computed[slot])
+        end = min(start + batch.budget, seq.num_tokens)
+        is_last = end == seq.num_tokens
+        batch.add_chunk(slot, start, seq.token_ids[start:end], RowFlag.SAMPLE if is_last else 0)
+        self.slots.num_computed[slot] = end
+        if not seq.route.is_collocated:
+            batch.chunks.append(_Chunk(seq, slot, end))
+        if is_last:
+            self.prefilling.remove(seq)
+            self.slots.has_last_token[slot] = True
+            self.slots.is_awaited[slot] = self.slots.needs_feedback[slot]
+            if seq.route.is_collocated:
+                self._start_decoding(seq)
+            else:
+                self.departing.append(seq)
+
+    def _enter(self, batch: _BatchBuilder, slot: int) -> None:
+        """Tell the worker who holds the slot from now on."""
+        seq, params = self._seq(slot), self._seq(slot).params
+        stop_ids = sorted(seq.stop_ids) if seq.params.min_tokens else []  # the worker needs them for masking only
+        logprobs = -1 if params.logprobs is None else params.logprobs
+        top_k = max(params.top_k, 0)
+        batch.inits.append(
+            (seq.seed, slot, params.temperature, params.top_p, top_k, logprobs, seq.min_len, len(stop_ids), 0)
+        )
+        batch.stop_ids += stop_ids
+        batch.add_blocks(slot, 0, seq.block_table)
+        self.slots.is_entered[slot] = True
+
+    def _start_decoding(self, seq: Sequence) -> None:
+        seq.status = SequenceStatus.RUNNING
+        self.slots.writable_len[seq.slot] = len(seq.block_table) * self.blocks.block_size
+        insort(self.decoding, seq, key=lambda s: s.seq_id)
+        self._decode_slots = None
+
+    def _slots_of_decoding(self) -> np.ndarray:
+        if self._decode_slots is None:
+            self._decode_slots = np.array([seq.slot for seq in self.decoding], np.int32)
+        return self._decode_slots
+
+    def _has_room(self, num_blocks: int) -> bool:
+        """Whether blocks can be had and every running sequence could still take one more."""
+        return self.blocks.can_allocate(num_blocks + len(self.decoding))
+
+    def _seq(self, slot: int) -> Sequence:
+        seq = self.slots.seqs[slot]
+        assert seq is not None
+        return seq
+
+    # ---------------------------------------------------------------------------------------------- complete
+
+    def complete(self, result: StepResult, now_s: float) -> StepOutcome:
+        """Take the result of the oldest step in flight: append the tokens, find out who has come to an end.
+
+        Tokens of sequences that have been removed since the step was built are dropped.
+        """
+        step = self.in_flight.popleft()
+        assert step.step_id == result.step_id, (step.step_id, result.step_id)
+        t, slots = self.slots, step.sampled_slots
+        t.is_awaited[slots] = False
+        tokens = result.token_ids
+        logprobs = _logprobs_by_row(result) if len(result.logprob_rows) else {}
+        if not t.is_active[slots].all():
+            wanted = np.flatnonzero(t.is_active[slots])
+            logprobs = {i: logprobs[row] for i, row in enumerate(wanted.tolist()) if row in logprobs}
+            slots, tokens = slots[wanted], tokens[wanted]
+        seqs = [self.slots.seqs[slot] for slot in slots.tolist()]
+        for seq, token in zip(seqs, tokens.tolist(), strict=True):
+            seq.token_ids.append(token)
+            seq.token_times_s.append(now_s)
+        for row, values in logprobs.items():
+            seqs[row].logprobs.append(values)
+        t.num_tokens[slots] += 1
+        outcome = StepOutcome(advanced=[(c.seq, c.end) for c in step.chunks if c.seq.slot == c.slot])
+        self._find_ends(outcome, seqs, slots, tokens)
+        self._release_parked()
+        return outcome
+
+    def _find_ends(
+        self, outcome: StepOutcome, seqs: list[Sequence], slots: np.ndarray, tokens: np.ndarray
+    ) -> None:
+        t = self.slots
+        is_eos = (tokens[:, None] == self._eos_ids).any(axis=1) & t.heeds_eos[slots]
+        is_full = t.num_tokens[slots] >= t.end_len[slots]
+        for i in np.flatnonzero(is_eos | is_full | t.is_watched[slots]).tolist():
+            seq = seqs[i]
+            if t.is_watched[slots[i]]:
+                outcome.watched.append(seq)
+            if seq.token_ids[-1] in seq.stop_ids:
+                is_own = seq.token_ids[-1] in seq.params.stop_token_ids
+                seq.stop_reason = seq.token_ids[-1] if is_own else None
+                outcome.finished.append((seq, SequenceStatus.FINISHED_STOPPED))
+            elif is_full[i]:
+                outcome.finished.append((seq, SequenceStatus.FINISHED_LENGTH))
+        finished = {seq.seq_id for seq, _ in outcome.finished}
+        sampled = {seq.seq_id for seq in seqs}
+        outcome.prefilled = [
+            seq for seq, _ in outcome.advanced if seq.seq_id in sampled and seq.seq_id not in finished
+        ]
+
+    def _release_parked(self) -> None:
+        oldest = self.in_flight[0].step_id if self.in_flight else self._step_id + 1
+        while self._parked and self._parked[0].last_step_id < oldest:
+            parked = self._parked.popleft()
+            self._num_parked_blocks -= len(parked.table)
+            self.slots.release(parked.slot)
+            self.blocks.free(parked.table)
+
+    # ------------------------------------------------------------------------------------------------- checks
+
+    def check_integrity(self, reserved: Iterable[list[int]] = (), pinned: Iterable[np.ndarray] = ()) -> None:
+        """Raise AssertionError when blocks or slots were lost."""
+        holders = self.prefilling + self.decoding + self.departing
+        tables = [*(seq.block_table for seq in holders), *(p.table for p in self._parked), *reserved]
+        self.blocks.check_integrity(tables, pinned)
+        num_slots = self.slots.num_free + len(holders) + len(self._parked)
+        assert num_slots == len(self.slots.seqs), f"{len(self.slots.seqs) - num_slots} slots lost"
+
+
+def _logprobs_by_row(result: StepResult) -> dict[int, dict[int, float]]:
+    """Per sampled row that asked for them: token id -> log probability, the chosen token first."""
+    ids = result.logprob_ids.reshape(-1, 1 + MAX_LOGPROBS).tolist()
+    values = result.logprobs.reshape(-1, 1 + MAX_LOGPROBS).tolist()
+    return {
+        row: {i: value for i, value in zip(row_ids, row_values, strict=True) if i >= 0}
+        for row, row_ids, row_values in zip(result.logprob_rows.tolist(), ids, values, strict=True)
+    }

@@ -1,0 +1,161 @@
+"""A request on its way through the engine.
+
+Owns what belongs to one request wherever it is: tokens, parameters, status, route, times. What a worker's scheduler
+needs of it every step stands in that scheduler's `SlotTable` while the sequence holds a slot there.
+Parent process only; knows neither workers nor blocks beyond the ids in its table.
+
+    WAITING -> PREFILL -> MOVING -> RUNNING -> FINISHED_(STOPPED | LENGTH | ABORTED | ERROR)
+       ^          |    \\________/^   |          (a collocated sequence skips MOVING)
+       └──────────┴── PREEMPTED ─────┘
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Protocol
+
+import numpy as np
+
+from nanopd.messages import EventKind, FinishReason, RequestEvent, RequestLog, Route, SamplingParams
+
+
+class TextStream(Protocol):
+    """Makes text of a sequence's tokens and looks for its stop strings."""
+
+    stopped_by: str | None  # the stop string that was found
+
+    def push(self, token_ids: list[int], may_stop: bool) -> str:
+        """Text that has become final; empty once stopped."""
+
+    def finish(self) -> str:
+        """The rest, when no more tokens come."""
+
+
+class SequenceStatus(Enum):
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    MOVING = "moving"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    FINISHED_STOPPED = "stopped"
+    FINISHED_LENGTH = "length"
+    FINISHED_ABORTED = "aborted"
+    FINISHED_ERROR = "error"
+
+    @property
+    def is_finished(self) -> bool:
+        return self in FINISH_REASONS
+
+
+FINISH_REASONS = {
+    SequenceStatus.FINISHED_STOPPED: FinishReason.STOP,
+    SequenceStatus.FINISHED_LENGTH: FinishReason.LENGTH,
+    SequenceStatus.FINISHED_ABORTED: FinishReason.ABORT,
+    SequenceStatus.FINISHED_ERROR: FinishReason.ERROR,
+}
+
+
+class Sequence:
+    """One prompt and the tokens generated from it."""
+
+    __slots__ = (
+        "block_table",
+        "deadline_s",
+        "end_len",
+        "error",
+        "events",
+        "fixed_route",
+        "is_streamed",
+        "logprobs",
+        "num_prompt_tokens",
+        "params",
+        "request_id",
+        "route",
+        "seed",
+        "seq_id",
+        "slot",
+        "status",
+        "stop_ids",
+        "stop_reason",
+        "text",
+        "token_ids",
+        "token_times_s",
+    )
+
+    def __init__(
+        self,
+        seq_id: int,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        max_model_len: int,
+        eos_token_ids: tuple[int, ...],
+        arrival_s: float,
+        seed: int,
+        deadline_s: float | None = None,
+        is_streamed: bool = False,
+        fixed_route: Route | None = None,
+    ) -> None:
+        self.seq_id = seq_id  # order of submission; the lower, the more it is protected
+        self.request_id = request_id
+        self.params = params
+        self.seed = params.seed if params.seed is not None else seed
+        self.token_ids = list(prompt_token_ids)  # prompt, then every token the parent has received
+        self.token_times_s: list[float] = []  # one per generated token
+        self.logprobs: list[dict[int, float]] | None = None if params.logprobs is None else []
+        self.num_prompt_tokens = len(prompt_token_ids)
+        limit = max_model_len if params.max_tokens is None else self.num_prompt_tokens + params.max_tokens
+        self.end_len = limit  # number of tokens at which the sequence ends for length
+        eos = () if params.ignore_eos else eos_token_ids
+        self.stop_ids = frozenset(eos) | frozenset(params.stop_token_ids)
+        self.status = SequenceStatus.WAITING
+        self.route: Route | None = None
+        self.fixed_route = fixed_route  # asked for at submission
+        self.slot: int | None = None  # in the scheduler of the worker it is on
+        self.block_table: list[int] = []  # on the worker it is on
+        self.deadline_s = deadline_s
+        self.is_streamed = is_streamed
+        self.stop_reason: int | str | None = None
+        self.text: TextStream | None = None  # where tokens become text while they come
+        self.error: str | None = None
+        self.events = [RequestEvent(arrival_s, EventKind.ARRIVED)]
+
+    @property
+    def worker(self) -> int | None:
+        """The worker whose scheduler has it now."""
+        if self.route is None:
+            return None
+        is_decoding = self.status is SequenceStatus.RUNNING
+        return self.route.decode_worker if is_decoding else self.route.prefill_worker
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def min_len(self) -> int:
+        """Number of tokens below which the sequence must not stop."""
+        return self.num_prompt_tokens + self.params.min_tokens
+
+    @property
+    def needs_feedback(self) -> bool:
+        """Whether the parent must see each token before the next one may be computed."""
+        return bool(self.params.stop)
+
+    def log_event(self, time_s: float, kind: EventKind, worker: int | None = None) -> None:
+        self.events.append(RequestEvent(time_s, kind, worker))
+
+    def log(self) -> RequestLog:
+        return RequestLog(
+            self.request_id,
+            self.num_prompt_tokens,
+            self.events,
+            np.array(self.token_times_s),
+            self.route,
+            finish_reason=FINISH_REASONS.get(self.status),
+        )

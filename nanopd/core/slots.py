@@ -1,0 +1,67 @@
+"""The sequences of one worker as numpy columns, so that a step over many of them is a few vector operations.
+
+A slot is the index under which a worker and its scheduler speak of a sequence: the worker keeps block table, sampling
+parameters and last token per slot, the scheduler keeps the columns below. A slot that a step in flight names must not
+be given away; the scheduler sees to that.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+
+from nanopd.core.sequence import Sequence
+
+
+class SlotTable:
+    """Columns of length `num_slots`."""
+
+    def __init__(self, num_slots: int) -> None:
+        def column(dtype: type) -> np.ndarray:
+            return np.zeros(num_slots, dtype)
+
+        self.seqs: list[Sequence | None] = [None] * num_slots
+        self.num_tokens = column(np.int32)  # tokens known to the parent
+        self.num_computed = column(np.int32)  # tokens computed once all steps in flight are done
+        self.writable_len = column(np.int32)  # positions below may be written without asking the block manager
+        self.end_len = column(np.int32)
+        self.is_active = column(np.bool_)  # results for the slot are wanted
+        self.is_entered = column(np.bool_)  # the worker knows the slot's parameters and block table
+        self.has_last_token = column(np.bool_)  # the worker has the newest token of the slot, or will have in order
+        self.is_awaited = column(np.bool_)  # must not be scheduled before its result is back
+        self.needs_feedback = column(np.bool_)
+        self.is_watched = column(np.bool_)  # its tokens are looked at one by one
+        self.heeds_eos = column(np.bool_)
+        self._free = deque(range(num_slots))
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def acquire(self, seq: Sequence, num_computed: int) -> None:
+        """Give `seq` a slot; the worker hears of it with the first row that names it."""
+        slot = self._free.popleft()
+        seq.slot = slot
+        self.seqs[slot] = seq
+        self.num_tokens[slot] = seq.num_tokens
+        self.num_computed[slot] = num_computed
+        self.end_len[slot] = seq.end_len
+        self.is_active[slot] = True
+        self.is_entered[slot] = self.has_last_token[slot] = self.is_awaited[slot] = False
+        self.needs_feedback[slot] = seq.needs_feedback
+        self.is_watched[slot] = bool(
+            seq.params.stop or seq.params.stop_token_ids or seq.is_streamed or seq.logprobs is not None
+        )
+        self.heeds_eos[slot] = not seq.params.ignore_eos
+
+    def deactivate(self, seq: Sequence) -> int:
+        """Take `seq` out of its slot and return the slot, which still has to be released."""
+        assert seq.slot is not None
+        slot, seq.slot = seq.slot, None
+        self.seqs[slot] = None
+        self.is_active[slot] = False
+        return slot
+
+    def release(self, slot: int) -> None:
+        self._free.append(slot)

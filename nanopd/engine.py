@@ -1,0 +1,368 @@
+"""The engine: takes requests, drives the workers' schedulers, hands out tokens.
+
+`step` does whatever can be done now and returns: results in, deadlines and deaths, routing, hand-overs, next steps out.
+It has no thread, no clock and no processes of its own: clock and workers are given to it, so that it runs in a
+background thread (llm.py), in a test with workers in the same process, or under a virtual clock.
+Owns all bookkeeping; the only module that sees requests, routes, blocks and text together.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from nanopd.config import EngineConfig, ModelConfig, allowed_routes, routes_for_policy
+from nanopd.core.block_manager import BlockManager
+from nanopd.core.handover import Handovers
+from nanopd.core.scheduler import Scheduler
+from nanopd.core.sequence import Sequence, SequenceStatus, TextStream
+from nanopd.errors import RequestError, WorkerError
+from nanopd.messages import EventKind, Role, Route, SamplingParams, StepBatch, StepResult, TransferAck, TransferPlan
+from nanopd.routing.router import Router
+
+logger = logging.getLogger(__name__)
+
+class WorkerClient(Protocol):
+    """A worker as the engine sees it."""
+
+    num_blocks: int
+
+    def send(self, message: StepBatch | TransferPlan) -> None:
+        """Give the worker something to do; steps are done in order. Never waits and never fails."""
+
+    def poll(self) -> list[StepResult | TransferAck]:
+        """What it has done since the last call; never waits. Raises WorkerError when the worker is gone."""
+
+
+@dataclass(slots=True)
+class Update:
+    """News of a request: new tokens of a streamed one, or the end of any."""
+
+    seq: Sequence
+    token_ids: list[int]
+    text: str
+    is_finished: bool
+
+
+class Engine:
+    """Serves requests on the given workers until none is left."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: ModelConfig,
+        workers: list[WorkerClient],
+        clock: Callable[[], float],
+        make_text: Callable[[list[int], tuple[str, ...]], TextStream] | None = None,
+    ) -> None:
+        """`make_text(prompt_token_ids, stop)` gives what makes text of tokens; None: there is no tokenizer."""
+        self.config = config
+        self.model = model
+        self.max_model_len = config.max_model_len or model.max_position_embeddings
+        self.workers = workers
+        self.clock = clock
+        self.seqs: dict[str, Sequence] = {}  # unfinished, by request_id
+        roles = config.roles
+        self.schedulers = [
+            Scheduler(w, role, config, BlockManager(workers[w].num_blocks, config.block_size), model.eos_token_ids)
+            for w, role in enumerate(roles)
+        ]
+        self.router = Router(config.policy, routes_for_policy(config.policy, roles))
+        self.handovers = Handovers(
+            self.schedulers, lambda plan: workers[plan.dst_worker].send(plan), config.handover_timeout_s
+        )
+        self._make_text = make_text
+        self._num_submitted = 0
+        self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap
+        self._updates: list[Update] = []
+        self._errors: dict[int, WorkerError] = {}  # of dead workers
+        self.peak_blocks = [0] * len(workers)
+
+    # ------------------------------------------------------------------------------------------------ requests
+
+    def submit(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        arrival_s: float | None = None,
+        deadline_s: float | None = None,
+        is_streamed: bool = False,
+        route: Route | None = None,
+    ) -> Sequence:
+        """Queue a request.
+
+        Args:
+            arrival_s: when it was due, on the engine's clock; None: now.
+            deadline_s: seconds from arrival after which it is aborted.
+            route: serve it on this route rather than one of the policy's.
+
+        Raises:
+            RequestError: it can never be served; nothing was queued.
+        """
+        self._validate(request_id, prompt_token_ids, params, deadline_s)
+        arrival_s = self.clock() if arrival_s is None else arrival_s
+        seq = Sequence(
+            self._num_submitted,
+            request_id,
+            prompt_token_ids,
+            params,
+            max_model_len=self.max_model_len,
+            eos_token_ids=self.model.eos_token_ids,
+            arrival_s=arrival_s,
+            seed=_mix(self.config.seed, self._num_submitted),
+            deadline_s=None if deadline_s is None else arrival_s + deadline_s,
+            is_streamed=is_streamed,
+            fixed_route=route,
+        )
+        self._check_route(route, seq.end_len)
+        self._num_submitted += 1
+        self.seqs[request_id] = seq
+        if (is_streamed or params.stop) and self._make_text is not None:
+            seq.text = self._make_text(prompt_token_ids, params.stop)
+        if seq.deadline_s is not None:
+            heapq.heappush(self._deadlines, (seq.deadline_s, seq.seq_id, seq))
+        self._route(seq)
+        return seq
+
+    def abort(self, request_id: str) -> None:
+        """End a request with what it has so far; one that is unknown or finished is left alone."""
+        seq = self.seqs.get(request_id)
+        if seq is not None:
+            self._finish(seq, SequenceStatus.FINISHED_ABORTED)
+
+    def fork(self, request_id: str, child_request_id: str, params: SamplingParams) -> Sequence:
+        """A second request that goes on from the tokens a decoding one has now, sharing its KV blocks."""
+        parent = self.seqs[request_id]
+        assert parent.status is SequenceStatus.RUNNING and parent.route is not None
+        child = Sequence(
+            self._num_submitted,
+            child_request_id,
+            parent.token_ids[: parent.num_prompt_tokens],
+            params,
+            max_model_len=self.max_model_len,
+            eos_token_ids=self.model.eos_token_ids,
+            arrival_s=self.clock(),
+            seed=_mix(self.config.seed, self._num_submitted),
+        )
+        self._num_submitted += 1
+        child.token_ids, child.token_times_s = list(parent.token_ids), list(parent.token_times_s)
+        child.route = parent.route
+        self.seqs[child_request_id] = child
+        self.schedulers[parent.route.decode_worker].fork(parent, child)
+        return child
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether a request, or anything that was sent out for one, is still under way."""
+        in_flight = any(s.in_flight and not s.is_dead for s in self.schedulers)
+        return bool(self.seqs or in_flight or self.handovers.has_plans_out)
+
+    def next_wakeup_s(self) -> float | None:
+        """When, on the engine's clock, `step` has something to do even if no worker answers; None: never."""
+        times = [self._deadlines[0][0]] if self._deadlines else []
+        if len(self.handovers):
+            times.append(self.clock() + self.config.handover_timeout_s)
+        return min(times, default=None)
+
+    # ---------------------------------------------------------------------------------------------------- step
+
+    def step(self) -> list[Update]:
+        """Do what can be done now; returns what callers should hear. Never waits."""
+        now_s = self.clock()
+        for worker in self._live_workers():
+            self._take_results(worker, now_s)
+        while self._deadlines and self._deadlines[0][0] <= now_s:
+            _, _, seq = heapq.heappop(self._deadlines)
+            if not seq.status.is_finished:
+                seq.error = "the deadline has passed"
+                self._finish(seq, SequenceStatus.FINISHED_ABORTED)
+        for seq in self.handovers.tick(now_s):
+            seq.status = SequenceStatus.PREEMPTED
+            self._route(seq)
+        for worker in self._live_workers():
+            self._send_steps(worker)
+        updates, self._updates = self._updates, []
+        return updates
+
+    def _live_workers(self) -> list[int]:
+        return [worker for worker, scheduler in enumerate(self.schedulers) if not scheduler.is_dead]
+
+    def drain(self, wait: Callable[[], None]) -> list[Update]:
+        """Step until nothing is left, calling `wait` in between."""
+        updates = self.step()
+        while self.has_unfinished:
+            wait()
+            updates += self.step()
+        return updates
+
+    def _take_results(self, worker: int, now_s: float) -> None:
+        scheduler = self.schedulers[worker]
+        try:
+            messages = self.workers[worker].poll()
+        except WorkerError as error:
+            self._bury(worker, error)
+            return
+        for message in messages:
+            if isinstance(message, TransferAck):
+                self.handovers.acknowledge(message, now_s)
+                continue
+            outcome = scheduler.complete(message, now_s)
+            for seq in outcome.watched:
+                self._watch(seq)
+            for seq, num_computed in outcome.advanced:
+                self.handovers.advance(seq, num_computed)
+            for seq, status in outcome.finished:
+                self._finish(seq, status)
+            for seq in outcome.prefilled:
+                self.handovers.prefilled(seq, now_s)
+
+    def _send_steps(self, worker: int) -> None:
+        """Keep `steps_in_flight` steps out."""
+        scheduler = self.schedulers[worker]
+        while len(scheduler.in_flight) < self.config.steps_in_flight:
+            batch = scheduler.schedule()
+            self._collect_preempted(scheduler)
+            if batch is None:
+                break
+            self.workers[worker].send(batch)
+        used = scheduler.blocks.num_usable - scheduler.blocks.num_free
+        self.peak_blocks[worker] = max(self.peak_blocks[worker], used)
+
+    def _collect_preempted(self, scheduler: Scheduler) -> None:
+        preempted, scheduler.displaced = scheduler.displaced, []
+        for seq in preempted:
+            self.handovers.cancel(seq)
+            seq.log_event(self.clock(), EventKind.PREEMPTED, scheduler.worker)
+            if scheduler.role is Role.MIXED:
+                seq.route = Route(scheduler.worker, scheduler.worker)
+                scheduler.add(seq)
+            else:
+                self._route(seq)
+
+    # ------------------------------------------------------------------------------------------ text and ends
+
+    def _watch(self, seq: Sequence) -> None:
+        """Make text of the newest token: for a stream, or to look for stop strings."""
+        text = ""
+        if seq.text is not None:
+            text = seq.text.push(seq.token_ids[-1:], may_stop=seq.num_tokens >= seq.min_len)
+        if seq.is_streamed:
+            self._updates.append(Update(seq, seq.token_ids[-1:], text, is_finished=False))
+        if seq.text is not None and seq.text.stopped_by is not None:
+            seq.stop_reason = seq.text.stopped_by
+            self._finish(seq, SequenceStatus.FINISHED_STOPPED)
+
+    def _finish(self, seq: Sequence, status: SequenceStatus) -> None:
+        """End a request, whatever it is doing; the caller hears of it in the next updates."""
+        if seq.status.is_finished:
+            return
+        self.handovers.cancel(seq)
+        worker = seq.worker
+        if worker is not None and not self.schedulers[worker].is_dead:
+            self.schedulers[worker].remove(seq)
+        seq.status = status
+        seq.log_event(self.clock(), EventKind.FINISHED, worker)
+        del self.seqs[seq.request_id]
+        self._updates.append(Update(seq, [], seq.text.finish() if seq.text is not None else "", is_finished=True))
+
+    # ------------------------------------------------------------------------------------- routes and workers
+
+    def _route(self, seq: Sequence) -> None:
+        """Choose a route and queue the sequence there; without one it ends with the reason."""
+        routes = self._feasible_routes(seq)
+        if not routes:
+            reasons = "; ".join(str(error) for error in self._errors.values())
+            seq.error = f"no route is left: {reasons}"
+            self._finish(seq, SequenceStatus.FINISHED_ERROR)
+            return
+        seq.route = self.router.choose(routes, lambda w: self.schedulers[w].load)
+        scheduler = self.schedulers[seq.route.prefill_worker]
+        seq.log_event(self.clock(), EventKind.ROUTED, scheduler.worker)
+        if not seq.route.is_collocated:
+            self.handovers.begin(seq)
+        scheduler.add(seq)
+
+    def _feasible_routes(self, seq: Sequence) -> list[Route]:
+        """Live routes of the policy, or the one asked for; failing those, whatever the roles allow."""
+        asked_for = [seq.fixed_route] if seq.fixed_route is not None else self.router.routes
+        dead = {w for w, scheduler in enumerate(self.schedulers) if scheduler.is_dead}
+        for routes in (asked_for, allowed_routes(self.config.roles)):
+            live = [r for r in routes if self._has_capacity(r, seq.end_len) and not {*_workers_of(r)} & dead]
+            if live:
+                return live
+        return []
+
+    def _has_capacity(self, route: Route, num_tokens: int) -> bool:
+        pools = [self.schedulers[worker].blocks for worker in _workers_of(route)]
+        return all(pool.blocks_for(num_tokens) <= pool.num_usable for pool in pools)
+
+    def _bury(self, worker: int, error: WorkerError) -> None:
+        """A worker is gone: what it had is computed again elsewhere, from prompt and delivered tokens."""
+        logger.error("%s", error)
+        self._errors[worker] = error
+        self.schedulers[worker].is_dead = True
+        victims = [seq for seq in self.seqs.values() if seq.worker == worker]
+        for seq in victims:
+            self.handovers.cancel(seq)
+        displaced = self.handovers.drop_worker(worker, self.clock())
+        for seq in victims:
+            seq.slot, seq.block_table = None, []
+        for seq in victims + displaced:
+            seq.status = SequenceStatus.PREEMPTED
+            self._route(seq)
+
+    # --------------------------------------------------------------------------------------------- validation
+
+    def _validate(
+        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, deadline_s: float | None
+    ) -> None:
+        vocab_size, max_len = self.model.vocab_size, self.max_model_len
+        if request_id in self.seqs:
+            raise RequestError("request_id", request_id, "an id that no unfinished request has")
+        if not prompt_token_ids:
+            raise RequestError("prompt", "", "at least one token")
+        for name, ids in (("prompt_token_ids", prompt_token_ids), ("stop_token_ids", params.stop_token_ids)):
+            if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+                bad = next(i for i in ids if not 0 <= i < vocab_size)
+                raise RequestError(name, bad, f"token ids from 0 to {vocab_size - 1}")
+        num_prompt, max_tokens = len(prompt_token_ids), params.max_tokens or 1
+        if num_prompt + max_tokens > max_len:
+            what = f"{num_prompt} prompt tokens + {max_tokens} output tokens"
+            raise RequestError("max_tokens" if num_prompt < max_len else "prompt", what, f"max_model_len={max_len} in all")
+        if deadline_s is not None and not deadline_s > 0:
+            raise RequestError("deadline_s", deadline_s, "None, or more than 0 seconds")
+        if params.stop and self._make_text is None:
+            raise RequestError("stop", params.stop, "nothing, as the model has no tokenizer")
+
+    def _check_route(self, route: Route | None, num_tokens: int) -> None:
+        routes = self.router.routes if route is None else [route]
+        allowed = allowed_routes(self.config.roles)
+        if not set(routes) <= set(allowed):
+            raise RequestError("route", str(route), map(str, allowed))
+        if not any(self._has_capacity(r, num_tokens) for r in routes):
+            sizes = [s.blocks.num_usable * s.blocks.block_size for s in self.schedulers]
+            raise RequestError("max_tokens", f"{num_tokens} tokens with the prompt", f"KV caches of {sizes} tokens")
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if a block or a slot of a live worker was lost."""
+        for w, scheduler in enumerate(self.schedulers):
+            if not scheduler.is_dead:
+                scheduler.check_integrity(self.handovers.tables(w), self.handovers.pinned(w))
+
+
+def _workers_of(route: Route) -> tuple[int, int]:
+    return route.prefill_worker, route.decode_worker
+
+
+def _mix(seed: int, number: int) -> int:
+    """A 64-bit seed for request `number` of an engine (the finaliser of splitmix64, Steele et al. 2014)."""
+    mask = 2**64 - 1
+    x = (seed + (number + 1) * 0x9E3779B97F4A7C15) & mask
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & mask
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & mask
+    return x ^ (x >> 31)

@@ -1,0 +1,110 @@
+"""The entry of a worker process, and its loop.
+
+Control messages (a pipe, pickled, in this order): to the parent any number of Progress, then Ready, or at any time
+Failed; to the worker one Peers for all peers once they are ready, then Shutdown. Steps, plans and their results go
+through the channel. The process ends with its parent, with Shutdown, or with the first exception, which it reports.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import psutil
+import torch
+
+from nanopd.config import EngineConfig, ModelConfig
+from nanopd.ipc.channel import Endpoint
+from nanopd.ipc.doorbell import Waiter
+from nanopd.ipc.process import die_with_parent
+from nanopd.ipc.ring import RingFull
+from nanopd.ipc.shared_memory import SharedMemory
+from nanopd.messages import Failed, Peers, Progress, Ready, Shutdown, StepResult, TransferAck
+from nanopd.wire import decode, encode, encoded_size
+from nanopd.worker.worker import Worker
+
+PROGRESS_INTERVAL_S = 0.1
+IDLE_WAIT_S = 10.0
+RING_FULL_WAIT_S = 0.001
+
+logger = logging.getLogger(__name__)
+
+
+def main(
+    index: int,
+    config: EngineConfig,
+    model: ModelConfig,
+    path: Path,
+    endpoint: Endpoint,
+    control: Connection,
+    kv_memories: list[SharedMemory],
+) -> None:
+    """Run worker `index` until told to stop."""
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then says Shutdown
+    try:
+        torch.set_num_threads(num_threads(config))
+        worker = Worker(index, config, model, path, kv_memories, _progress_reporter(control))
+        control.send(Ready(worker.num_blocks, os.getpid()))
+        endpoint.open()
+        _serve(worker, endpoint, control)
+    except (EOFError, BrokenPipeError):
+        logger.info("worker %d: the parent is gone", index)
+    except BaseException as error:
+        control.send(Failed(f"{type(error).__name__}: {error}", traceback.format_exc()))
+        raise SystemExit(1) from None
+
+
+def num_threads(config: EngineConfig) -> int:
+    """The share of a CPU worker in this process's cores, or one thread for a worker that drives a GPU."""
+    num_cores = len(psutil.Process().cpu_affinity())
+    num_cpu_workers = sum(worker.device == "cpu" for worker in config.workers)
+    return max(1, num_cores // max(1, num_cpu_workers))
+
+
+def _serve(worker: Worker, endpoint: Endpoint, control: Connection) -> None:
+    waiter = Waiter()
+    waiter.add(endpoint.bell)
+    waiter.add(control)
+    while True:
+        view = endpoint.reader.read()
+        if view is not None:
+            _reply(endpoint, worker.execute(decode(view)))
+            endpoint.reader.release()
+        elif control in waiter.wait(IDLE_WAIT_S):
+            command = control.recv()
+            if isinstance(command, Shutdown):
+                return
+            assert isinstance(command, Peers)
+            for peer, (generation, num_blocks) in command.peers.items():
+                worker.connect(peer, generation, num_blocks)
+
+
+def _reply(endpoint: Endpoint, result: StepResult | TransferAck) -> None:
+    nbytes = encoded_size(result)
+    while True:
+        try:
+            out = endpoint.writer.reserve(nbytes)
+            break
+        except RingFull:
+            time.sleep(RING_FULL_WAIT_S)  # the parent is behind
+    encode(result, out)
+    endpoint.commit(nbytes)
+
+
+def _progress_reporter(control: Connection) -> Callable[[int, int], None]:
+    last_s = 0.0
+
+    def report(done_bytes: int, total_bytes: int) -> None:
+        nonlocal last_s
+        if time.monotonic() - last_s >= PROGRESS_INTERVAL_S or done_bytes == total_bytes:
+            last_s = time.monotonic()
+            control.send(Progress(done_bytes, total_bytes))
+
+    return report

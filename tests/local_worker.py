@@ -1,0 +1,60 @@
+"""Workers in the test's own process: everything but the processes and the rings (messages do go through the codec)."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+
+from nanopd.config import EngineConfig, ModelConfig
+from nanopd.engine import Engine
+from nanopd.ipc.shared_memory import SharedMemory
+from nanopd.messages import StepBatch, StepResult, TransferAck, TransferPlan
+from nanopd.model_files import read_model_config
+from nanopd.wire import decode, encode, encoded_size
+from nanopd.worker.worker import Worker
+
+
+class LocalWorker:
+    """A WorkerClient that executes one message per `poll`, so that results come as late as they may."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.num_blocks = worker.num_blocks
+        self._inbox: deque[StepBatch | TransferPlan] = deque()
+
+    def send(self, message: StepBatch | TransferPlan) -> None:
+        self._inbox.append(_through_the_codec(message))
+
+    def poll(self) -> list[StepResult | TransferAck]:
+        if not self._inbox:
+            return []
+        return [_through_the_codec(self.worker.execute(self._inbox.popleft()))]
+
+
+def _through_the_codec(message):
+    buffer = np.empty(encoded_size(message), np.uint8)
+    encode(message, buffer)
+    return decode(buffer)
+
+
+def local_engine(config: EngineConfig, path: Path, model: ModelConfig | None = None, **engine_args) -> Engine:
+    """An engine with its workers in this process."""
+    model = model or read_model_config(path, config.dtype, True)
+    config = config.replace(max_model_len=config.max_model_len or model.max_position_embeddings)
+    memories = [SharedMemory(name="kv") for _ in config.workers]
+    workers = [Worker(i, config, model, path, memories) for i in range(len(config.workers))]
+    for worker in workers:
+        for peer, other in enumerate(workers):
+            worker.connect(peer, 0, other.num_blocks)
+    return Engine(config, model, [LocalWorker(w) for w in workers], time.monotonic, **engine_args)
+
+
+def run_to_end(engine: Engine) -> None:
+    """Step until nothing is left, then check that nothing was lost."""
+    engine.drain(lambda: None)
+    engine.check_integrity()
+    for scheduler in engine.schedulers:
+        assert scheduler.blocks.num_free == scheduler.blocks.num_usable
