@@ -67,7 +67,14 @@ class Engine:
         self.seqs: dict[str, Sequence] = {}  # unfinished, by request_id
         roles = config.roles
         self.schedulers = [
-            Scheduler(w, role, config, BlockManager(workers[w].num_blocks, config.block_size), model.eos_token_ids)
+            Scheduler(
+                w,
+                role,
+                config,
+                BlockManager(workers[w].num_blocks, config.block_size),
+                self.max_model_len,
+                model.eos_token_ids,
+            )
             for w, role in enumerate(roles)
         ]
         self.router = Router(config.policy, routes_for_policy(config.policy, roles))
@@ -139,6 +146,8 @@ class Engine:
         """A second request that goes on from the tokens a decoding one has now, sharing its KV blocks."""
         parent = self.seqs[request_id]
         assert parent.status is SequenceStatus.RUNNING and parent.route is not None
+        scheduler = self.schedulers[parent.route.decode_worker]
+        scheduler.slots.sync(parent)
         child = Sequence(
             self._num_submitted,
             child_request_id,
@@ -153,7 +162,7 @@ class Engine:
         child.token_ids, child.token_times_s = list(parent.token_ids), list(parent.token_times_s)
         child.route = parent.route
         self.seqs[child_request_id] = child
-        self.schedulers[parent.route.decode_worker].fork(parent, child)
+        scheduler.fork(parent, child)
         return child
 
     @property
@@ -226,23 +235,26 @@ class Engine:
         scheduler = self.schedulers[worker]
         while len(scheduler.in_flight) < self.config.steps_in_flight:
             batch = scheduler.schedule()
-            self._collect_preempted(scheduler)
+            for seq in scheduler.admitted:
+                seq.log_event(self.clock(), EventKind.SCHEDULED, worker)
+            for seq in scheduler.preempted:
+                self._requeue(seq, scheduler)
             if batch is None:
                 break
             self.workers[worker].send(batch)
         used = scheduler.blocks.num_usable - scheduler.blocks.num_free
         self.peak_blocks[worker] = max(self.peak_blocks[worker], used)
 
-    def _collect_preempted(self, scheduler: Scheduler) -> None:
-        preempted, scheduler.displaced = scheduler.displaced, []
-        for seq in preempted:
-            self.handovers.cancel(seq)
-            seq.log_event(self.clock(), EventKind.PREEMPTED, scheduler.worker)
-            if scheduler.role is Role.MIXED:
-                seq.route = Route(scheduler.worker, scheduler.worker)
-                scheduler.add(seq)
-            else:
-                self._route(seq)
+    def _requeue(self, seq: Sequence, scheduler: Scheduler) -> None:
+        """A preempted sequence starts over: where it was decoding, or elsewhere if that worker does not prefill."""
+        assert seq.route is not None
+        self.handovers.cancel(seq)
+        seq.log_event(self.clock(), EventKind.PREEMPTED, scheduler.worker)
+        if scheduler.role is Role.MIXED and seq.route.decode_worker == scheduler.worker:
+            seq.route = Route(scheduler.worker, scheduler.worker)
+            scheduler.add(seq)
+        else:
+            self._route(seq)
 
     # ------------------------------------------------------------------------------------------ text and ends
 
@@ -274,6 +286,7 @@ class Engine:
 
     def _route(self, seq: Sequence) -> None:
         """Choose a route and queue the sequence there; without one it ends with the reason."""
+        seq.route = None  # it is nowhere now
         routes = self._feasible_routes(seq)
         if not routes:
             reasons = "; ".join(str(error) for error in self._errors.values())
@@ -311,7 +324,9 @@ class Engine:
             self.handovers.cancel(seq)
         displaced = self.handovers.drop_worker(worker, self.clock())
         for seq in victims:
-            seq.slot, seq.block_table = None, []
+            if seq.slot is not None:
+                self.schedulers[worker].slots.deactivate(seq)
+            seq.block_table = []
         for seq in victims + displaced:
             seq.status = SequenceStatus.PREEMPTED
             self._route(seq)

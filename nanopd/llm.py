@@ -25,7 +25,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nanopd.config import EngineConfig, ModelConfig, check_devices, load_config
-from nanopd.core.metrics import request_metrics
+from nanopd.core.metrics import RequestMetrics
 from nanopd.core.sequence import FINISH_REASONS, Sequence
 from nanopd.detokenizer import StoppableText
 from nanopd.engine import Engine, Update
@@ -430,7 +430,7 @@ class LLM:
             prompt,
             seq.token_ids[: seq.num_prompt_tokens],
             [completion],
-            request_metrics(seq.log()),
+            RequestMetrics.from_log(seq.log()),
             seq.route,
             seq.error,
         )

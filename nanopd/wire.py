@@ -28,36 +28,36 @@ class WireError(NanopdError, ValueError):
 
 def encoded_size(message: Message) -> int:
     """The bytes that `encode` will write."""
-    layout = _layout(type(message))
+    layout = _layout(message.KIND)
     return layout.prefix.size + sum(_padded(array.nbytes) for array in layout.split(message)[1])
 
 
-def encode(message: Message, out: np.ndarray | memoryview) -> int:
+def encode(message: Message, out: memoryview) -> int:
     """Write `message` to the start of `out` ([>= encoded_size] bytes); returns the number of bytes written.
 
     Raises WireError for an array of another dtype than its section's.
     """
-    layout = _layout(type(message))
+    layout = _layout(message.KIND)
     header, arrays = layout.split(message)
-    target = memoryview(out)
-    layout.prefix.pack_into(target, 0, layout.kind, *header, *[array.size for array in arrays])
+    layout.prefix.pack_into(out, 0, layout.kind, *header, *[array.size for array in arrays])
     offset = layout.prefix.size
     for array, dtype in zip(arrays, layout.dtypes):
         if array.dtype != dtype:
             raise WireError(f"{layout.cls.__name__}: an array of {array.dtype} in a section of {dtype}")
         end = offset + array.nbytes
-        target[offset:end] = array.tobytes()  # twice as quick as an assignment to a numpy view of the target
+        out[offset:end] = array.tobytes()  # twice as quick as an assignment to a numpy view of `out`
         offset = _padded(end)
     return offset
 
 
-def decode(view: np.ndarray | memoryview) -> Message:
-    """The message that fills `view` ([encoded_size] bytes). Its arrays, all 1-D, are views into `view`.
+def decode(slot: memoryview | bytes) -> Message:
+    """The message that fills `slot` ([encoded_size] bytes). Its arrays, all 1-D, are views into `slot`.
 
     Raises WireError if the kind is unknown or the lengths do not add up.
     """
+    view = memoryview(slot)
     kind = struct.unpack_from("=q", view)[0] if view.nbytes >= 8 else None
-    layout = _layout(_message_class(kind))
+    layout = _layout(kind)
     if view.nbytes < layout.prefix.size:
         raise WireError(f"{layout.cls.__name__}: {view.nbytes} bytes, its header alone has {layout.prefix.size}")
     _, *words = layout.prefix.unpack_from(view)
@@ -89,19 +89,14 @@ class _Layout:
 
 
 @cache
-def _layout(cls: type[Message]) -> _Layout:
-    names = (*cls.HEADER, *cls.SECTIONS)
-    assert names == tuple(field.name for field in fields(cls)), f"{cls.__name__}: fields, header and sections differ"
-    prefix = struct.Struct(f"={1 + len(names)}q")
-    return _Layout(cls, int(cls.KIND), len(cls.HEADER), prefix, tuple(cls.SECTIONS.values()), attrgetter(*names))
-
-
-@cache
-def _message_class(kind: int | None) -> type[Message]:
+def _layout(kind: int | None) -> _Layout:
     for cls in (StepBatch, StepResult, TransferPlan, TransferAck):
         if kind == cls.KIND:
-            return cls
-    raise WireError(f"message kind {kind!r} is unknown; known: {', '.join(f'{k} ({k.name})' for k in MessageKind)}")
+            names = (*cls.HEADER, *cls.SECTIONS)
+            assert names == tuple(field.name for field in fields(cls)), f"{cls.__name__}: fields are not in wire order"
+            prefix = struct.Struct(f"={1 + len(names)}q")
+            return _Layout(cls, cls.KIND, len(cls.HEADER), prefix, tuple(cls.SECTIONS.values()), attrgetter(*names))
+    raise WireError(f"message kind {kind!r} is unknown; known: {', '.join(f'{k:d} ({k.name})' for k in MessageKind)}")
 
 
 def _check_size(layout: _Layout, counts: list[int], nbytes: int) -> None:

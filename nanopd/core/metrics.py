@@ -94,7 +94,7 @@ class SLO:
         return cls(**limits)
 
     def is_met(self, request: RequestMetrics) -> bool:
-        """Whether the request completed within all limits; a figure that it does not have (one token) keeps its limit."""
+        """Whether the request completed within all limits; a figure it lacks (it has one token) breaks none."""
         limits = ((getattr(request, field.name), getattr(self, field.name)) for field in fields(self))
         return request.is_completed and all(value <= limit for value, limit in limits if None not in (value, limit))
 
@@ -110,9 +110,10 @@ class Percentiles:
     p99: float
 
     @classmethod
-    def of(cls, values: Iterable[float | None] | np.ndarray) -> Percentiles | None:
+    def of(cls, values: Sequence[float | None] | np.ndarray) -> Percentiles | None:
         """Over all values that are not None; None where there is none."""
-        sample = np.array([value for value in values if value is not None])
+        sample = np.asarray(values, np.float64)  # None becomes NaN
+        sample = sample[~np.isnan(sample)]
         if not len(sample):
             return None
         return cls(float(sample.mean()), *map(float, np.percentile(sample, (50, 90, 95, 99))))
@@ -146,7 +147,9 @@ class Summary:
     goodput_per_s: float | None  # requests that met the SLO, per second of duration_s
 
 
-def summarize(logs: Iterable[RequestLog], slo: SLO | None = None, window_s: tuple[float, float] | None = None) -> Summary:
+def summarize(
+    logs: Iterable[RequestLog], slo: SLO | None = None, window_s: tuple[float, float] | None = None
+) -> Summary:
     """Figures of all requests that arrived within `window_s` (start, end) of the engine's clock; None: of all.
 
     Aborted, failed and unfinished requests count as misses of the SLO. A window leaves out warm-up and late arrivals;
@@ -194,13 +197,13 @@ def _summarize(requests: Sequence[RequestMetrics], duration_s: float, slo: SLO |
         num_cached_tokens=sum(request.num_cached_tokens for request in completed),
         num_output_tokens=num_output_tokens,
         duration_s=duration_s,
-        queue_ms=Percentiles.of(request.queue_ms for request in completed),
-        ttft_ms=Percentiles.of(request.ttft_ms for request in completed),
-        first_gap_ms=Percentiles.of(request.first_gap_ms for request in completed),
-        tpot_ms=Percentiles.of(request.tpot_ms for request in completed),
-        itl_ms=Percentiles.of(gap for request in completed for gap in request.itl_ms),
-        itl_without_first_gap_ms=Percentiles.of(gap for request in completed for gap in request.itl_ms[1:]),
-        e2e_ms=Percentiles.of(request.e2e_ms for request in completed),
+        queue_ms=Percentiles.of([request.queue_ms for request in completed]),
+        ttft_ms=Percentiles.of([request.ttft_ms for request in completed]),
+        first_gap_ms=Percentiles.of([request.first_gap_ms for request in completed]),
+        tpot_ms=Percentiles.of([request.tpot_ms for request in completed]),
+        itl_ms=Percentiles.of(_concatenate(request.itl_ms for request in completed)),
+        itl_without_first_gap_ms=Percentiles.of(_concatenate(request.itl_ms[1:] for request in completed)),
+        e2e_ms=Percentiles.of([request.e2e_ms for request in completed]),
         requests_per_s=_ratio(len(completed), duration_s),
         output_tokens_per_s=_ratio(num_output_tokens, duration_s),
         total_tokens_per_s=_ratio(num_prompt_tokens + num_output_tokens, duration_s),
@@ -215,6 +218,10 @@ def _first_time(log: RequestLog, kind: EventKind) -> float | None:
 
 def _span_ms(start_s: float, end_s: float | None) -> float | None:
     return None if end_s is None else (end_s - start_s) * 1e3
+
+
+def _concatenate(arrays: Iterable[np.ndarray]) -> np.ndarray:  # [*] float64
+    return np.concatenate([np.empty(0), *arrays])
 
 
 def _ratio(count: float, total: float) -> float:

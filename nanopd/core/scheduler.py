@@ -45,6 +45,7 @@ class _Chunk:
     seq: Sequence
     slot: int
     end: int  # tokens computed when the chunk is done
+    is_last: bool  # its last token's successor is sampled
 
 
 @dataclass(slots=True)
@@ -119,19 +120,26 @@ class Scheduler:
     """Continuous batching with chunked prefill on one worker."""
 
     def __init__(
-        self, worker: int, role: Role, config: EngineConfig, blocks: BlockManager, eos_token_ids: tuple[int, ...]
+        self,
+        worker: int,
+        role: Role,
+        config: EngineConfig,
+        blocks: BlockManager,
+        max_model_len: int,
+        eos_token_ids: tuple[int, ...],
     ) -> None:
         self.worker = worker
         self.role = role
         self.blocks = blocks
         self.max_num_seqs = config.max_num_seqs
         self.max_num_batched_tokens = config.max_num_batched_tokens  # the chunk budget; may change between steps
-        self.slots = SlotTable(config.num_slots)
+        self.slots = SlotTable(config.num_slots, max_model_len)
         self.waiting: deque[Sequence] = deque()
         self.prefilling: list[Sequence] = []  # this and the following in order of seq_id
         self.decoding: list[Sequence] = []
         self.departing: list[Sequence] = []  # prefilled here, their blocks on the way to another worker
-        self.displaced: list[Sequence] = []  # preempted here, to be computed elsewhere; the engine collects them
+        self.admitted: list[Sequence] = []  # started by the last `schedule`
+        self.preempted: list[Sequence] = []  # by the last `schedule`; to be queued again, here or elsewhere
         self.num_reserved = 0  # places promised to sequences that are on their way to this worker
         self.num_preemptions = 0
         self.is_dead = False
@@ -212,7 +220,8 @@ class Scheduler:
     # ---------------------------------------------------------------------------------------------- schedule
 
     def schedule(self) -> StepBatch | None:
-        """The next step; None when there is nothing to compute now."""
+        """The next step; None when there is nothing to compute now. Leaves news in `admitted` and `preempted`."""
+        self.admitted, self.preempted = [], []
         step = self._build_step()
         if step is None and self._parked and not self.in_flight:  # blocks of sequences preempted just now
             self._release_parked()
@@ -256,30 +265,32 @@ class Scheduler:
 
     def _make_room(self, batch: _BatchBuilder, ready: np.ndarray, full: np.ndarray) -> np.ndarray:
         """Give each slot in `full` a block to write to, preempting the youngest; returns the slots that can run."""
-        t = self.slots
-        for slot in full.tolist():
-            while t.is_active[slot] and not self.blocks.num_free + self._num_parked_blocks:
-                self._preempt(max(self.decoding + self.prefilling, key=lambda s: s.seq_id))
-            if t.is_active[slot] and self.blocks.num_free:
-                self._grow(batch, slot)
-        return ready[t.is_active[ready] & (t.num_computed[ready] < t.writable_len[ready])]
+        t, block_size = self.slots, self.blocks.block_size
+        is_tight = self.blocks.num_free < len(full)
+        starts, are_entered = t.num_computed[full].tolist(), t.is_entered[full].tolist()
+        for slot, start, is_entered in zip(full.tolist(), starts, are_entered, strict=True):
+            if is_tight and not self._find_block(slot):
+                continue
+            table, index = self._seq(slot).block_table, start // block_size
+            for copy in self.blocks.append(table, start, start + 1):
+                batch.copies += copy
+            if is_entered:  # else the whole table will be sent
+                batch.table_updates += (slot, index, table[index])
+            t.writable_len[slot] = (index + 1) * block_size
+        return ready[t.is_active[ready] & (t.num_computed[ready] < t.writable_len[ready])] if is_tight else ready
 
-    def _grow(self, batch: _BatchBuilder, slot: int) -> None:
-        t, table = self.slots, self._seq(slot).block_table
-        start = int(t.num_computed[slot])
-        for copy in self.blocks.append(table, start, start + 1):
-            batch.copies += copy
-        t.writable_len[slot] = len(table) * self.blocks.block_size
-        if t.is_entered[slot]:
-            index = start // self.blocks.block_size
-            batch.add_blocks(slot, index, table[index:])
+    def _find_block(self, slot: int) -> bool:
+        """Whether there is a block for `slot` now; preempts the youngest, perhaps this one, until there will be."""
+        while self.slots.is_active[slot] and not self.blocks.num_free + self._num_parked_blocks:
+            self._preempt(max(self.decoding + self.prefilling, key=lambda s: s.seq_id))
+        return bool(self.slots.is_active[slot] and self.blocks.num_free)
 
     def _preempt(self, seq: Sequence) -> None:
         """Take a sequence's blocks; all its tokens will be computed again."""
         self.num_preemptions += 1
         self._evict(seq)
         seq.status = SequenceStatus.PREEMPTED
-        self.displaced.append(seq)
+        self.preempted.append(seq)
 
     def _schedule_chunks(self, batch: _BatchBuilder) -> None:
         for seq in self.prefilling[:]:
@@ -299,6 +310,7 @@ class Scheduler:
             seq.status = SequenceStatus.PREFILL
             self.slots.acquire(seq, 0)
             insort(self.prefilling, seq, key=lambda s: s.seq_id)
+            self.admitted.append(seq)
             self._enter(batch, seq.slot)
             self._add_chunk(batch, seq)
 
@@ -311,7 +323,7 @@ class Scheduler:
         batch.add_chunk(slot, start, seq.token_ids[start:end], RowFlag.SAMPLE if is_last else 0)
         self.slots.num_computed[slot] = end
         if not seq.route.is_collocated:
-            batch.chunks.append(_Chunk(seq, slot, end))
+            batch.chunks.append(_Chunk(seq, slot, end, is_last))
         if is_last:
             self.prefilling.remove(seq)
             self.slots.has_last_token[slot] = True
@@ -363,51 +375,60 @@ class Scheduler:
         """
         step = self.in_flight.popleft()
         assert step.step_id == result.step_id, (step.step_id, result.step_id)
-        t, slots = self.slots, step.sampled_slots
-        t.is_awaited[slots] = False
-        tokens = result.token_ids
-        logprobs = _logprobs_by_row(result) if len(result.logprob_rows) else {}
-        if not t.is_active[slots].all():
-            wanted = np.flatnonzero(t.is_active[slots])
-            logprobs = {i: logprobs[row] for i, row in enumerate(wanted.tolist()) if row in logprobs}
+        slots, tokens = step.sampled_slots, result.token_ids
+        self.slots.is_awaited[slots] = False
+        if len(result.logprob_rows):
+            self._append_logprobs(slots, result)
+        wanted = self.slots.is_active[slots]
+        if not wanted.all():
             slots, tokens = slots[wanted], tokens[wanted]
-        seqs = [self.slots.seqs[slot] for slot in slots.tolist()]
-        for seq, token in zip(seqs, tokens.tolist(), strict=True):
-            seq.token_ids.append(token)
-            seq.token_times_s.append(now_s)
-        for row, values in logprobs.items():
-            seqs[row].logprobs.append(values)
-        t.num_tokens[slots] += 1
-        outcome = StepOutcome(advanced=[(c.seq, c.end) for c in step.chunks if c.seq.slot == c.slot])
-        self._find_ends(outcome, seqs, slots, tokens)
+        self.slots.append(slots, tokens, now_s)
+        outcome = self._outcome_of(slots, tokens)
+        if step.chunks:
+            self._advance(outcome, step.chunks)
         self._release_parked()
         return outcome
 
-    def _find_ends(
-        self, outcome: StepOutcome, seqs: list[Sequence], slots: np.ndarray, tokens: np.ndarray
-    ) -> None:
-        t = self.slots
+    def _outcome_of(self, slots: np.ndarray, tokens: np.ndarray) -> StepOutcome:
+        """Who of `slots` has come to an end with its new token, and who is watched."""
+        t, outcome = self.slots, StepOutcome()
         is_eos = (tokens[:, None] == self._eos_ids).any(axis=1) & t.heeds_eos[slots]
         is_full = t.num_tokens[slots] >= t.end_len[slots]
-        for i in np.flatnonzero(is_eos | is_full | t.is_watched[slots]).tolist():
-            seq = seqs[i]
-            if t.is_watched[slots[i]]:
+        is_watched = t.is_watched[slots]
+        for i in np.flatnonzero(is_eos | is_full | is_watched).tolist():
+            seq = self._seq(slots[i])
+            t.sync(seq)
+            if is_watched[i]:
                 outcome.watched.append(seq)
             if seq.token_ids[-1] in seq.stop_ids:
-                is_own = seq.token_ids[-1] in seq.params.stop_token_ids
-                seq.stop_reason = seq.token_ids[-1] if is_own else None
+                seq.stop_reason = seq.token_ids[-1] if seq.token_ids[-1] in seq.params.stop_token_ids else None
                 outcome.finished.append((seq, SequenceStatus.FINISHED_STOPPED))
             elif is_full[i]:
                 outcome.finished.append((seq, SequenceStatus.FINISHED_LENGTH))
-        finished = {seq.seq_id for seq, _ in outcome.finished}
-        sampled = {seq.seq_id for seq in seqs}
-        outcome.prefilled = [
-            seq for seq, _ in outcome.advanced if seq.seq_id in sampled and seq.seq_id not in finished
-        ]
+        return outcome
+
+    def _advance(self, outcome: StepOutcome, chunks: list[_Chunk]) -> None:
+        """What the step's chunks mean for sequences that leave for another worker."""
+        finished = [seq for seq, _ in outcome.finished]
+        for chunk in chunks:
+            seq = chunk.seq
+            if seq.slot == chunk.slot and seq not in finished:
+                self.slots.sync(seq)
+                outcome.advanced.append((seq, chunk.end))
+                if chunk.is_last:
+                    outcome.prefilled.append(seq)
+
+    def _append_logprobs(self, slots: np.ndarray, result: StepResult) -> None:
+        """Give each sequence that asked for them: token id -> log probability, the chosen token first."""
+        ids = result.logprob_ids.reshape(-1, 1 + MAX_LOGPROBS).tolist()
+        values = result.logprobs.reshape(-1, 1 + MAX_LOGPROBS).tolist()
+        for slot, row_ids, row_values in zip(slots[result.logprob_rows].tolist(), ids, values, strict=True):
+            seq = self.slots.seqs[slot]
+            if seq is not None and seq.logprobs is not None:
+                seq.logprobs.append({i: value for i, value in zip(row_ids, row_values, strict=True) if i >= 0})
 
     def _release_parked(self) -> None:
-        oldest = self.in_flight[0].step_id if self.in_flight else self._step_id + 1
-        while self._parked and self._parked[0].last_step_id < oldest:
+        while self._parked and not (self.in_flight and self.in_flight[0].step_id <= self._parked[0].last_step_id):
             parked = self._parked.popleft()
             self._num_parked_blocks -= len(parked.table)
             self.slots.release(parked.slot)
@@ -422,13 +443,3 @@ class Scheduler:
         self.blocks.check_integrity(tables, pinned)
         num_slots = self.slots.num_free + len(holders) + len(self._parked)
         assert num_slots == len(self.slots.seqs), f"{len(self.slots.seqs) - num_slots} slots lost"
-
-
-def _logprobs_by_row(result: StepResult) -> dict[int, dict[int, float]]:
-    """Per sampled row that asked for them: token id -> log probability, the chosen token first."""
-    ids = result.logprob_ids.reshape(-1, 1 + MAX_LOGPROBS).tolist()
-    values = result.logprobs.reshape(-1, 1 + MAX_LOGPROBS).tolist()
-    return {
-        row: {i: value for i, value in zip(row_ids, row_values, strict=True) if i >= 0}
-        for row, row_ids, row_values in zip(result.logprob_rows.tolist(), ids, values, strict=True)
-    }

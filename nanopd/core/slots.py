@@ -15,13 +15,20 @@ from nanopd.core.sequence import Sequence
 
 
 class SlotTable:
-    """Columns of length `num_slots`."""
+    """Columns of length `num_slots`.
 
-    def __init__(self, num_slots: int) -> None:
+    Tokens that come in are written to `token_ids` and `times_s` for all slots at once; `sync` hands them to the one
+    sequence that somebody wants to look at.
+    """
+
+    def __init__(self, num_slots: int, max_model_len: int) -> None:
         def column(dtype: type) -> np.ndarray:
             return np.zeros(num_slots, dtype)
 
         self.seqs: list[Sequence | None] = [None] * num_slots
+        # By slot and position; zeros that are never touched take no memory.
+        self.token_ids = np.zeros((num_slots, max_model_len), np.int32)
+        self.times_s = np.zeros((num_slots, max_model_len), np.float64)
         self.num_tokens = column(np.int32)  # tokens known to the parent
         self.num_computed = column(np.int32)  # tokens computed once all steps in flight are done
         self.writable_len = column(np.int32)  # positions below may be written without asking the block manager
@@ -55,9 +62,23 @@ class SlotTable:
         )
         self.heeds_eos[slot] = not seq.params.ignore_eos
 
+    def append(self, slots: np.ndarray, token_ids: np.ndarray, now_s: float) -> None:
+        """A new token for each of `slots` ([*] int32)."""
+        positions = self.num_tokens[slots]
+        self.token_ids[slots, positions] = token_ids
+        self.times_s[slots, positions] = now_s
+        self.num_tokens[slots] = positions + 1
+
+    def sync(self, seq: Sequence) -> None:
+        """Bring a sequence's own list of tokens up to date."""
+        known, num_tokens = seq.num_tokens, self.num_tokens[seq.slot]
+        seq.token_ids += self.token_ids[seq.slot, known:num_tokens].tolist()
+        seq.token_times_s += self.times_s[seq.slot, known:num_tokens].tolist()
+
     def deactivate(self, seq: Sequence) -> int:
         """Take `seq` out of its slot and return the slot, which still has to be released."""
         assert seq.slot is not None
+        self.sync(seq)
         slot, seq.slot = seq.slot, None
         self.seqs[slot] = None
         self.is_active[slot] = False

@@ -40,7 +40,7 @@ class _RingEnd:
     def __init__(self, memory: SharedMemory) -> None:
         mapped = memory.map()
         self._capacity = (len(mapped) - CONTROL_NBYTES) // LINE * LINE
-        assert self._capacity >= 4 * LINE, f"{len(mapped)} bytes are too few for a ring"
+        assert self._capacity >= 2 * LINE, f"{len(mapped)} bytes are too few for a ring"
         self._data = mapped[CONTROL_NBYTES : CONTROL_NBYTES + self._capacity]
         self._lengths = self._data.cast("q")
         self._control = mapped[:CONTROL_NBYTES].cast("q")  # each assignment is one store of 8 bytes
@@ -79,7 +79,7 @@ class RingWriter(_RingEnd):
             raise ValueError(f"a message of {nbytes} bytes; this ring takes up to {self.max_message_nbytes} bytes")
         tail, capacity = self._tail, self._capacity
         start = tail % capacity
-        needed = (nbytes + 2 * LINE - 1) & -LINE  # _footprint(nbytes); a call costs here
+        needed = _footprint(nbytes)
         gap = capacity - start if start + needed > capacity else 0
         if tail + gap + needed - self._control[HEAD] > capacity:
             raise RingFull(f"no room for {nbytes} bytes: {tail - self._control[HEAD]} of {capacity} are unreleased")
@@ -95,9 +95,8 @@ class RingWriter(_RingEnd):
         """Publish the first `nbytes` of the reserved message."""
         assert 0 <= nbytes <= self._reserved, f"commit of {nbytes} bytes, {self._reserved} reserved"
         self._reserved = -1
-        tail = self._tail
-        self._lengths[tail % self._capacity // 8] = nbytes
-        self._tail = tail = tail + ((nbytes + 2 * LINE - 1) & -LINE)
+        self._lengths[self._tail % self._capacity // 8] = nbytes
+        self._tail = tail = self._tail + _footprint(nbytes)
         if self._needs_fence:
             self._fence()  # payload and length before the tail that publishes them
         self._control[TAIL] = tail
@@ -128,7 +127,7 @@ class RingReader(_RingEnd):
         if nbytes == SKIP:  # a message always follows
             position += self._capacity - start
             start, nbytes = 0, self._lengths[0]
-        self._next = position = position + ((nbytes + 2 * LINE - 1) & -LINE)
+        self._next = position = position + _footprint(nbytes)
         self._unreleased.append(position)
         start += LINE
         return self._data[start : start + nbytes]
@@ -143,4 +142,4 @@ class RingReader(_RingEnd):
 
 def _footprint(nbytes: int) -> int:
     """Bytes that a message of `nbytes` takes in the ring: the line of its length, and those of its payload."""
-    return (nbytes + 2 * LINE - 1) & -LINE
+    return LINE + (nbytes + LINE - 1) // LINE * LINE

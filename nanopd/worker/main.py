@@ -1,7 +1,7 @@
 """The entry of a worker process, and its loop.
 
 Control messages (a pipe, pickled, in this order): to the parent any number of Progress, then Ready, or at any time
-Failed; to the worker one Peers for all peers once they are ready, then Shutdown. Steps, plans and their results go
+Failed; to the worker one Peers once all workers are ready, then Shutdown. Steps, plans and their results go
 through the channel. The process ends with its parent, with Shutdown, or with the first exception, which it reports.
 """
 
@@ -25,7 +25,7 @@ from nanopd.ipc.doorbell import Waiter
 from nanopd.ipc.process import die_with_parent
 from nanopd.ipc.ring import RingFull
 from nanopd.ipc.shared_memory import SharedMemory
-from nanopd.messages import Failed, Peers, Progress, Ready, Shutdown, StepResult, TransferAck
+from nanopd.messages import Failed, Progress, Ready, Shutdown, StepResult, TransferAck
 from nanopd.wire import decode, encode, encoded_size
 from nanopd.worker.worker import Worker
 
@@ -52,6 +52,8 @@ def main(
         torch.set_num_threads(num_threads(config))
         worker = Worker(index, config, model, path, kv_memories, _progress_reporter(control))
         control.send(Ready(worker.num_blocks, os.getpid()))
+        for peer, (generation, num_blocks) in control.recv().peers.items():
+            worker.connect(peer, generation, num_blocks)
         endpoint.open()
         _serve(worker, endpoint, control)
     except (EOFError, BrokenPipeError):
@@ -79,11 +81,8 @@ def _serve(worker: Worker, endpoint: Endpoint, control: Connection) -> None:
             endpoint.reader.release()
         elif control in waiter.wait(IDLE_WAIT_S):
             command = control.recv()
-            if isinstance(command, Shutdown):
-                return
-            assert isinstance(command, Peers)
-            for peer, (generation, num_blocks) in command.peers.items():
-                worker.connect(peer, generation, num_blocks)
+            assert isinstance(command, Shutdown)
+            return
 
 
 def _reply(endpoint: Endpoint, result: StepResult | TransferAck) -> None:

@@ -1,0 +1,231 @@
+"""Round trip of a message between two spawned processes: rings with doorbells, beside a bare pipe.
+
+Per transport one process asks and another answers with a message of the same size. The transports take turns in
+short rounds, so that all see the same machine. Where the scheduler puts two processes changes a figure severalfold,
+so both placements are pinned and reported; where memory happens to lie changes it by a tenth or two, so all
+processes are started afresh several times. A figure is the median of its rounds' medians over all starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Protocol
+
+import numpy as np
+from report import Row, emit
+
+from nanopd.ipc.descriptor import Descriptor
+from nanopd.ipc.doorbell import Doorbell, Waiter
+from nanopd.ipc.process import die_with_parent
+from nanopd.ipc.ring import RingReader, RingWriter, ring_memory
+from nanopd.ipc.shared_memory import SharedMemory
+
+TIMEOUT_S = 10.0
+PIPES = ("os.pipe", "multiprocessing.Pipe")
+
+
+class Channel(Protocol):
+    """One end of a transport."""
+
+    def send(self, payload: bytes | memoryview) -> None: ...
+
+    def receive(self) -> bytes | memoryview:
+        """The next message, valid until the next call."""
+
+
+Opener = Callable[[], Channel]  # called in the other process
+
+
+class PipeChannel:
+    """os.pipe, one write and one read per message (up to PIPE_BUF, 4096 bytes, a read never splits one)."""
+
+    def __init__(self, incoming: Descriptor, outgoing: Descriptor, nbytes: int) -> None:
+        self._incoming, self._outgoing, self._nbytes = incoming, outgoing, nbytes
+
+    def send(self, payload: bytes | memoryview) -> None:
+        os.write(self._outgoing.fileno(), payload)
+
+    def receive(self) -> bytes:
+        payload = os.read(self._incoming.fileno(), self._nbytes)
+        while 0 < len(payload) < self._nbytes:
+            payload += os.read(self._incoming.fileno(), self._nbytes - len(payload))
+        return payload
+
+
+class ConnectionChannel:
+    """multiprocessing.Pipe."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def send(self, payload: bytes | memoryview) -> None:
+        self._connection.send_bytes(payload)
+
+    def receive(self) -> bytes:
+        return self._connection.recv_bytes()
+
+
+@dataclass(frozen=True)
+class RingEnds:
+    """What one process needs of a pair of rings."""
+
+    incoming: SharedMemory
+    incoming_bell: Doorbell
+    outgoing: SharedMemory
+    outgoing_bell: Doorbell
+
+    def other(self) -> RingEnds:
+        return RingEnds(self.outgoing, self.outgoing_bell, self.incoming, self.incoming_bell)
+
+
+class RingChannel:
+    """A ring and a doorbell each way. A message is copied in, and read in place, as everywhere in nanopd."""
+
+    def __init__(self, ends: RingEnds, spin_s: float) -> None:
+        self._reader, self._writer = RingReader(ends.incoming), RingWriter(ends.outgoing)
+        self._outgoing_bell = ends.outgoing_bell
+        self._waiter = Waiter(spin_s)
+        self._waiter.add(ends.incoming_bell)
+        self._holds_message = False
+
+    def send(self, payload: bytes | memoryview) -> None:
+        self._writer.reserve(len(payload))[:] = payload
+        self._writer.commit(len(payload))
+        self._outgoing_bell.ring()
+
+    def receive(self) -> memoryview:
+        if self._holds_message:
+            self._reader.release()
+        while (message := self._reader.read()) is None:
+            assert self._waiter.wait(TIMEOUT_S), "no answer"
+        self._holds_message = True
+        return message
+
+
+def open_pipe(nbytes: int) -> tuple[Channel, Opener]:
+    (here_in, there_out), (there_in, here_out) = (map(Descriptor, os.pipe()) for _ in range(2))
+    return PipeChannel(here_in, here_out, nbytes), partial(PipeChannel, there_in, there_out, nbytes)
+
+
+def open_connection(nbytes: int) -> tuple[Channel, Opener]:
+    here, there = multiprocessing.Pipe()
+    return ConnectionChannel(here), partial(ConnectionChannel, there)
+
+
+def open_ring(spin_s: float, nbytes: int) -> tuple[Channel, Opener]:
+    ends = RingEnds(ring_memory(nbytes, 8), Doorbell(), ring_memory(nbytes, 8), Doorbell())
+    return RingChannel(ends, spin_s), partial(RingChannel, ends.other(), spin_s)
+
+
+def echo(open_channel: Opener) -> None:
+    """The spawned process; it ends with its parent."""
+    die_with_parent()
+    channel = open_channel()
+    while True:
+        channel.send(channel.receive())
+
+
+def round_trips_us(channel: Channel, payload: bytes, count: int) -> np.ndarray:
+    """[count] float64, one after the other."""
+    times = np.empty(count + 1)
+    times[0] = time.perf_counter()
+    for trip in range(count):
+        channel.send(payload)
+        answer = channel.receive()
+        times[trip + 1] = time.perf_counter()
+        assert len(answer) == len(payload)
+    return np.diff(times) * 1e6
+
+
+Samples = dict[tuple[str, str], list[np.ndarray]]  # by placement and transport: [trips] float64 per round
+
+
+def ask(args: argparse.Namespace, connection: Connection) -> None:
+    """The process that measures; sends its Samples. The echoing processes are its children."""
+    die_with_parent()
+    openers: dict[str, Callable[[int], tuple[Channel, Opener]]] = {
+        "os.pipe": open_pipe,
+        "multiprocessing.Pipe": open_connection,
+        "ring": partial(open_ring, 0.0),
+        "ring, spinning": partial(open_ring, args.spin_us * 1e-6),
+    }
+    here, *others = sorted(os.sched_getaffinity(0))
+    placements = {"two cores": others[0]} if others else {}
+    placements["one core"] = here
+    os.sched_setaffinity(0, {here})
+    channels: dict[str, Channel] = {}
+    echoes = []
+    for name, opener in openers.items():
+        channels[name], there = opener(args.nbytes)
+        process = multiprocessing.get_context("spawn").Process(target=echo, args=(there,), daemon=True)
+        process.start()
+        echoes.append(process)
+    pids = [process.pid for process in echoes if process.pid is not None]
+    connection.send(measure(channels, pids, placements, args))
+    for process in echoes:
+        process.kill()
+
+
+def measure(
+    channels: dict[str, Channel], echoes: list[int], placements: dict[str, int], args: argparse.Namespace
+) -> Samples:
+    """`echoes` are the process ids of the other ends, `placements` name the core that they run on."""
+    payload = os.urandom(args.nbytes)
+    samples: Samples = {(placement, name): [] for placement in placements for name in channels}
+    for round_ in range(args.rounds + 1):
+        for placement, core in placements.items():
+            for pid in echoes:
+                os.sched_setaffinity(pid, {core})
+            for name, channel in channels.items():
+                times = round_trips_us(channel, payload, args.trips)
+                if round_ > 0:  # the first is the warm-up
+                    samples[placement, name].append(times)
+    return samples
+
+
+def summarize(samples: Samples) -> Sequence[Row]:
+    """One row per placement and transport; the base of `ratio` is the quicker of the two pipes placed likewise."""
+    medians = {key: statistics.median(float(np.median(times)) for times in of) for key, of in samples.items()}
+    rows = []
+    for (placement, name), of in samples.items():
+        base = min(medians[placement, pipe] for pipe in PIPES)
+        median = medians[placement, name]
+        p99 = float(np.percentile(np.concatenate(of), 99))
+        rows.append(
+            {"placement": placement, "transport": name, "p50_us": median, "p99_us": p99, "ratio": median / base}
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nbytes", type=int, default=4096)
+    parser.add_argument("--starts", type=int, default=5, help="how often all processes are started afresh")
+    parser.add_argument("--rounds", type=int, default=5, help="per start")
+    parser.add_argument("--trips", type=int, default=1000, help="round trips per round, placement and transport")
+    parser.add_argument("--spin-us", type=float, default=50.0, help="of the row that spins before it sleeps")
+    args = parser.parse_args()
+
+    samples: Samples = {}
+    context = multiprocessing.get_context("spawn")
+    for _ in range(args.starts):
+        here, there = context.Pipe()
+        asker = context.Process(target=ask, args=(args, there))
+        asker.start()
+        there.close()  # so that the end of the process ends `recv`
+        for key, rounds in here.recv().items():
+            samples.setdefault(key, []).extend(rounds)
+        asker.join()
+    emit("ipc", vars(args), summarize(samples))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""What a step costs the parent: schedule, encode, decode the results, append tokens, make text if streaming.
+
+The real engine drives workers that answer at once, through real rings in one process; the time that the answering
+takes is measured and left out. All sequences decode: prompts are one token long and answers do not end. Figures are
+microseconds of parent time per step of one worker (all of its sequences), the median over `--steps` engine steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import numpy as np
+from report import Row, emit
+
+from nanopd.config import EngineConfig, ModelConfig
+from nanopd.detokenizer import StoppableText
+from nanopd.engine import Engine
+from nanopd.ipc.channel import channel
+from nanopd.messages import SamplingParams, StepBatch, StepResult, TransferAck, TransferPlan
+from nanopd.demo_model import NAME as DEMO_MODEL
+from nanopd.model_files import load_tokenizer, resolve
+from nanopd.wire import decode, encode, encoded_size
+
+MAX_LEN = 4096
+RING_NBYTES = 1 << 20
+BARS_US = {(256, False): 100, (256, True): 400}  # per step of 256 decoding sequences, by streaming
+
+
+class InstantWorker:
+    """Answers each step when it is sent, with random tokens; keeps count of the time that this takes."""
+
+    def __init__(self, num_blocks: int, vocab_size: int, seed: int) -> None:
+        self.num_blocks = num_blocks
+        self.answering_s = 0.0
+        self._parent, self._worker = channel(RING_NBYTES, 4)
+        self._parent.open()
+        self._worker.open()
+        self._rng = np.random.default_rng(seed)
+        self._vocab_size = vocab_size
+
+    def send(self, message: StepBatch | TransferPlan) -> None:
+        nbytes = encoded_size(message)
+        encode(message, self._parent.writer.reserve(nbytes))
+        self._parent.commit(nbytes)
+        start = time.perf_counter()
+        self._answer()
+        self.answering_s += time.perf_counter() - start
+
+    def poll(self) -> list[StepResult | TransferAck]:
+        results = []
+        while (view := self._parent.reader.read()) is not None:
+            results.append(decode(bytes(view)))
+            self._parent.reader.release()
+        return results
+
+    def _answer(self) -> None:
+        view = self._worker.reader.read()
+        assert view is not None
+        batch = decode(view)
+        assert isinstance(batch, StepBatch)
+        none = np.empty(0, np.int32)
+        tokens = self._rng.integers(0, self._vocab_size, np.count_nonzero(batch.row_flags & 1), np.int32)
+        result = StepResult(batch.step_id, 1, tokens, none, none, np.empty(0, np.float32))
+        self._worker.reader.release()
+        nbytes = encoded_size(result)
+        encode(result, self._worker.writer.reserve(nbytes))
+        self._worker.commit(nbytes)
+
+
+def measure(num_seqs: int, num_workers: int, streaming: bool, num_steps: int) -> Row:
+    tokenizer = load_tokenizer(resolve(DEMO_MODEL, load_format="auto"))
+    model = ModelConfig("llama", len(tokenizer), 8, 8, 1, 1, 1, 8, MAX_LEN, 1e-5, 1e4)
+    config = EngineConfig(
+        model="none", workers=[{"device": "cpu"}] * num_workers, max_num_seqs=num_seqs, max_model_len=MAX_LEN
+    )
+    num_blocks = num_seqs * (MAX_LEN // config.block_size) + 1
+    workers = [InstantWorker(num_blocks, model.vocab_size, w) for w in range(num_workers)]
+    engine = Engine(
+        config, model, list(workers), time.monotonic, lambda prompt, stop: StoppableText(tokenizer, prompt, stop)
+    )
+    params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+    for number in range(num_seqs * num_workers):
+        # spread over the block, so that in each step one sequence in block_size needs a block
+        engine.submit(str(number), [1] * (1 + number % config.block_size), params, is_streamed=streaming)
+    for _ in range(20):
+        engine.step()
+    times_us = [_timed_step(engine, workers) for _ in range(num_steps)]
+    p50, p99 = np.percentile(np.array(times_us) / num_workers, [50, 99]) / config.steps_in_flight
+    bar = BARS_US.get((num_seqs, streaming), "")
+    return {
+        "num_seqs": num_seqs,
+        "num_workers": num_workers,
+        "streaming": streaming,
+        "step_us": round(p50, 1),
+        "p99_us": round(p99, 1),
+        "bar_us": bar,
+        "us_per_seq": round(p50 / num_seqs, 2),
+    }
+
+
+def _timed_step(engine: Engine, workers: list[InstantWorker]) -> float:
+    answering_s = sum(worker.answering_s for worker in workers)
+    start = time.perf_counter()
+    engine.step()
+    elapsed_s = time.perf_counter() - start
+    return 1e6 * (elapsed_s - (sum(worker.answering_s for worker in workers) - answering_s))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--num-seqs", type=int, nargs="+", default=[1, 32, 256])
+    parser.add_argument("--num-workers", type=int, nargs="+", default=[1, 2, 8])
+    args = parser.parse_args()
+    rows = [
+        measure(num_seqs, num_workers, streaming, args.steps)
+        for streaming in (False, True)
+        for num_workers in args.num_workers
+        for num_seqs in args.num_seqs
+    ]
+    emit("scheduler", {"steps": args.steps}, rows)
+
+
+if __name__ == "__main__":
+    main()

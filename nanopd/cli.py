@@ -1,0 +1,206 @@
+"""The command `nanopd` (in a checkout: `python launch.py`): serve prompts, print answers, report.
+
+Prompts come as JSONL, from --prompt, from a chat at the terminal, or from a built-in demo. Runs in the main thread of
+its process and is the only place with signal handlers. Uses the public face of the library, imported when it is
+needed, so that --help and bad arguments answer at once; knows nothing of workers and engines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+import nanopd
+from nanopd.config import load_config
+from nanopd.core.metrics import Summary, by_route, summarize
+from nanopd.core.tables import format_table
+from nanopd.errors import FieldError, NanopdError, RequestError
+from nanopd.jsonl import SAMPLING_KEYS, Row, serve_rows
+from nanopd.messages import SamplingParams
+
+if TYPE_CHECKING:
+    from nanopd.llm import LLM
+
+DEMO_PROMPTS = (
+    "What is the capital of France?",
+    "Name three primary colours.",
+    "Why is the sky blue?",
+    "Write one sentence about the sea.",
+    "What does a compiler do?",
+    "Give me a word that rhymes with 'light'.",
+    "How many days are in a week?",
+    "Say hello in Spanish.",
+)
+ROUTE_COLUMNS = ("route", "completed", "TTFT ms p50 / p99", "first gap", "TPOT", "E2E", "output tokens/s")
+WORKER_COLUMNS = ("worker", "device", "role", "peak blocks", "still used", "of blocks")
+ROW_FAILED = 1
+BAD_USAGE = 2  # as argparse has it
+KILLED = 128  # plus the number of the signal
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; its exit status is 0, 1 if something failed, 2 for bad arguments, 130 after Ctrl-C."""
+    args = parse_args(argv)
+    logging.basicConfig(level=args.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    try:
+        with _exit_on_sigterm():
+            return _run(args)
+    except KeyboardInterrupt:
+        return KILLED + signal.SIGINT
+    except BrokenPipeError:  # who read our output has left; Python would flush to it once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ROW_FAILED
+    except (NanopdError, OSError) as error:
+        print(f"nanopd: {error}", file=sys.stderr)
+        return BAD_USAGE if isinstance(error, (FieldError, OSError)) else ROW_FAILED
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="nanopd",
+        description="Serve prompts of a file or of the command line; without any, chat at a terminal or run a demo.",
+    )
+    parser.add_argument("--config", required=True, metavar="NAME_OR_PATH", help="a shipped one, or a YAML file")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--input", metavar="JSONL", help="rows to serve; - for standard input")
+    source.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue as it is; repeatable")
+    parser.add_argument("--output", metavar="JSONL", help="where answers go; - (and the default) is standard output")
+    parser.add_argument("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
+    sampling = parser.add_argument_group("sampling, where a row does not say otherwise")
+    sampling.add_argument("--max-tokens", type=int, default=128)
+    sampling.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
+    sampling.add_argument("--top-p", type=float, default=1.0)
+    sampling.add_argument("--top-k", type=int, default=0)
+    sampling.add_argument("--seed", type=int)
+    return parser.parse_args(argv)
+
+
+def _run(args: argparse.Namespace) -> int:
+    config = load_config(args.config, args.set)
+    sampling = {key: value for key, value in vars(args).items() if key in SAMPLING_KEYS}
+    params = SamplingParams(**sampling)
+    is_chat = not (args.input or args.prompt or args.output) and sys.stdin.isatty() and sys.stdout.isatty()
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(_open(args.input, "rb", sys.stdin.buffer)) if args.input else None
+        target = stack.enter_context(_open(args.output, "w", sys.stdout))
+        llm = stack.enter_context(nanopd.LLM(config=config, show_progress=sys.stderr.isatty()))
+        stack.callback(_report, llm)
+        if is_chat:
+            chat(llm, params)
+            return 0
+        write = write_json if args.input or args.output else write_text
+        window = 4 * config.max_num_seqs * len(config.workers)
+        num_failed = serve_rows(llm, source or _own_rows(args, llm), sampling, partial(write, target), window)
+        return ROW_FAILED if num_failed else 0
+
+
+def _open(path: str | None, mode: str, standard: IO[Any]) -> contextlib.AbstractContextManager[IO[Any]]:
+    if path is None or path == "-":
+        return contextlib.nullcontext(standard)
+    return Path(path).open(mode, encoding=None if "b" in mode else "utf-8")
+
+
+@contextlib.contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Make SIGTERM unwind as Ctrl-C does."""
+    previous = signal.signal(signal.SIGTERM, lambda signum, _frame: sys.exit(KILLED + signum))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _own_rows(args: argparse.Namespace, llm: LLM) -> list[str]:
+    """Rows of --prompt, or of the demo: chats, if the model knows chats; token ids, if it has no tokenizer."""
+    rows: list[Row]
+    if args.prompt:
+        rows = [{"prompt": text} for text in args.prompt]
+    elif llm.tokenizer is None:
+        rows = [{"prompt_token_ids": list(range(1, 8 + n))} for n in range(len(DEMO_PROMPTS))]
+    elif llm.tokenizer.chat_template is None:
+        rows = [{"prompt": text} for text in DEMO_PROMPTS]
+    else:
+        rows = [{"messages": [{"role": "user", "content": text}]} for text in DEMO_PROMPTS]
+    return [json.dumps(row) for row in rows]
+
+
+def write_json(target: IO[str], row: Row) -> None:
+    """An answer as a line of JSON."""
+    tqdm.write(json.dumps(row, ensure_ascii=False), file=target)
+    target.flush()
+
+
+def write_text(target: IO[str], row: Row) -> None:
+    """An answer for people: its route, the question and what came out."""
+    asked = row["messages"][-1]["content"] if "messages" in row else row.get("prompt") or row["prompt_token_ids"]
+    answer = row.get("error") or row["text"] or row["token_ids"]
+    tqdm.write(f"[{row.get('route') or 'no route'}] {asked}\n{answer}\n", file=target)
+    target.flush()
+
+
+def chat(llm: LLM, params: SamplingParams) -> None:
+    """Talk with the model at the terminal until /exit or the end of input."""
+    print("/reset starts over, /exit leaves, Ctrl-C stops an answer.")
+    messages: list[dict[str, str]] = []
+    while (text := _ask()) != "/exit":
+        if text == "/reset":
+            messages = []
+        elif text:
+            asked = [*messages, {"role": "user", "content": text}]
+            try:
+                messages = [*asked, {"role": "assistant", "content": _print_answer(llm, asked, params)}]
+            except RequestError as error:
+                print(f"nanopd: {error}")
+
+
+def _ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return "/exit"
+
+
+def _print_answer(llm: LLM, messages: list[dict[str, str]], params: SamplingParams) -> str:
+    handle = llm.submit(llm.encode_chat(messages), params, stream=True)
+    pieces = []
+    try:
+        for delta in handle:
+            pieces.append(delta.text)
+            print(delta.text, end="", flush=True)
+    except KeyboardInterrupt:
+        handle.abort()
+    print()
+    return "".join(pieces)
+
+
+def _report(llm: LLM) -> None:
+    """Tables of what was served, by route, and of the KV blocks that it took, on standard error."""
+    stats = llm.stats()
+    routes = [_route_cells(str(route or "no route"), summary) for route, summary in by_route(stats.logs).items()]
+    if len(routes) > 1:
+        routes.append(_route_cells("all", summarize(stats.logs)))
+    workers = [
+        (number, worker.device, worker.role.value, blocks.peak, blocks.used, blocks.total)
+        for number, (worker, blocks) in enumerate(zip(llm.config.workers, stats.blocks))
+    ]
+    if routes:
+        print(format_table(ROUTE_COLUMNS, routes), "", format_table(WORKER_COLUMNS, workers), sep="\n", file=sys.stderr)
+
+
+def _route_cells(name: str, summary: Summary) -> list[object]:
+    cells: list[object] = [name, f"{summary.num_completed}/{summary.num_requests}"]
+    for latency in (summary.ttft_ms, summary.first_gap_ms, summary.tpot_ms, summary.e2e_ms):
+        cells.append(f"{latency.p50:.1f} / {latency.p99:.1f}" if latency else None)
+    return [*cells, summary.output_tokens_per_s]

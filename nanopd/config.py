@@ -1,0 +1,299 @@
+"""What can be configured, validated before anything else happens.
+
+`EngineConfig` is the whole configuration of an engine (one YAML file, or keywords of `LLM`); `ModelConfig` is
+what the engine and the workers know of a model. Both are frozen and cross process borders as they are.
+Knows no tensors and no processes; reading YAML is the only file access.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nanopd.config_files import find_config
+from nanopd.errors import ConfigError
+from nanopd.messages import Role, Route
+
+POLICIES = ("collocated", "disaggregated", "round_robin")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOAD_FORMATS = ("auto", "safetensors", "dummy")
+TRANSFERS = ("auto", "shm")
+MAX_STEPS_IN_FLIGHT = 4
+
+
+def allowed_routes(roles: Sequence[Role]) -> list[Route]:
+    """Every route that workers of these roles may serve, by prefill worker, then decode worker."""
+    workers = range(len(roles))
+    return [Route(p, d) for p in workers for d in workers if roles[p].may_prefill and roles[d].may_decode]
+
+
+def routes_for_policy(policy: str, roles: Sequence[Role]) -> list[Route]:
+    """The allowed routes that `policy` chooses from; none if the roles cannot serve it."""
+    routes = allowed_routes(roles)
+    if policy == "collocated":
+        return [route for route in routes if route.is_collocated]
+    if policy == "disaggregated":
+        return [route for route in routes if not route.is_collocated]
+    return routes
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """One worker process: where it runs and which routes it may serve.
+
+    Raises:
+        ConfigError: an impossible device or role.
+    """
+
+    device: str = "cpu"  # "cpu" or "cuda:N"
+    role: Role = Role.MIXED  # its name is taken too
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.device, str) and re.fullmatch(r"cpu|cuda:\d+", self.device)):
+            raise ConfigError("device", self.device, "cpu, or cuda:N with the GPU's number N")
+        names = [role.value for role in Role]
+        if self.role not in names:
+            raise ConfigError("role", self.role, names)
+        object.__setattr__(self, "role", Role(self.role))
+
+    @property
+    def cuda_index(self) -> int | None:
+        """The number of the GPU; None on the CPU."""
+        return None if self.device == "cpu" else int(self.device.removeprefix("cuda:"))
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """All settings of an engine. See docs/en/configuration.md for each key's meaning.
+
+    `workers` is also taken as a list of mappings `{device, role, count}`, `count` standing for that many alike.
+
+    Raises:
+        ConfigError: names the field, its value and what is allowed.
+    """
+
+    model: str  # a local directory, a hub id or a built-in name
+    tokenizer: str | None = None  # None: the model's own
+    dtype: str = "auto"  # auto: the checkpoint's on a GPU, float32 on a CPU
+    load_format: str = "auto"
+    policy: str = "collocated"
+    workers: tuple[WorkerConfig, ...] = (WorkerConfig(),)
+    block_size: int = 16  # tokens per KV block
+    num_blocks: int | None = None  # per worker; None: derived from memory
+    max_num_seqs: int = 256  # per worker
+    max_model_len: int | None = None  # tokens, prompt and output; None: the model's own limit
+    max_num_batched_tokens: int = 2048  # per worker and step
+    gpu_memory_utilization: float = 0.9  # share of a GPU that a worker may fill
+    transfer: str = "auto"
+    verify_transfers: bool = False  # compare digests of moved blocks (debugging)
+    steps_in_flight: int = 2
+    handover_timeout_s: float = 1.0  # how long a prefilled sequence waits for room on its decode worker
+    start_timeout_s: float = 600.0  # how long workers may take to load
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("model", "tokenizer"):
+            if isinstance(path := getattr(self, name), os.PathLike):
+                object.__setattr__(self, name, os.fspath(path))
+        object.__setattr__(self, "workers", _parse_workers(self.workers))
+        self._check_names()
+        self._check_sizes()
+        self._check_policy()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EngineConfig:
+        """The configuration with these keys, the others at their defaults; an unknown key is a ConfigError."""
+        _check_keys("config key", values, [f.name for f in fields(cls)])
+        return cls(**{"model": None, **values})
+
+    def replace(self, **overrides: Any) -> EngineConfig:
+        """A copy with these keys changed, validated as a whole."""
+        return self.from_dict({f.name: getattr(self, f.name) for f in fields(self)} | overrides)
+
+    @property
+    def roles(self) -> list[Role]:
+        return [worker.role for worker in self.workers]
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of a worker: twice what may run, as steps in flight still name those of ended sequences."""
+        return 2 * self.max_num_seqs
+
+    def _check_names(self) -> None:
+        if not (isinstance(self.model, str) and self.model):
+            raise ConfigError("model", self.model, "a local directory, a hub id or a built-in name")
+        if self.tokenizer is not None and not (isinstance(self.tokenizer, str) and self.tokenizer):
+            raise ConfigError("tokenizer", self.tokenizer, "a local directory, a hub id, or null for the model's own")
+        choices = {"dtype": DTYPES, "load_format": LOAD_FORMATS, "policy": POLICIES, "transfer": TRANSFERS}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(name, getattr(self, name), allowed)
+        if self.transfer == "shm" and any(worker.device != "cpu" for worker in self.workers):
+            raise ConfigError("transfer", self.transfer, "auto, where a worker is on a GPU")
+
+    def _check_sizes(self) -> None:
+        self._check_count("block_size", 1)
+        self._check_count("num_blocks", 2, optional=True)  # the null block and one to use
+        self._check_count("max_num_seqs", 1)
+        self._check_count("max_model_len", 2, optional=True)  # one token in, one out
+        self._check_count("max_num_batched_tokens", 1)
+        self._check_count("steps_in_flight", 1, MAX_STEPS_IN_FLIGHT)
+        self._check_count("seed", 0, 2**64 - 1)
+        self._check_positive("gpu_memory_utilization", 1.0)
+        self._check_positive("handover_timeout_s")
+        self._check_positive("start_timeout_s")
+        if not isinstance(self.verify_transfers, bool):
+            raise ConfigError("verify_transfers", self.verify_transfers, "true or false")
+
+    def _check_count(self, name: str, least: int, most: float = math.inf, optional: bool = False) -> None:
+        value = getattr(self, name)
+        if not ((optional and value is None) or _is_count(value, least, most)):
+            limits = f">= {least}" if most == math.inf else f"from {least} to {most}"
+            raise ConfigError(name, value, f"an integer {limits}{', or null' if optional else ''}")
+
+    def _check_positive(self, name: str, most: float = math.inf) -> None:
+        value = getattr(self, name)
+        if type(value) not in (int, float) or not (0 < value <= most and math.isfinite(value)):
+            raise ConfigError(name, value, "a finite number > 0" + (f" and <= {most}" if most < math.inf else ""))
+
+    def _check_policy(self) -> None:
+        if not routes_for_policy(self.policy, self.roles):
+            possible = [policy for policy in POLICIES if routes_for_policy(policy, self.roles)]
+            roles = " + ".join(role.value for role in self.roles)
+            raise ConfigError("policy", self.policy, f"{', '.join(possible) or 'none'} (with workers {roles})")
+
+
+def load_config(name_or_path: str | Path, overrides: Iterable[str] = (), **keys: Any) -> EngineConfig:
+    """Read a YAML configuration, then apply `key=value` overrides, whose values are YAML too, then `keys`.
+
+    An override may reach into the workers: `workers.0.role=decode`.
+
+    Raises:
+        ConfigError: no such file, not a mapping, a bad override or a bad value.
+    """
+    path = find_config(name_or_path)
+    values = _parse_yaml("config", path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(values, dict):
+        raise ConfigError("config", str(path), "a YAML file that holds a mapping")
+    seen: set[str] = set()
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise ConfigError("--set", override, "key=value")
+        if key in seen:
+            raise ConfigError("--set", override, f"{key} only once")
+        seen.add(key)
+        _assign(values, key, _parse_yaml(key, text, text))
+    return EngineConfig.from_dict({**values, **keys})
+
+
+def check_devices(config: EngineConfig, num_gpus: int) -> None:
+    """Raise ConfigError for a worker whose GPU is not there."""
+    for i, worker in enumerate(config.workers):
+        if worker.cuda_index is not None and worker.cuda_index >= num_gpus:
+            raise ConfigError(f"workers.{i}.device", worker.device, ["cpu", *(f"cuda:{n}" for n in range(num_gpus))])
+
+
+def _is_count(value: object, least: int, most: float = math.inf) -> bool:
+    return type(value) is int and least <= value <= most
+
+
+def _check_keys(what: str, values: Mapping[str, Any], known: Sequence[str]) -> None:
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise ConfigError(what, key, ", ".join(known) + hint)
+
+
+def _parse_workers(entries: object) -> tuple[WorkerConfig, ...]:
+    if not isinstance(entries, (list, tuple)) or not entries:
+        raise ConfigError("workers", entries, "a non-empty list of {device: cpu or cuda:N, role: ..., count: ...}")
+    return tuple(worker for i, entry in enumerate(entries) for worker in _parse_worker(f"workers.{i}", entry))
+
+
+def _parse_worker(where: str, entry: object) -> list[WorkerConfig]:
+    if isinstance(entry, WorkerConfig):
+        return [entry]
+    if not isinstance(entry, Mapping):
+        raise ConfigError(where, entry, "a mapping {device: cpu or cuda:N, role: ..., count: ...}")
+    _check_keys(f"{where} key", entry, ["device", "role", "count"])
+    count = entry.get("count", 1)
+    if not _is_count(count, 1):
+        raise ConfigError(f"{where}.count", count, "an integer >= 1")
+    try:
+        return [WorkerConfig(**{key: value for key, value in entry.items() if key != "count"})] * count
+    except ConfigError as error:
+        raise ConfigError(f"{where}.{error.field}", error.value, error.allowed) from None
+
+
+def _parse_yaml(field_name: str, text: str, shown: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(field_name, shown, f"valid YAML ({' '.join(str(error).split())})") from None
+
+
+def _assign(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set `values[a][b]...` for the dotted key a.b..., where numbers index lists."""
+    *parents, last = key.split(".")
+    node: Any = values
+    try:
+        for name in parents:
+            node = node[int(name)] if isinstance(node, list) else node[name]
+        node[int(last) if isinstance(node, list) else last] = value
+    except (KeyError, IndexError, ValueError, TypeError):
+        raise ConfigError("--set", f"{key}={value}", "a key, or a path into what the configuration has") from None
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """Scaling of rotary embeddings; the fields of the Hugging Face entry of the same name."""
+
+    kind: str  # default | linear | llama3 | yarn
+    factor: float = 1.0
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    attention_factor: float | None = None  # yarn
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    mscale: float | None = None  # yarn
+    mscale_all_dim: float | None = None  # yarn
+    truncate: bool = True  # yarn
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The shape of a decoder-only model, read from its Hugging Face configuration."""
+
+    architecture: str  # llama | qwen2 | qwen3
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling = field(default=RopeScaling("default"))
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    dtype: str = "float32"  # the dtype to run in: float32 | bfloat16 | float16
+    eos_token_ids: tuple[int, ...] = ()  # of config and generation_config
+
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of K and V of one token over all layers."""
+        itemsize = 4 if self.dtype == "float32" else 2
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize

@@ -1,0 +1,215 @@
+"""Text from token ids as they come, for sequences that stream or have stop strings.
+
+`StoppableText` is one sequence's text. It joins `IncrementalDetokenizer`, which gives out only text that no later token
+can change (never a part of a UTF-8 character), and `StopStrings`, which holds text back for as long as it may be the
+beginning of a stop string. `TokenPieces` is what all sequences share. None of them knows of requests or of the engine.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+from tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    TokenizerLike: TypeAlias = "TokenPieces | Tokenizer | PreTrainedTokenizerFast"
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+MAX_CHARACTER_BYTES = 4  # of UTF-8
+MAX_HELD_IDS = 8  # from here on, ids that never become a character are looked through for text that is settled
+
+
+class TokenPieces(dict[int, "str | None"]):
+    """The text of every token that stands for itself, looked up once: `pieces[token_id]`.
+
+    None is a token whose text depends on its neighbours: a part of a character, or a byte token, since decoders take
+    a run of those as one. The text is the one inside of a text, where no decoder strips a leading space.
+
+    Args:
+        tokenizer: a fast tokenizer, transformers' or the `tokenizers` library's own
+        skip_special_tokens: leave special tokens out of the text
+    """
+
+    def __init__(self, tokenizer: Tokenizer | PreTrainedTokenizerFast, skip_special_tokens: bool = True) -> None:
+        super().__init__()
+        self._tokenizer: Tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        self._skip_special_tokens = skip_special_tokens
+        byte_ids = (self._tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+        self.byte_ids = frozenset(token_id for token_id in byte_ids if token_id is not None)
+        plain = (i for i in range(self._tokenizer.get_vocab_size()) if i not in self.byte_ids)
+        self._anchor = next(token_id for token_id in plain if self.decode([token_id]).isalnum())
+        self._anchor_text = self.decode([self._anchor])
+
+    def __missing__(self, token_id: int) -> str | None:
+        text = self.decode_inside([token_id])
+        self[token_id] = None if token_id in self.byte_ids or text.endswith(REPLACEMENT) else text
+        return self[token_id]
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The text of ids that are a whole text."""
+        return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
+
+    def decode_inside(self, token_ids: list[int]) -> str:
+        """The text of ids that come after other text."""
+        return self.decode([self._anchor, *token_ids])[len(self._anchor_text) :]
+
+
+class IncrementalDetokenizer:
+    """Decodes the output of one sequence.
+
+    The pieces together are what decoding the whole output gives. Where a decoder strips the space at the beginning of
+    a text (SentencePiece's do) and a prompt with text went before, that space is kept.
+
+    Args:
+        tokenizer: best its `TokenPieces`, shared by all sequences; they are made here of a tokenizer as such
+        prompt_token_ids: what goes before the output
+    """
+
+    def __init__(self, tokenizer: TokenizerLike, prompt_token_ids: Sequence[int]) -> None:
+        self._pieces = pieces = tokenizer if isinstance(tokenizer, TokenPieces) else TokenPieces(tokenizer)
+        self._held: list[int] = []  # ids whose text is not final yet
+        self._is_inside = any(pieces[token_id] != "" for token_id in reversed(prompt_token_ids))  # text went before
+        self._is_plain = self._is_inside  # nothing held, text went before: a piece is its token's own
+
+    def push(self, token_ids: Iterable[int]) -> str:
+        """Take the next ids; returns the text that has become final, perhaps none."""
+        text = ""
+        for token_id in token_ids:
+            piece = self._pieces[token_id]
+            text += piece if self._is_plain and piece is not None else self._push_held(token_id)
+        return text
+
+    def finish(self) -> str:
+        """The text still held back when no more ids will come; broken characters become U+FFFD."""
+        return self._give_out(len(self._held))
+
+    def _push_held(self, token_id: int) -> str:
+        if self._pieces[token_id] == "":
+            return ""
+        self._held.append(token_id)
+        self._is_plain = False
+        if token_id in self._pieces.byte_ids:
+            return ""
+        if self._decode(self._held).endswith(REPLACEMENT):
+            return self._give_out(self._num_settled())
+        return self._give_out(len(self._held))
+
+    def _num_settled(self) -> int:
+        """How many held ids no later one can reach, with a border between characters after them."""
+        if len(self._held) < MAX_HELD_IDS:
+            return 0
+        text = self._decode(self._held)
+        for cut in range(len(self._held) - MAX_CHARACTER_BYTES, 0, -1):  # an id has at least one byte
+            if self._decode(self._held[:cut]) + self._pieces.decode_inside(self._held[cut:]) == text:
+                return cut
+        return 0
+
+    def _give_out(self, num_ids: int) -> str:
+        text = self._decode(self._held[:num_ids])
+        if text:
+            self._held = self._held[num_ids:]
+            self._is_inside = True
+            self._is_plain = not self._held
+        return text
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self._pieces.decode_inside(token_ids) if self._is_inside else self._pieces.decode(token_ids)
+
+
+class StopStrings:
+    """Cuts a text that comes in pieces before its first stop string.
+
+    First is the one that is complete first, and of several that end together the longest, so that the result does not
+    depend on how the text was cut into pieces.
+
+    Args:
+        stop: at least one string, none of them empty
+    """
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self.matched: str | None = None  # the stop string that was found
+        self._stop = tuple(stop)
+        self._held = ""
+        beginnings = {re.escape(text[:length]) for text in stop for length in range(1, len(text))}
+        self._max_held = max(map(len, stop)) - 1
+        self._beginning_at_end = re.compile(f"(?:{'|'.join(sorted(beginnings))})\\Z") if beginnings else None
+
+    def push(self, piece: str, may_stop: bool = True) -> str:
+        """Take the next piece; returns the text that is certainly before any stop string, perhaps none.
+
+        With `may_stop` False, no stop string ends in this piece, but a later one may begin in it.
+        """
+        assert self.matched is None, "text after a stop string"
+        text = self._held + piece
+        ends = self._find_ends(text) if may_stop else []
+        if ends:
+            end, _, self.matched = min(ends)
+            self._held = ""
+            return text[: end - len(self.matched)]
+        cut = self._first_possible_start(text)
+        self._held = text[cut:]
+        return text[:cut]
+
+    def finish(self) -> str:
+        """The text still held back when no more will come."""
+        held, self._held = self._held, ""
+        return held
+
+    def _find_ends(self, text: str) -> list[tuple[int, int, str]]:
+        """(end, -length, stop string) of each one's first occurrence that ends behind the text already held."""
+        new = len(self._held) + 1
+        starts = [(text.find(stop, max(0, new - len(stop))), stop) for stop in self._stop]
+        return [(start + len(stop), -len(stop), stop) for start, stop in starts if start >= 0]
+
+    def _first_possible_start(self, text: str) -> int:
+        """Where the longest end of `text` begins that is the beginning of a stop string; its length if none is."""
+        if self._beginning_at_end is None:
+            return len(text)
+        match = self._beginning_at_end.search(text, max(0, len(text) - self._max_held))
+        return match.start() if match else len(text)
+
+
+class StoppableText:
+    """The text of one sequence's output, up to its first stop string.
+
+    Args:
+        tokenizer: as for `IncrementalDetokenizer`
+        prompt_token_ids: what goes before the output
+        stop: strings that end the text, and are no part of it
+    """
+
+    def __init__(self, tokenizer: TokenizerLike, prompt_token_ids: Sequence[int], stop: Sequence[str] = ()) -> None:
+        self.stopped_by: str | None = None  # the stop string that was found
+        self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_token_ids)
+        self._stop_strings = StopStrings(stop) if stop else None
+        self._given_out: list[str] = []
+
+    @property
+    def text(self) -> str:
+        """All that was given out."""
+        return "".join(self._given_out)
+
+    def push(self, token_ids: Iterable[int], may_stop: bool = True) -> str:
+        """Take the next ids; returns the text that has become final, none once stopped."""
+        if self.stopped_by is not None:
+            return ""
+        piece = self._detokenizer.push(token_ids)
+        if self._stop_strings is not None:
+            piece = self._stop_strings.push(piece, may_stop)
+            self.stopped_by = self._stop_strings.matched
+        self._given_out.append(piece)
+        return piece
+
+    def finish(self) -> str:
+        """The text still held back when no more ids will come."""
+        if self.stopped_by is not None:
+            return ""
+        piece = self._detokenizer.finish()
+        if self._stop_strings is not None:
+            piece = self._stop_strings.push(piece, may_stop=False) + self._stop_strings.finish()
+        self._given_out.append(piece)
+        return piece

@@ -1,0 +1,207 @@
+"""Rows of JSON through an `LLM`: one line is one request, and one line of answer, in the same order.
+
+A row holds one of `prompt`, `prompt_token_ids` and `messages`, any field of `SamplingParams`, and a `request_id` if
+wanted. A row that cannot be served becomes an answer with `error`; the others are served. Input may be endless: a
+bounded number of rows is on its way, submitted by the caller's thread, waited for and written by one of its own.
+Knows the public face of the library, but imports none of it: the `LLM` is given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from queue import Queue
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from nanopd.errors import RequestError
+from nanopd.messages import SamplingParams
+
+if TYPE_CHECKING:
+    from nanopd.llm import LLM, RequestHandle
+    from nanopd.outputs import RequestOutput
+
+PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
+SAMPLING_KEYS = tuple(f.name for f in fields(SamplingParams))
+ROW_KEYS = (*PROMPT_KEYS, "request_id", *SAMPLING_KEYS)
+METRIC_KEYS = (
+    "queue_ms",
+    "ttft_ms",
+    "first_gap_ms",
+    "tpot_ms",
+    "e2e_ms",
+    "num_prompt_tokens",
+    "num_cached_tokens",
+    "num_output_tokens",
+    "num_preemptions",
+)
+
+Row = dict[str, Any]
+
+
+def serve_rows(
+    llm: LLM,
+    lines: Iterable[str | bytes],
+    sampling: Mapping[str, Any],
+    write: Callable[[Row], None],
+    window: int,
+) -> int:
+    """Serve every line and `write` its answer, in order; returns how many failed.
+
+    `sampling` holds for rows that do not say otherwise. At most `window` rows are submitted and not yet written. When
+    interrupted, what runs is aborted, written as far as it got, and the interruption goes on.
+    """
+    total = len(lines) if isinstance(lines, list) else None
+    unfinished: deque[RequestHandle] = deque()
+    with tqdm(total=total, desc="requests", unit="req", file=sys.stderr, disable=None) as progress:
+        answers = _Answers(write, window, progress)
+        try:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                job = _submit(llm, number, line, sampling)
+                if job.handle:
+                    unfinished.append(job.handle)
+                answers.put(job)
+                while unfinished and unfinished[0].done():
+                    unfinished.popleft()
+            answers.close()
+        except BaseException:
+            for handle in unfinished:
+                if not handle.done():
+                    handle.abort()
+            with contextlib.suppress(Exception):  # the first error is the one to tell
+                answers.close()
+            raise
+    return answers.num_failed
+
+
+def parse_row(line: str | bytes) -> Row:
+    """The JSON object of a line, with only known keys and one prompt. Raises RequestError."""
+    try:
+        row = json.loads(line)
+        json.dumps(row, ensure_ascii=False).encode()  # an escaped lone surrogate is no text
+    except ValueError as error:
+        raise RequestError("row", line[:60], f"a JSON object in UTF-8 ({error})") from None
+    if not isinstance(row, dict):
+        raise RequestError("row", line[:60], "a JSON object")
+    for key in row:
+        if key not in ROW_KEYS:
+            raise RequestError("key", key, ROW_KEYS)
+    if sum(key in row for key in PROMPT_KEYS) != 1:
+        raise RequestError("row", line[:60], f"exactly one of {', '.join(PROMPT_KEYS)}")
+    _check_types(row)
+    return row
+
+
+def _check_types(row: Row) -> None:
+    for key, kind, item in (("prompt", str, str), ("prompt_token_ids", list, int), ("messages", list, dict)):
+        value = row.get(key, kind())
+        if not isinstance(value, kind) or not all(isinstance(element, item) for element in value):
+            raise RequestError(key, value, "text" if kind is str else f"a list of {item.__name__}")
+    if not isinstance(row.get("request_id", ""), str):
+        raise RequestError("request_id", row["request_id"], "text")
+
+
+@dataclass(slots=True)
+class _Job:
+    """A row on its way: submitted, or refused with an error."""
+
+    line: int  # from 1
+    row: Row
+    handle: RequestHandle | None = None
+    error: str | None = None
+
+    def answer(self) -> Row:
+        """Wait for the result."""
+        echo = {"line": self.line} | {key: self.row[key] for key in ("request_id", *PROMPT_KEYS) if key in self.row}
+        if self.handle is None:
+            return echo | {"error": self.error}
+        return echo | _answer(self.handle.result())
+
+
+def _submit(llm: LLM, number: int, line: str | bytes, sampling: Mapping[str, Any]) -> _Job:
+    job = _Job(number, {})
+    try:
+        job.row = parse_row(line)
+        params = _sampling_params(job.row, sampling)
+        prompt: Any = job.row.get("prompt", job.row.get("prompt_token_ids"))
+        if "messages" in job.row:
+            prompt = llm.encode_chat(job.row["messages"])
+        job.handle = llm.submit(prompt, params, request_id=job.row.get("request_id"))
+    except RequestError as error:
+        job.error = str(error)
+        tqdm.write(f"line {number}: {error}", file=sys.stderr)
+    return job
+
+
+def _sampling_params(row: Row, defaults: Mapping[str, Any]) -> SamplingParams:
+    given = {key: row[key] for key in SAMPLING_KEYS if key in row}
+    try:
+        return SamplingParams(**{**defaults, **given})
+    except TypeError as error:  # a value that cannot be compared with its limits
+        raise RequestError("sampling", given, f"values of the right types ({error})") from None
+
+
+def _answer(output: RequestOutput) -> Row:
+    """What became of a request; with an error comes whatever was generated before it."""
+    completion = output.outputs[0]
+    row = {
+        "request_id": output.request_id,
+        "prompt": output.prompt,
+        "text": completion.text,
+        "token_ids": list(completion.token_ids),
+        "finish_reason": completion.finish_reason,
+        "route": str(output.route) if output.route else None,
+        "metrics": {key: getattr(output.metrics, key) for key in METRIC_KEYS},
+    }
+    return row | ({"error": output.error} if output.error else {})
+
+
+class _Answers:
+    """Waits for jobs in their order and writes their answers, in a thread of its own.
+
+    `put` blocks while `window` answers wait. An error in the thread is raised by the next `put` or by `close`; jobs
+    after it are waited for, but not written.
+    """
+
+    def __init__(self, write: Callable[[Row], None], window: int, progress: tqdm) -> None:
+        self.num_failed = 0
+        self._write = write
+        self._progress = progress
+        self._jobs: Queue[_Job | None] = Queue(window)
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._write_all, name="nanopd-answers", daemon=True)
+        self._thread.start()
+
+    def put(self, job: _Job) -> None:
+        self._jobs.put(job)
+        if self._error:
+            raise self._error
+
+    def close(self) -> None:
+        """Wait until everything is written."""
+        self._jobs.put(None)
+        self._thread.join()
+        if self._error:
+            raise self._error
+
+    def _write_all(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                self._finish(job)
+            except Exception as error:
+                self._error = self._error or error
+
+    def _finish(self, job: _Job) -> None:
+        row = job.answer()
+        self.num_failed += "error" in row
+        self._progress.update()
+        if self._error is None:
+            self._write(row)

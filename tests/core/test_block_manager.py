@@ -1,0 +1,240 @@
+"""Block manager against a brute-force model that keeps the tokens of every block, as a worker would."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from nanopd.core.block_manager import NULL_BLOCK, BlockManager, OutOfBlocks
+
+GARBAGE = -1
+INDEX = st.integers(0, 1000)
+
+
+class ModelSequence:
+    def __init__(self, table: list[int], tokens: list[int]) -> None:
+        self.table = table
+        self.tokens = tokens
+
+
+class BlockManagerMachine(RuleBasedStateMachine):
+    """`memory` is written where the manager lets a sequence write; every sequence must read its own tokens back."""
+
+    @initialize(num_blocks=st.integers(2, 12), block_size=st.integers(1, 4))
+    def start(self, num_blocks: int, block_size: int) -> None:
+        self.manager = BlockManager(num_blocks, block_size)
+        self.memory = [[GARBAGE] * block_size for _ in range(num_blocks)]
+        self.sequences: list[ModelSequence] = []
+        self.plans: list[tuple[list[int], list[list[int]]]] = []  # pinned blocks, their contents when pinned
+        self.next_token = 0
+
+    # ------------------------------------------------------------------------------------------- the model
+
+    def owners(self, block: int) -> int:
+        tables = [sequence.table for sequence in self.sequences] + [blocks for blocks, _ in self.plans]
+        return sum(table.count(block) for table in tables)
+
+    def num_free(self) -> int:
+        return sum(self.owners(block) == 0 for block in range(1, self.manager.num_blocks))
+
+    def write(self, sequence: ModelSequence, start: int, tokens: list[int]) -> None:
+        size = self.manager.block_size
+        sequence.tokens = sequence.tokens[:start] + tokens
+        for position, token in enumerate(tokens, start):
+            block = sequence.table[position // size]
+            assert self.owners(block) == 1 and block != NULL_BLOCK
+            self.memory[block][position % size] = token
+
+    def new_tokens(self, count: int) -> list[int]:
+        self.next_token += count
+        return list(range(self.next_token - count, self.next_token))
+
+    def allocate_or_none(self, num_blocks: int) -> list[int] | None:
+        free = self.num_free()
+        assert self.manager.can_allocate(num_blocks) == (num_blocks <= free)
+        if num_blocks <= free:
+            return self.manager.allocate(num_blocks)
+        with pytest.raises(OutOfBlocks) as error:
+            self.manager.allocate(num_blocks)
+        assert (error.value.num_needed, error.value.num_free) == (num_blocks, free)
+        return None
+
+    # ------------------------------------------------------------------------------------------- operations
+
+    @rule(num_tokens=st.integers(0, 12), num_reserved=st.integers(0, 2))
+    def allocate(self, num_tokens: int, num_reserved: int) -> None:
+        num_blocks = next(n for n in range(13) if n * self.manager.block_size >= num_tokens)
+        assert self.manager.blocks_for(num_tokens) == num_blocks
+        table = self.allocate_or_none(num_blocks + num_reserved)
+        if table is not None:
+            self.sequences.append(ModelSequence(table, []))
+            self.write(self.sequences[-1], 0, self.new_tokens(num_tokens))
+
+    @precondition(lambda self: self.sequences)
+    @rule(index=INDEX, num_rewritten=st.sampled_from([0, 0, 0, 1, 5]), num_new=st.sampled_from([1, 1, 1, 2, 3, 7]))
+    def append(self, index: int, num_rewritten: int, num_new: int) -> None:
+        sequence = self.sequences[index % len(self.sequences)]
+        start = max(0, len(sequence.tokens) - num_rewritten)
+        end = start + num_new
+        size, before = self.manager.block_size, list(sequence.table)
+        touched = sorted({position // size for position in range(start, end)})
+        replaced = [i for i in touched if i < len(before) and self.owners(before[i]) > 1]
+        num_needed = len(replaced) + len([i for i in range(touched[-1] + 1) if i >= len(before)])
+        fits = num_needed <= self.num_free()
+        assert self.manager.can_append(sequence.table, start, end) == fits
+        if not fits:
+            with pytest.raises(OutOfBlocks):
+                self.manager.append(sequence.table, start, end)
+            assert sequence.table == before
+            return
+        for src, dst in self.manager.append(sequence.table, start, end):
+            assert src in before and dst not in before
+            self.memory[dst] = list(self.memory[src])
+        assert len(sequence.table) == max(len(before), touched[-1] + 1)
+        assert [i for i, block in enumerate(before) if sequence.table[i] != block] == replaced
+        self.write(sequence, start, self.new_tokens(num_new))
+
+    @precondition(lambda self: self.sequences)
+    @rule(index=INDEX)
+    def fork(self, index: int) -> None:
+        parent = self.sequences[index % len(self.sequences)]
+        self.sequences.append(ModelSequence(self.manager.fork(parent.table), list(parent.tokens)))
+
+    @precondition(lambda self: self.sequences)
+    @rule(index=INDEX)
+    def free(self, index: int) -> None:
+        sequence = self.sequences.pop(index % len(self.sequences))
+        self.manager.free(sequence.table)
+        assert sequence.table == []
+
+    @precondition(lambda self: self.sequences)
+    @rule(index=INDEX)
+    def preempt(self, index: int) -> None:
+        sequence = self.sequences.pop(index % len(self.sequences))
+        self.manager.free(sequence.table)
+        self.overwrite_free_blocks()
+        table = self.allocate_or_none(self.manager.blocks_for(len(sequence.tokens)))
+        if table is not None:
+            self.sequences.append(ModelSequence(table, []))
+            self.write(self.sequences[-1], 0, sequence.tokens)
+
+    @precondition(lambda self: self.sequences)
+    @rule(index=INDEX, num_blocks=st.integers(0, 4))
+    def pin(self, index: int, num_blocks: int) -> None:
+        blocks = self.sequences[index % len(self.sequences)].table[:num_blocks]
+        self.manager.pin(np.array(blocks, np.int32))
+        self.plans.append((blocks, [list(self.memory[block]) for block in blocks]))
+
+    @precondition(lambda self: self.plans)
+    @rule(index=INDEX)
+    def unpin(self, index: int) -> None:
+        blocks, _ = self.plans.pop(index % len(self.plans))
+        self.manager.unpin(np.array(blocks, np.int32))
+
+    # ------------------------------------------------------------------------------------------- what must hold
+
+    @invariant()
+    def overwrite_free_blocks(self) -> None:
+        for block, contents in enumerate(self.memory):
+            if self.owners(block) == 0:
+                contents[:] = [GARBAGE] * len(contents)
+
+    @invariant()
+    def sequences_read_their_own_tokens(self) -> None:
+        size = self.manager.block_size
+        for sequence in self.sequences:
+            read = [self.memory[sequence.table[i // size]][i % size] for i in range(len(sequence.tokens))]
+            assert read == sequence.tokens
+            assert all(type(block) is int for block in sequence.table)
+
+    @invariant()
+    def pinned_blocks_keep_their_contents(self) -> None:
+        for blocks, contents in self.plans:
+            assert [self.memory[block] for block in blocks] == contents
+
+    @invariant()
+    def no_block_is_lost(self) -> None:
+        assert self.manager.num_free == self.num_free()
+        self.manager.check_integrity((s.table for s in self.sequences), (blocks for blocks, _ in self.plans))
+
+    def teardown(self) -> None:
+        if not hasattr(self, "manager"):
+            return
+        for sequence in self.sequences:
+            self.manager.free(sequence.table)
+        for blocks, _ in self.plans:
+            self.manager.unpin(blocks)
+        self.manager.check_integrity([])
+        assert sorted(self.manager.allocate(self.manager.num_usable)) == list(range(1, self.manager.num_blocks))
+
+
+TestBlockManagerMachine = BlockManagerMachine.TestCase
+TestBlockManagerMachine.settings = settings(
+    max_examples=500, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+
+
+# ------------------------------------------------------------------------------------------------- by hand
+
+
+def test_blocks_are_handed_out_in_the_order_in_which_they_became_free() -> None:
+    manager = BlockManager(num_blocks=6, block_size=4)
+    first, second = manager.allocate(2), manager.allocate(2)
+    assert (first, second) == ([1, 2], [3, 4])
+    manager.free(second)
+    manager.free(first)
+    assert manager.allocate(5) == [5, 3, 4, 1, 2]
+
+
+def test_append_copies_only_the_shared_block_that_keeps_tokens() -> None:
+    manager = BlockManager(num_blocks=8, block_size=4)
+    parent = manager.allocate(2)  # [1, 2]
+    child = manager.fork(parent)
+    assert manager.append(child, 6, 9) == [(2, 3)]
+    assert (parent, child) == ([1, 2], [1, 3, 4])
+    assert manager.append(parent, 6, 7) == []  # the child has let go of block 2
+    other = manager.fork(parent)
+    assert manager.append(other, 4, 6) == []  # block 2 is replaced, but none of its tokens is kept
+    assert other == [1, 5]
+    manager.check_integrity([parent, child, other])
+
+
+def test_pinned_block_outlives_its_table() -> None:
+    manager = BlockManager(num_blocks=3, block_size=1)
+    table = manager.allocate(2)
+    manager.pin([1])
+    manager.free(table)
+    assert manager.num_free == 1
+    manager.check_integrity([], pinned=[[1]])
+    manager.unpin([1])
+    assert manager.num_free == manager.num_usable == 2
+
+
+@pytest.mark.parametrize(
+    ("tables", "pinned", "block"),
+    [
+        ([[1, 2]], [], 3),  # lost: nobody holds it
+        ([[1, 2, 3, 4]], [], 4),  # held, but free
+        ([[1, 2], [3], [3]], [], 3),  # held once too often
+        ([[1, 2, 3]], [[2]], 2),  # pinned behind the manager's back
+        ([[1, 2, 3], [0]], [], 0),  # the null block
+        ([[1, 2, 3, 9]], [], 9),  # no such block
+    ],
+)
+def test_check_integrity_names_the_block(tables: list[list[int]], pinned: list[list[int]], block: int) -> None:
+    manager = BlockManager(num_blocks=6, block_size=4)
+    manager.check_integrity([manager.allocate(3)])
+    with pytest.raises(AssertionError, match=rf"^block {block}: "):
+        manager.check_integrity(tables, pinned)
+
+
+def test_double_free_is_an_assertion() -> None:
+    manager = BlockManager(num_blocks=4, block_size=4)
+    table = manager.allocate(1)
+    stale = list(table)
+    manager.free(table)
+    with pytest.raises(AssertionError, match="block 1 is free"):
+        manager.free(stale)

@@ -1,0 +1,110 @@
+"""A worker without a model: its KV cache holds token ids, and the next token is a hash of what it reads there.
+
+A block that is shared too long, freed too early, copied wrongly or moved too soon shows as a wrong token. Steps and
+transfers are carried out in any order that the real worker allows: steps in turn, plans whenever they like.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from random import Random
+
+import numpy as np
+
+from nanopd.config import EngineConfig, ModelConfig
+from nanopd.errors import WorkerError
+from nanopd.messages import RowFlag, StepBatch, StepResult, TransferAck, TransferPlan
+
+VOCAB_SIZE = 64
+EOS = 7
+
+
+def model_config(max_len: int = 512) -> ModelConfig:
+    return ModelConfig("llama", VOCAB_SIZE, 8, 8, 1, 1, 1, 8, max_len, 1e-5, 1e4, eos_token_ids=(EOS,))
+
+
+def next_token(context: np.ndarray) -> int:
+    """The model: context [num_tokens] -> token id."""
+    return zlib.crc32(np.ascontiguousarray(context, np.int64).tobytes()) % VOCAB_SIZE
+
+
+def generate(prompt: list[int], max_tokens: int, stop_ids: tuple[int, ...] = (EOS,)) -> list[int]:
+    """What any correct engine answers."""
+    tokens = list(prompt)
+    for _ in range(max_tokens):
+        tokens.append(next_token(np.array(tokens)))
+        if tokens[-1] in stop_ids:
+            break
+    return tokens[len(prompt) :]
+
+
+class SymbolicWorker:
+    """A WorkerClient. `rng` decides how much gets done in a poll, and in which order; None: everything at once."""
+
+    def __init__(self, config: EngineConfig, num_blocks: int, rng: Random | None, max_len: int = 512) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = config.block_size
+        self.kv = np.full((num_blocks, config.block_size), -1, np.int64)
+        self.tables = np.zeros((config.num_slots, -(-max_len // config.block_size)), np.int64)
+        self.last_tokens = np.full(config.num_slots, -1, np.int64)
+        self.peers: list[SymbolicWorker] = []
+        self.is_dead = False
+        self._rng = rng
+        self._steps: deque[StepBatch] = deque()
+        self._plans: list[TransferPlan] = []
+
+    def send(self, message: StepBatch | TransferPlan) -> None:
+        (self._steps if isinstance(message, StepBatch) else self._plans).append(message)
+
+    def poll(self) -> list[StepResult | TransferAck]:
+        if self.is_dead:
+            raise WorkerError(0, "killed by the test")
+        results: list[StepResult | TransferAck] = []
+        while (self._steps or self._plans) and (self._rng is None or self._rng.random() < 0.6):
+            if self._plans and (not self._steps or (self._rng is not None and self._rng.random() < 0.5)):
+                index = self._rng.randrange(len(self._plans)) if self._rng is not None else 0
+                results.append(self._move(self._plans.pop(index)))
+            else:
+                results.append(self._step(self._steps.popleft()))
+        return results
+
+    def _move(self, plan: TransferPlan) -> TransferAck:
+        self.kv[plan.dst_blocks] = self.peers[plan.src_worker].kv[plan.src_blocks]
+        return TransferAck(plan.plan_id, 1, 1)
+
+    def _step(self, batch: StepBatch) -> StepResult:
+        updates = batch.table_updates
+        for slot in batch.slot_inits["slot"]:
+            self.tables[slot], self.last_tokens[slot] = 0, -1
+        self.tables[updates["slot"], updates["index"]] = updates["block_id"]
+        self.kv[batch.copies["dst"]] = self.kv[batch.copies["src"]]
+        sampled, taken = [], 0
+        for slot, start, length, flags in zip(
+            batch.row_slots, batch.row_starts, batch.row_lens, batch.row_flags, strict=True
+        ):
+            if flags & RowFlag.FROM_SLOT:
+                tokens = self.last_tokens[slot : slot + 1]
+            else:
+                tokens, taken = batch.token_ids[taken : taken + length], taken + length
+            positions = np.arange(start, start + length)
+            blocks = self.tables[slot, positions // self.block_size]
+            assert (blocks > 0).all(), "writes to the null block"
+            self.kv[blocks, positions % self.block_size] = tokens
+            if flags & RowFlag.SAMPLE:
+                sampled.append((slot, start + length))
+        tokens = []
+        for slot, num_tokens in sampled:  # after all writes, as in a real forward pass
+            positions = np.arange(num_tokens)
+            context = self.kv[self.tables[slot, positions // self.block_size], positions % self.block_size]
+            self.last_tokens[slot] = next_token(context)
+            tokens.append(self.last_tokens[slot])
+        none = np.empty(0, np.int32)
+        return StepResult(batch.step_id, 1, np.array(tokens, np.int32), none, none, np.empty(0, np.float32))
+
+
+def symbolic_workers(config: EngineConfig, num_blocks: list[int], rng: Random | None) -> list[SymbolicWorker]:
+    workers = [SymbolicWorker(config, n, rng) for n in num_blocks]
+    for worker in workers:
+        worker.peers = workers
+    return workers

@@ -1,0 +1,215 @@
+"""The sampler against transformers' logits processors, exact distributions and published known answers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from torch import Tensor
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from nanopd.messages import MAX_LOGPROBS, SLOT_INIT
+from nanopd.worker.sampler import Sampler, draw_token, fixed_point, keep_threshold, philox4x32, uniform_numbers
+
+
+def make_sampler(vocab_size: int, slots: list[dict], stop_ids: list[list[int]] | None = None) -> Sampler:
+    """A sampler whose slot i has the fields of slots[i] over defaults, entered in reverse order."""
+    stop_ids = stop_ids or [[] for _ in slots]
+    records = np.zeros(len(slots), SLOT_INIT)
+    for slot, (record, fields) in enumerate(zip(records, slots, strict=True)):
+        defaults = {"slot": slot, "temperature": 1.0, "top_p": 1.0, "num_logprobs": -1}
+        for name, value in {**defaults, **fields, "num_stop_ids": len(stop_ids[slot])}.items():
+            record[name] = value
+    sampler = Sampler(len(slots), vocab_size, "cpu")
+    flat = [token_id for ids in reversed(stop_ids) for token_id in ids]
+    sampler.apply(records[::-1].copy(), np.array(flat, np.int32))
+    return sampler
+
+
+def random_logits(num_rows: int, vocab_size: int, seed: int, scale: float = 3.0) -> Tensor:
+    return torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+# ------------------------------------------------------------------------------------------------- randomness
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ],
+)
+def test_philox_gives_the_known_answers_of_random123(counter: str, key: str, expected: str) -> None:
+    words = [np.array([[int(word, 16)] for word in text.split()], np.uint64) for text in (counter, key, expected)]
+    assert np.array_equal(philox4x32(words[0], words[1]), words[2])
+
+
+def test_uniform_numbers_are_uniform_and_distinct() -> None:
+    positions = np.arange(20_000)
+    by_position = uniform_numbers(np.full(20_000, 2**63 + 5, np.uint64), positions)
+    by_seed = uniform_numbers(positions.astype(np.uint64) << np.uint64(32), np.full(20_000, 7))
+    for numbers in (by_position, by_seed):
+        assert numbers.min() >= 0.0
+        assert numbers.max() < 1.0
+        assert len(np.unique(numbers)) == len(numbers)
+        assert stats.kstest(numbers, "uniform").pvalue > 0.001
+
+
+# ------------------------------------------------------------------------------------------------- distribution
+
+
+@pytest.mark.parametrize("vocab_size", [11, 1000, 5003])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 20.0])  # 20: nearly flat, top-p keeps most of the vocabulary
+@pytest.mark.parametrize(("top_k", "top_p"), [(1, 1.0), (10, 1.0), (700, 1.0), (0, 0.5), (0, 0.99), (50, 0.9)])
+def test_kept_tokens_are_those_of_transformers(vocab_size: int, temperature: float, top_k: int, top_p: float) -> None:
+    logits = random_logits(1, vocab_size, seed=vocab_size + top_k)
+    warpers = [TemperatureLogitsWarper(temperature)]
+    warpers += [TopKLogitsWarper(top_k)] if top_k else []
+    warpers += [TopPLogitsWarper(top_p)] if top_p < 1.0 else []
+    expected = torch.softmax(LogitsProcessorList(warpers)(None, logits), -1)[0]
+
+    probs = torch.softmax(logits[0] / temperature, -1)
+    weights = fixed_point(probs)
+    weights = weights.where(probs >= keep_threshold(probs, weights.sum(), top_k, top_p), 0)
+    torch.testing.assert_close((weights / weights.sum()).float(), expected, rtol=1e-5, atol=1e-10)
+    assert not ((weights > 0) & (expected == 0)).any()
+    assert not ((weights == 0) & (expected > 2.0**-39)).any()  # fixed point rounds less than 2**-40 to nothing
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"temperature": 0.5}, {"top_k": 4}, {"top_p": 0.7}, {"temperature": 2.0, "top_k": 6, "top_p": 0.8}],
+)
+def test_samples_follow_the_exact_distribution(fields: dict) -> None:
+    num_samples, logits = 4000, random_logits(1, 12, seed=1, scale=1.5)
+    sampler = make_sampler(12, [{"seed": 99, **fields}])
+    slots, positions = torch.zeros(num_samples, dtype=torch.int64), torch.arange(num_samples)
+    token_ids = sampler.sample(logits.expand(num_samples, -1), slots, positions)
+    counts = np.bincount(token_ids.numpy(), minlength=12)
+
+    warpers = [TemperatureLogitsWarper(fields.get("temperature", 1.0)), TopKLogitsWarper(fields.get("top_k", 12))]
+    warpers.append(TopPLogitsWarper(fields.get("top_p", 1.0)))
+    exact = torch.softmax(LogitsProcessorList(warpers)(None, logits.double()), -1)[0].numpy()
+    assert counts[exact == 0].sum() == 0
+    kept = exact > 0
+    assert stats.chisquare(counts[kept], exact[kept] * num_samples).pvalue > 0.001
+
+
+def test_tokens_as_likely_as_the_last_one_kept_are_kept() -> None:
+    logits = torch.tensor([2.0, 1.0, 1.0, 1.0, 0.0])
+    probs = torch.softmax(logits, -1)
+    total = fixed_point(probs).sum()
+    assert (probs >= keep_threshold(probs, total, 2, 1.0)).tolist() == [True, True, True, True, False]
+    assert (probs >= keep_threshold(probs, total, 0, 0.6)).tolist() == [True, True, True, True, False]
+    assert (probs >= keep_threshold(probs, total, 0, 1e-6)).tolist() == [True, False, False, False, False]
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1.0 - 2.0**-53])
+def test_draw_at_the_ends_of_the_unit_interval(uniform: float) -> None:
+    logits = torch.tensor([-math.inf, 0.0, 3.0, 0.5, -math.inf])
+    assert draw_token(logits, 1.0, 0, 1.0, uniform).item() == (1 if uniform == 0.0 else 3)
+
+
+# ------------------------------------------------------------------------------------------------- determinism
+
+FIELDS = st.fixed_dictionaries(
+    {
+        "temperature": st.sampled_from([0.0, 0.2, 1.0, 5.0]),
+        "top_p": st.sampled_from([1.0, 0.9, 0.1]),
+        "top_k": st.sampled_from([0, 1, 7, 600, 10**6]),
+        "seed": st.integers(0, 2**64 - 1),
+        "min_len": st.sampled_from([0, 10**6]),
+    }
+)
+
+
+@given(slots=st.lists(FIELDS, min_size=2, max_size=9), data=st.data(), vocab_size=st.sampled_from([1003, 4096]))
+@settings(max_examples=60)
+def test_a_row_does_not_depend_on_the_other_rows(slots: list[dict], data: st.DataObject, vocab_size: int) -> None:
+    num_rows = len(slots)
+    logits = random_logits(num_rows, vocab_size, seed=data.draw(st.integers(0, 100)))
+    positions = torch.tensor(data.draw(st.lists(st.integers(0, 10**6), min_size=num_rows, max_size=num_rows)))
+    sampler = make_sampler(vocab_size, slots, [[3, 5]] * num_rows)
+    together = sampler.sample(logits, torch.arange(num_rows), positions)
+    order = torch.tensor(data.draw(st.permutations(range(num_rows))))[: data.draw(st.integers(1, num_rows))]
+    assert torch.equal(sampler.sample(logits[order], order, positions[order]), together[order])
+
+
+def test_another_slot_gives_the_same_tokens_and_another_seed_others() -> None:
+    logits, positions = random_logits(1, 1000, seed=0).expand(50, -1), torch.arange(50)
+    sampler = make_sampler(1000, [{"seed": 1}, {"seed": 1}, {"seed": 2}])
+    tokens = [sampler.sample(logits, torch.full((50,), slot), positions) for slot in range(3)]
+    assert torch.equal(tokens[0], tokens[1])
+    assert not torch.equal(tokens[0], tokens[2])
+
+
+# ------------------------------------------------------------------------------------------------- greedy, min_tokens
+
+
+def test_greedy_takes_the_first_of_equal_logits() -> None:
+    logits = torch.zeros(3, 5000)
+    logits[1, [17, 4000]] = 1.0
+    logits[2, -1] = 1.0
+    sampler = make_sampler(5000, [{"temperature": 0.0}] * 3)
+    assert sampler.sample(logits, torch.arange(3), torch.zeros(3, dtype=torch.int64)).tolist() == [0, 17, 4999]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.01])
+def test_stop_ids_are_masked_below_min_len(temperature: float) -> None:
+    logits = torch.tensor([[0.0, 9.0, 5.0, 7.0, -1.0]]).repeat(4, 1)
+    before = logits.clone()
+    fields = {"temperature": temperature, "min_len": 10}
+    sampler = make_sampler(5, [fields] * 4, [[1, 3], [1], [], [1, 3]])
+    token_ids = sampler.sample(logits, torch.arange(4), torch.tensor([9, 3, 9, 10]))
+    assert token_ids.tolist() == [2, 3, 1, 1]  # the last one has reached min_len
+    assert torch.equal(logits, before), "logprobs are taken of these logits later"
+
+
+def test_a_slot_forgets_its_last_sequence() -> None:
+    sampler = make_sampler(4, [{"temperature": 0.0, "min_len": 5}], [[2]])
+    record = np.zeros(1, SLOT_INIT)
+    record["min_len"], record["num_stop_ids"] = 5, 1
+    message = np.array([0], np.int32)
+    sampler.apply(record, message)
+    message[:] = 2  # the ring's memory is written again
+    token_ids = sampler.sample(torch.tensor([[9.0, 1.0, 8.0, 1.0]]), torch.tensor([0]), torch.tensor([0]))
+    assert token_ids.tolist() == [2]
+
+
+# ------------------------------------------------------------------------------------------------- logprobs
+
+
+def test_logprobs_are_those_of_the_raw_logits() -> None:
+    wanted = [3, -1, 0, MAX_LOGPROBS]
+    slots = [{"num_logprobs": n, "temperature": 0.3, "top_k": 2, "min_len": 99} for n in wanted]
+    sampler = make_sampler(300, slots, [[0, 1, 2]] * 4)
+    logits, token_ids = random_logits(4, 300, seed=4), torch.tensor([5, 6, 7, 8])
+    rows, ids, values = sampler.logprobs(logits, torch.arange(4), token_ids)
+    assert rows.tolist() == [0, 2, 3]
+    exact = torch.log_softmax(logits.double(), -1)
+    ids, values = ids.view(3, -1), values.view(3, -1)
+    assert (ids.dtype, values.dtype, ids.shape) == (torch.int32, torch.float32, (3, 1 + MAX_LOGPROBS))
+    for row, row_ids, row_values in zip(rows, ids, values, strict=True):
+        n = wanted[row]
+        expected = [int(token_ids[row]), *exact[row].argsort(descending=True)[:n].tolist()]
+        assert row_ids.tolist() == expected + [-1] * (MAX_LOGPROBS - n)
+        torch.testing.assert_close(row_values[: n + 1].double(), exact[row, expected], rtol=1e-5, atol=1e-5)
+
+
+def test_logprobs_of_a_vocabulary_smaller_than_the_columns() -> None:
+    sampler = make_sampler(4, [{"num_logprobs": MAX_LOGPROBS}])
+    _, ids, _ = sampler.logprobs(torch.tensor([[1.0, 3.0, 2.0, 0.0]]), torch.tensor([0]), torch.tensor([2]))
+    assert ids.tolist() == [2, 1, 2, 0, 3] + [-1] * (MAX_LOGPROBS - 4)
+
+
+def test_no_logprobs_wanted() -> None:
+    sampler = make_sampler(4, [{}])
+    rows, ids, values = sampler.logprobs(torch.zeros(1, 4), torch.tensor([0]), torch.tensor([2]))
+    assert len(rows) == len(ids) == len(values) == 0
