@@ -8,18 +8,17 @@ microseconds of parent time per step of one worker (all of its sequences), the m
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 
 import numpy as np
 from report import Row, emit
 
 from nanopd.config import EngineConfig, ModelConfig
+from nanopd.demo_model import NAME as DEMO_MODEL
 from nanopd.detokenizer import StoppableText
 from nanopd.engine import Engine
 from nanopd.ipc.channel import channel
 from nanopd.messages import SamplingParams, StepBatch, StepResult, TransferAck, TransferPlan
-from nanopd.demo_model import NAME as DEMO_MODEL
 from nanopd.model_files import load_tokenizer, resolve
 from nanopd.wire import decode, encode, encoded_size
 

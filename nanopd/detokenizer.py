@@ -134,6 +134,7 @@ class StopStrings:
         self.matched: str | None = None  # the stop string that was found
         self._stop = tuple(stop)
         self._held = ""
+        self._first_character = re.compile(f"[{''.join(re.escape(text[0]) for text in stop)}]")
         beginnings = {re.escape(text[:length]) for text in stop for length in range(1, len(text))}
         self._max_held = max(map(len, stop)) - 1
         self._beginning_at_end = re.compile(f"(?:{'|'.join(sorted(beginnings))})\\Z") if beginnings else None
@@ -144,6 +145,8 @@ class StopStrings:
         With `may_stop` False, no stop string ends in this piece, but a later one may begin in it.
         """
         assert self.matched is None, "text after a stop string"
+        if not self._held and self._first_character.search(piece) is None:
+            return piece  # nearly always
         text = self._held + piece
         ends = self._find_ends(text) if may_stop else []
         if ends:

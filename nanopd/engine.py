@@ -25,6 +25,7 @@ from nanopd.routing.router import Router
 
 logger = logging.getLogger(__name__)
 
+
 class WorkerClient(Protocol):
     """A worker as the engine sees it."""
 
@@ -348,7 +349,9 @@ class Engine:
         num_prompt, max_tokens = len(prompt_token_ids), params.max_tokens or 1
         if num_prompt + max_tokens > max_len:
             what = f"{num_prompt} prompt tokens + {max_tokens} output tokens"
-            raise RequestError("max_tokens" if num_prompt < max_len else "prompt", what, f"max_model_len={max_len} in all")
+            raise RequestError(
+                "max_tokens" if num_prompt < max_len else "prompt", what, f"max_model_len={max_len} in all"
+            )
         if deadline_s is not None and not deadline_s > 0:
             raise RequestError("deadline_s", deadline_s, "None, or more than 0 seconds")
         if params.stop and self._make_text is None:

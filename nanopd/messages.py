@@ -10,6 +10,8 @@ the number of items of each section; behind them the sections themselves, each p
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from typing import ClassVar
@@ -17,6 +19,8 @@ from typing import ClassVar
 import numpy as np
 
 from nanopd.errors import RequestError
+
+MAX_LOGPROBS = 20  # per token; what StepResult has room for
 
 
 class Role(str, Enum):
@@ -73,23 +77,34 @@ class SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        checks = (
-            ("temperature", 0.0 <= self.temperature < float("inf"), "a finite number >= 0"),
-            ("top_p", 0.0 < self.top_p <= 1.0, "0 < top_p <= 1"),
-            ("top_k", self.top_k >= -1, "-1 or 0 (off), or a count"),
-            ("seed", self.seed is None or 0 <= self.seed < 2**64, "None, or 0 <= seed < 2**64"),
-            ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "None, or at least 1"),
-            ("min_tokens", 0 <= self.min_tokens <= (self.max_tokens or self.min_tokens), "0 <= min_tokens <= max_tokens"),
-            ("stop", all(isinstance(s, str) and s for s in self.stop), "non-empty strings"),
-            ("stop_token_ids", all(isinstance(t, int) and t >= 0 for t in self.stop_token_ids), "token ids >= 0"),
-            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"None, or 0 to {MAX_LOGPROBS}"),
-        )
-        for name, ok, allowed in checks:
-            if not ok:
+        for name, is_allowed, allowed in self._checks():
+            if not is_allowed:
                 raise RequestError(name, getattr(self, name), allowed)
 
+    def _checks(self) -> Iterator[tuple[str, bool, str]]:
+        """Field, whether its value is allowed, and what is; in an order in which later ones may rely on earlier."""
+        yield "temperature", _is_number(self.temperature, 0.0), "a finite number >= 0"
+        yield "top_p", _is_number(self.top_p, 0.0, 1.0) and self.top_p > 0, "0 < top_p <= 1"
+        yield "top_k", _is_count(self.top_k, -1), "-1 or 0 (off), or a count"
+        yield "seed", self.seed is None or _is_count(self.seed, 0, 2**64 - 1), "None, or 0 <= seed < 2**64"
+        yield "max_tokens", self.max_tokens is None or _is_count(self.max_tokens, 1), "None, or at least 1"
+        most = self.max_tokens or 2**31
+        yield "min_tokens", _is_count(self.min_tokens, 0, most), "0 <= min_tokens <= max_tokens"
+        yield "stop", all(isinstance(s, str) and s for s in self.stop), "non-empty strings"
+        yield "stop_token_ids", all(_is_count(t, 0) for t in self.stop_token_ids), "token ids >= 0"
+        yield "ignore_eos", isinstance(self.ignore_eos, bool), "true or false"
+        is_off = self.logprobs is None
+        yield "logprobs", is_off or _is_count(self.logprobs, 0, MAX_LOGPROBS), f"None, or 0 to {MAX_LOGPROBS}"
 
-MAX_LOGPROBS = 20
+
+def _is_count(value: object, least: int, most: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _is_number(value: object, least: float, most: float = math.inf) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return least <= value <= most and math.isfinite(value)
 
 
 class FinishReason(str, Enum):
@@ -293,4 +308,4 @@ class TransferAck:
 
     KIND: ClassVar = MessageKind.TRANSFER_ACK
     HEADER: ClassVar = ("plan_id", "duration_us", "num_bytes")
-    SECTIONS: ClassVar = {}
+    SECTIONS: ClassVar[dict[str, np.dtype]] = {}

@@ -173,8 +173,8 @@ def test_stop_strings_hold_back_no_more_than_a_beginning() -> None:
 
 
 def test_stop_strings_may_hold_pattern_characters() -> None:
-    strings = StopStrings([".*", "$$"])
-    assert strings.push("any text.") + strings.push(" costs $") == "any text. costs "
+    strings = StopStrings([".*", "$$", "^a]", "-]", "\\"])
+    assert strings.push("any text.") + strings.push(" costs ^") + strings.push("2 - 3 $") == "any text. costs ^2 - 3 "
     assert strings.push("$") == ""
     assert strings.matched == "$$"
 

@@ -12,8 +12,7 @@ from symbolic_worker import EOS, VOCAB_SIZE, generate, model_config, symbolic_wo
 from nanopd.config import EngineConfig, routes_for_policy
 from nanopd.core.sequence import Sequence, SequenceStatus
 from nanopd.engine import Engine
-from nanopd.errors import RequestError
-from nanopd.messages import EventKind, Role, Route, SamplingParams
+from nanopd.messages import Role, SamplingParams
 
 TOPOLOGIES = {
     "mixed": ["mixed"],

@@ -48,9 +48,7 @@ class _PlanOut:
 class Handovers:
     """All hand-overs under way."""
 
-    def __init__(
-        self, schedulers: list[Scheduler], send: Callable[[TransferPlan], None], timeout_s: float
-    ) -> None:
+    def __init__(self, schedulers: list[Scheduler], send: Callable[[TransferPlan], None], timeout_s: float) -> None:
         self._schedulers = schedulers
         self._send = send  # gives a plan to the worker that executes it: the destination, which pulls
         self._timeout_s = timeout_s

@@ -23,7 +23,6 @@ from nanopd.core.sequence import Sequence, SequenceStatus
 from nanopd.core.slots import SlotTable
 from nanopd.messages import BLOCK_COPY, MAX_LOGPROBS, SLOT_INIT, TABLE_UPDATE, Role, RowFlag, StepBatch, StepResult
 
-
 DECODE_FLAGS = np.int32(RowFlag.SAMPLE | RowFlag.FROM_SLOT)
 FIRST_DECODE_FLAGS = np.int32(RowFlag.SAMPLE)  # of a row whose token the worker does not have in its slot
 
@@ -311,12 +310,13 @@ class Scheduler:
             self.slots.acquire(seq, 0)
             insort(self.prefilling, seq, key=lambda s: s.seq_id)
             self.admitted.append(seq)
-            self._enter(batch, seq.slot)
             self._add_chunk(batch, seq)
 
     def _add_chunk(self, batch: _BatchBuilder, seq: Sequence) -> None:
         slot = seq.slot
         assert slot is not None and seq.route is not None
+        if not self.slots.is_entered[slot]:
+            self._enter(batch, slot)
         start = int(self.slots.num_computed[slot])
         end = min(start + batch.budget, seq.num_tokens)
         is_last = end == seq.num_tokens

@@ -10,9 +10,7 @@ from nanopd.ipc.shared_memory import SharedMemory
 class Endpoint:
     """One side of a channel; may be handed to a process that is about to be spawned until it is opened."""
 
-    def __init__(
-        self, outgoing: SharedMemory, outgoing_bell: Doorbell, incoming: SharedMemory, bell: Doorbell
-    ) -> None:
+    def __init__(self, outgoing: SharedMemory, outgoing_bell: Doorbell, incoming: SharedMemory, bell: Doorbell) -> None:
         self._outgoing, self._outgoing_bell, self._incoming = outgoing, outgoing_bell, incoming
         self.bell = bell  # rung when there is something to read
 

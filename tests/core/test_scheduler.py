@@ -1,0 +1,198 @@
+"""The scheduler of one worker, step by step; results are made up, no worker and no torch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from nanopd.config import EngineConfig
+from nanopd.core.block_manager import BlockManager
+from nanopd.core.scheduler import Scheduler, StepOutcome
+from nanopd.core.sequence import Sequence, SequenceStatus
+from nanopd.messages import Role, Route, RowFlag, SamplingParams, StepBatch, StepResult
+
+EOS = 2
+
+
+def make_scheduler(num_blocks: int = 100, role: str = "mixed", **keys) -> Scheduler:
+    config = EngineConfig(model="none", block_size=4, **{"max_num_seqs": 8, **keys})
+    return Scheduler(0, Role(role), config, BlockManager(num_blocks, 4), 64, (EOS,))
+
+
+def make_sequence(seq_id: int, num_prompt: int, max_tokens: int = 8, route: Route | None = None, **params) -> Sequence:
+    sampling = SamplingParams(temperature=0, max_tokens=max_tokens, **params)
+    prompt = list(range(10, 10 + num_prompt))
+    seq = Sequence(
+        seq_id, str(seq_id), prompt, sampling, max_model_len=64, eos_token_ids=(EOS,), arrival_s=0.0, seed=seq_id
+    )
+    seq.route = route or Route(0, 0)
+    return seq
+
+
+def rows(batch: StepBatch) -> list[tuple[int, int, int, int]]:
+    """(slot, start, length, flags) of each row."""
+    columns = (batch.row_slots, batch.row_starts, batch.row_lens, batch.row_flags)
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def answer(scheduler: Scheduler, batch: StepBatch, token: int = 5, now_s: float = 1.0) -> StepOutcome:
+    tokens = np.full(np.count_nonzero(batch.row_flags & RowFlag.SAMPLE), token, np.int32)
+    none = np.empty(0, np.int32)
+    return scheduler.complete(StepResult(batch.step_id, 1, tokens, none, none, np.empty(0, np.float32)), now_s)
+
+
+SAMPLE, DECODE = int(RowFlag.SAMPLE), int(RowFlag.SAMPLE | RowFlag.FROM_SLOT)
+
+
+def test_a_prompt_is_computed_in_chunks_then_decodes_from_its_slot() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=6)
+    seq = make_sequence(0, 14)
+    scheduler.add(seq)
+    batches = [scheduler.schedule() for _ in range(4)]  # all in flight at once: nothing waits for a result
+    assert [rows(b) for b in batches] == [[(0, 0, 6, 0)], [(0, 6, 6, 0)], [(0, 12, 2, SAMPLE)], [(0, 14, 1, DECODE)]]
+    assert np.concatenate([b.token_ids for b in batches]).tolist() == seq.token_ids[:14]
+    assert batches[0].table_updates["block_id"].tolist() == seq.block_table  # the whole table, with room for one more
+    assert len(seq.block_table) == 4
+    for batch in batches:
+        answer(scheduler, batch)
+    assert seq.status is SequenceStatus.RUNNING
+
+
+def test_decodes_go_first_and_chunks_take_what_is_left_of_the_budget() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=8)
+    scheduler.add(make_sequence(0, 3))
+    answer(scheduler, scheduler.schedule())
+    scheduler.add(make_sequence(1, 5))
+    scheduler.add(make_sequence(2, 20))
+    assert rows(scheduler.schedule()) == [(0, 3, 1, DECODE), (1, 0, 5, SAMPLE), (2, 0, 2, 0)]
+
+
+def test_at_the_length_no_row_is_scheduled_although_the_last_token_is_not_known() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_sequence(0, 3, max_tokens=2))
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert scheduler.schedule() is None
+    assert not answer(scheduler, first).finished
+    ((seq, status),) = answer(scheduler, second).finished
+    assert status is SequenceStatus.FINISHED_LENGTH
+    assert seq.output_token_ids == [5, 5]
+
+
+def test_end_of_sequence_is_noticed_and_the_extra_row_dropped() -> None:
+    scheduler = make_scheduler()
+    seq = make_sequence(0, 3)
+    scheduler.add(seq)
+    first, extra = scheduler.schedule(), scheduler.schedule()
+    ((finished, status),) = answer(scheduler, first, token=EOS).finished
+    assert (finished, status) == (seq, SequenceStatus.FINISHED_STOPPED)
+    scheduler.remove(seq)
+    assert scheduler.blocks.num_free == 98, "blocks that a step in flight writes to are parked"
+    outcome = answer(scheduler, extra)
+    assert outcome == StepOutcome()
+    assert seq.output_token_ids == [EOS]
+    assert scheduler.blocks.num_free == scheduler.blocks.num_usable
+
+
+@pytest.mark.parametrize(
+    ("params", "token", "reason"),
+    [({"stop_token_ids": [9]}, 9, 9), ({"ignore_eos": True}, EOS, None), ({"stop_token_ids": [EOS]}, EOS, EOS)],
+)
+def test_the_first_token_is_checked_like_any_other(params: dict, token: int, reason: int | None) -> None:
+    scheduler = make_scheduler()
+    seq = make_sequence(0, 3, **params)
+    scheduler.add(seq)
+    outcome = answer(scheduler, scheduler.schedule(), token)
+    assert bool(outcome.finished) == (reason is not None)
+    assert seq.stop_reason == reason
+
+
+def test_a_sequence_that_needs_feedback_waits_for_its_result() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(make_sequence(0, 3, stop=["x"]))
+    batch = scheduler.schedule()
+    assert scheduler.schedule() is None
+    answer(scheduler, batch)
+    batch = scheduler.schedule()
+    assert rows(batch) == [(0, 3, 1, DECODE)]
+    assert scheduler.schedule() is None
+
+
+def test_the_youngest_is_preempted_and_starts_over_with_its_tokens() -> None:
+    scheduler = make_scheduler(num_blocks=5)  # four to use
+    old, young = make_sequence(0, 7), make_sequence(1, 3)
+    for seq in (old, young):
+        scheduler.add(seq)
+    answer(scheduler, scheduler.schedule())  # old: 2 blocks, young: 1
+    assert young.status is SequenceStatus.RUNNING
+    batches = 0
+    while not scheduler.preempted:
+        answer(scheduler, scheduler.schedule(), token=6)
+        batches += 1
+    assert scheduler.preempted == [young]
+    assert young.status is SequenceStatus.PREEMPTED
+    assert young.token_ids == [10, 11, 12, 5, *[6] * (young.num_tokens - 4)]
+    scheduler.add(young)
+    while scheduler.decoding:
+        for seq, _ in answer(scheduler, scheduler.schedule(), token=6).finished:
+            scheduler.remove(seq)
+    batch = scheduler.schedule()
+    assert batch.row_lens.tolist() == [young.num_tokens]
+    assert batch.row_flags.tolist() == [SAMPLE]
+
+
+def test_no_sequence_is_admitted_that_would_push_a_running_one_out() -> None:
+    scheduler = make_scheduler(num_blocks=4)
+    scheduler.add(make_sequence(0, 5))
+    answer(scheduler, scheduler.schedule())
+    scheduler.add(make_sequence(1, 3))  # one block is free, but the first sequence may want it next
+    assert len(rows(scheduler.schedule())) == 1
+
+
+def test_forked_sequences_share_blocks_until_one_of_them_writes() -> None:
+    scheduler = make_scheduler()
+    parent = make_sequence(0, 6)
+    scheduler.add(parent)
+    answer(scheduler, scheduler.schedule())
+    scheduler.slots.sync(parent)
+    child = make_sequence(1, 6)
+    child.token_ids = list(parent.token_ids)
+    scheduler.fork(parent, child)
+    assert child.block_table == parent.block_table
+    shared = parent.block_table[1]
+    batch = scheduler.schedule()
+    assert rows(batch) == [(0, 6, 1, DECODE), (1, 6, 1, SAMPLE)]
+    assert batch.token_ids.tolist() == [5], "the child's slot does not have the last token yet"
+    assert batch.copies.tolist() == [(shared, parent.block_table[1])]
+    assert parent.block_table[0] == child.block_table[0]
+    assert (parent.block_table[1], child.block_table[1]) != (shared, parent.block_table[1])
+    scheduler.check_integrity()
+
+
+def test_reservations_count_as_places_and_blocks() -> None:
+    scheduler = make_scheduler(num_blocks=9, max_num_seqs=2)
+    table = scheduler.reserve(15)
+    assert len(table) == 4
+    assert scheduler.reserve(20) is None, "no blocks"
+    other = scheduler.reserve(3)
+    assert scheduler.reserve(1) is None, "no place"
+    scheduler.cancel_reservation(other)
+    seq = make_sequence(0, 15)
+    scheduler.take_over(seq, table)
+    batch = scheduler.schedule()
+    assert rows(batch) == [(0, 14, 1, SAMPLE)]
+    assert batch.token_ids.tolist() == seq.token_ids[-1:]
+
+
+def test_steps_are_the_same_whatever_was_in_the_sets_and_dictionaries() -> None:
+    def trace() -> list:
+        scheduler = make_scheduler(num_blocks=20, max_num_batched_tokens=9)
+        for i, length in enumerate((5, 9, 2, 13)):
+            scheduler.add(make_sequence(i, length))
+        out = []
+        while (batch := scheduler.schedule()) is not None:
+            out.append((rows(batch), batch.table_updates.tolist(), batch.token_ids.tolist()))
+            for seq, _ in answer(scheduler, batch).finished:
+                scheduler.remove(seq)
+        return out
+
+    assert trace() == trace()
