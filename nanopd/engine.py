@@ -69,12 +69,7 @@ class Engine:
         roles = config.roles
         self.schedulers = [
             Scheduler(
-                w,
-                role,
-                config,
-                BlockManager(workers[w].num_blocks, config.block_size),
-                self.max_model_len,
-                model.eos_token_ids,
+                w, role, config, BlockManager(workers[w].num_blocks, config.block_size), model, self.max_model_len
             )
             for w, role in enumerate(roles)
         ]
@@ -263,7 +258,7 @@ class Engine:
         """Make text of the newest token: for a stream, or to look for stop strings."""
         text = ""
         if seq.text is not None:
-            text = seq.text.push(seq.token_ids[-1:], may_stop=seq.num_tokens >= seq.min_len)
+            text = seq.text.push(seq.token_ids[-1:], may_stop=len(seq.token_ids) >= seq.min_len)
         if seq.is_streamed:
             self._updates.append(Update(seq, seq.token_ids[-1:], text, is_finished=False))
         if seq.text is not None and seq.text.stopped_by is not None:

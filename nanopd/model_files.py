@@ -126,8 +126,9 @@ def _read_hf_config(path: Path) -> PreTrainedConfig:
         raise UnsupportedModelError("model_type", model_type, ARCHITECTURES)
     try:
         return AutoConfig.from_pretrained(file)
-    except (OSError, ValueError, TypeError) as error:
-        raise UnsupportedModelError("config", str(file), f"a valid {model_type} configuration ({error})") from error
+    except Exception as error:  # what its validation raises differs from version to version
+        reason = " ".join(str(error).split())
+        raise UnsupportedModelError("config", str(file), f"a valid {model_type} configuration ({reason})") from error
 
 
 def _check_supported(hf: PreTrainedConfig) -> None:

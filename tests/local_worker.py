@@ -6,8 +6,6 @@ import time
 from collections import deque
 from pathlib import Path
 
-import numpy as np
-
 from nanopd.config import EngineConfig, ModelConfig
 from nanopd.engine import Engine
 from nanopd.ipc.shared_memory import SharedMemory
@@ -35,7 +33,7 @@ class LocalWorker:
 
 
 def _through_the_codec(message):
-    buffer = np.empty(encoded_size(message), np.uint8)
+    buffer = memoryview(bytearray(encoded_size(message)))
     encode(message, buffer)
     return decode(buffer)
 

@@ -79,9 +79,7 @@ def randomise(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
             parameter.normal_(1.0, 0.2)
-        elif name.endswith("bias"):
-            parameter.normal_(0.0, 0.5)
-        elif "embed_tokens" in name or "lm_head" in name:
+        elif name.endswith("bias") or "embed_tokens" in name or "lm_head" in name:
             parameter.normal_(0.0, 0.5)
         else:
             parameter.normal_(0.0, 2.0 * parameter.shape[1] ** -0.5)

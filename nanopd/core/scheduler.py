@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from nanopd.config import EngineConfig
+from nanopd.config import EngineConfig, ModelConfig
 from nanopd.core.block_manager import BlockManager
 from nanopd.core.sequence import Sequence, SequenceStatus
 from nanopd.core.slots import SlotTable
 from nanopd.messages import BLOCK_COPY, MAX_LOGPROBS, SLOT_INIT, TABLE_UPDATE, Role, RowFlag, StepBatch, StepResult
 
+NO_INTS, NO_INITS = np.empty(0, np.int32), np.empty(0, SLOT_INIT)
 DECODE_FLAGS = np.int32(RowFlag.SAMPLE | RowFlag.FROM_SLOT)
 FIRST_DECODE_FLAGS = np.int32(RowFlag.SAMPLE)  # of a row whose token the worker does not have in its slot
 
@@ -73,22 +74,25 @@ class _BatchBuilder:
         self.stop_ids: list[int] = []
         self.table_updates: list[int] = []  # slot, index, block_id, slot, index, ...
         self.copies: list[int] = []  # src, dst, src, dst, ...
-        self.decode_slots = self.decode_starts = self.decode_flags = np.empty(0, np.int32)
+        self.decodes: tuple[np.ndarray, ...] = (
+            NO_INTS,
+        ) * 4  # slots, starts, lengths, flags of the decode rows, [*] int32 each
         self.rows: list[tuple[int, int, int, int]] = []  # prefill rows: slot, start, length, flags
         self.token_ids: list[int] = []
         self.chunks: list[_Chunk] = []
 
     @property
     def is_empty(self) -> bool:
-        return not self.rows and not len(self.decode_slots)
+        return not self.rows and not len(self.decodes[0])
 
     def add_blocks(self, slot: int, first_index: int, block_ids: list[int]) -> None:
         for index, block_id in enumerate(block_ids, first_index):
             self.table_updates += (slot, index, block_id)
 
-    def set_decodes(self, slots: np.ndarray, starts: np.ndarray, flags: np.ndarray) -> None:
-        self.decode_slots, self.decode_starts, self.decode_flags = slots, starts, flags
-        self.budget -= len(slots)
+    def set_decodes(self, *columns: np.ndarray) -> None:
+        """Slots, starts, lengths and flags of the decode rows, each [*] int32."""
+        self.decodes = columns
+        self.budget -= len(columns[0])
 
     def add_chunk(self, slot: int, start: int, token_ids: list[int], flags: int) -> None:
         self.rows.append((slot, start, len(token_ids), flags))
@@ -96,23 +100,32 @@ class _BatchBuilder:
         self.budget -= len(token_ids)
 
     def build(self) -> StepBatch:
-        slots, starts, flags = self.decode_slots, self.decode_starts, self.decode_flags
-        lens = np.ones(len(slots), np.int32)
+        slots, starts, lens, flags = self.decodes
         if self.rows:
             rows = np.array(self.rows, np.int32).T
-            slots, starts, lens, flags = map(np.concatenate, zip((slots, starts, lens, flags), rows, strict=True))
+            slots, starts, lens, flags = map(np.concatenate, zip(self.decodes, rows, strict=True))
         return StepBatch(
             self.step_id,
-            np.array(self.inits, SLOT_INIT),
-            np.array(self.stop_ids, np.int32),
-            np.array(self.table_updates, np.int32).view(TABLE_UPDATE),
-            np.array(self.copies, np.int32).view(BLOCK_COPY),
+            np.array(self.inits, SLOT_INIT) if self.inits else NO_INITS,
+            _int32(self.stop_ids),
+            _int32(self.table_updates).view(TABLE_UPDATE),
+            _int32(self.copies).view(BLOCK_COPY),
             slots,
             starts,
             lens,
             flags,
-            np.array(self.token_ids, np.int32),
+            _int32(self.token_ids),
         )
+
+    def sampled_slots(self) -> np.ndarray:
+        """[*] int32, in the order of the rows that sample."""
+        chunks = [slot for slot, _, _, flags in self.rows if flags & RowFlag.SAMPLE]
+        slots = self.decodes[0]
+        return np.concatenate((slots, np.array(chunks, np.int32))) if chunks else slots
+
+
+def _int32(values: list[int]) -> np.ndarray:
+    return np.array(values, np.int32) if values else NO_INTS
 
 
 class Scheduler:
@@ -124,8 +137,8 @@ class Scheduler:
         role: Role,
         config: EngineConfig,
         blocks: BlockManager,
+        model: ModelConfig,
         max_model_len: int,
-        eos_token_ids: tuple[int, ...],
     ) -> None:
         self.worker = worker
         self.role = role
@@ -147,8 +160,11 @@ class Scheduler:
         self._parked: deque[_Parked] = deque()
         self._num_parked_blocks = 0
         self._step_id = 0
-        self._eos_ids = np.array(eos_token_ids, np.int32)
+        self._is_eos = np.zeros(model.vocab_size, np.bool_)
+        self._is_eos[list(model.eos_token_ids)] = True
         self._decode_slots: np.ndarray | None = None  # the slots of `decoding`; None: it has changed
+        self._needs_feedback = False  # any of `decoding` does
+        self._ones = np.ones(config.max_num_seqs, np.int32)
 
     # ------------------------------------------------------------------------------------------------ queues
 
@@ -193,6 +209,7 @@ class Scheduler:
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Let `child` go on from the tokens of `parent`, which decodes here, sharing its blocks (copy-on-write)."""
         assert parent in self.decoding and child.token_ids == parent.token_ids
+        assert self.num_seqs < self.max_num_seqs and self.slots.num_free
         child.block_table = self.blocks.fork(parent.block_table)
         self.slots.acquire(child, child.num_tokens - 1)
         self._start_decoding(child)
@@ -236,31 +253,41 @@ class Scheduler:
         if batch.is_empty:
             self._step_id -= 1
             return None
-        sampled = [slot for slot, _, _, flags in batch.rows if flags & RowFlag.SAMPLE]
-        sampled_slots = np.concatenate((batch.decode_slots, np.array(sampled, np.int32)))
-        self.in_flight.append(_StepInFlight(batch.step_id, sampled_slots, batch.chunks))
+        self.in_flight.append(_StepInFlight(batch.step_id, batch.sampled_slots(), batch.chunks))
         return batch.build()
 
     def _schedule_decodes(self, batch: _BatchBuilder) -> None:
         """A row of one token for every decoding sequence that has not come to its end."""
-        slots = self._slots_of_decoding()
-        t = self.slots
-        ready = slots[(t.num_computed[slots] + 1 < t.end_len[slots]) & ~t.is_awaited[slots]][: batch.budget]
+        t, ready = self.slots, self._slots_of_decoding()
+        can_run = t.num_computed[ready] < t.last_start[ready]
+        if self._needs_feedback:
+            can_run &= ~t.is_awaited[ready]
+        if not can_run.all():
+            ready = ready[can_run]
+        ready = ready[: batch.budget]
+        starts = t.num_computed[ready]
+        is_full = starts >= t.writable_len[ready]
+        if is_full.any():
+            ready = self._make_room(batch, ready, ready[is_full])
+            starts = t.num_computed[ready]
         if not len(ready):
             return
-        full = ready[t.num_computed[ready] >= t.writable_len[ready]]
-        if len(full):
-            ready = self._make_room(batch, ready, full)
         from_slot = t.has_last_token[ready]
+        flags = self._ones[: len(ready)] * DECODE_FLAGS
         if not from_slot.all():
-            for slot in ready[~from_slot].tolist():
-                self._enter(batch, slot)
-                batch.token_ids.append(self._seq(slot).token_ids[t.num_computed[slot]])
-        flags = np.where(from_slot, DECODE_FLAGS, FIRST_DECODE_FLAGS)
-        batch.set_decodes(ready, t.num_computed[ready], flags)
-        t.num_computed[ready] += 1
-        t.has_last_token[ready] = True
-        t.is_awaited[ready] = t.needs_feedback[ready]
+            flags = np.where(from_slot, flags, FIRST_DECODE_FLAGS)
+            self._enter_all(batch, ready[~from_slot])
+        batch.set_decodes(ready, starts, self._ones[: len(ready)], flags)
+        t.num_computed[ready] = starts + 1
+        if self._needs_feedback:
+            t.is_awaited[ready] = t.needs_feedback[ready]
+
+    def _enter_all(self, batch: _BatchBuilder, slots: np.ndarray) -> None:
+        """Decode rows of slots that do not hold their last token: the message brings it, and all the rest."""
+        for slot in slots.tolist():
+            self._enter(batch, slot)
+            batch.token_ids.append(self._seq(slot).token_ids[self.slots.num_computed[slot]])
+        self.slots.has_last_token[slots] = True
 
     def _make_room(self, batch: _BatchBuilder, ready: np.ndarray, full: np.ndarray) -> np.ndarray:
         """Give each slot in `full` a block to write to, preempting the youngest; returns the slots that can run."""
@@ -355,6 +382,7 @@ class Scheduler:
     def _slots_of_decoding(self) -> np.ndarray:
         if self._decode_slots is None:
             self._decode_slots = np.array([seq.slot for seq in self.decoding], np.int32)
+            self._needs_feedback = any(seq.needs_feedback for seq in self.decoding)
         return self._decode_slots
 
     def _has_room(self, num_blocks: int) -> bool:
@@ -376,34 +404,39 @@ class Scheduler:
         step = self.in_flight.popleft()
         assert step.step_id == result.step_id, (step.step_id, result.step_id)
         slots, tokens = step.sampled_slots, result.token_ids
-        self.slots.is_awaited[slots] = False
         if len(result.logprob_rows):
             self._append_logprobs(slots, result)
         wanted = self.slots.is_active[slots]
         if not wanted.all():
             slots, tokens = slots[wanted], tokens[wanted]
-        self.slots.append(slots, tokens, now_s)
-        outcome = self._outcome_of(slots, tokens)
+        num_tokens = self.slots.append(slots, tokens, now_s)
+        outcome = self._outcome_of(slots, tokens, num_tokens, now_s)
         if step.chunks:
             self._advance(outcome, step.chunks)
         self._release_parked()
         return outcome
 
-    def _outcome_of(self, slots: np.ndarray, tokens: np.ndarray) -> StepOutcome:
+    def _outcome_of(self, slots: np.ndarray, tokens: np.ndarray, num_tokens: np.ndarray, now_s: float) -> StepOutcome:
         """Who of `slots` has come to an end with its new token, and who is watched."""
         t, outcome = self.slots, StepOutcome()
-        is_eos = (tokens[:, None] == self._eos_ids).any(axis=1) & t.heeds_eos[slots]
-        is_full = t.num_tokens[slots] >= t.end_len[slots]
-        is_watched = t.is_watched[slots]
-        for i in np.flatnonzero(is_eos | is_full | is_watched).tolist():
-            seq = self._seq(slots[i])
-            t.sync(seq)
-            if is_watched[i]:
+        is_full = num_tokens >= t.end_len[slots]
+        is_noted = is_full | t.is_watched[slots] | (self._is_eos[tokens] & t.heeds_eos[slots])
+        if not is_noted.any():
+            return outcome
+        noted = zip(slots[is_noted].tolist(), tokens[is_noted].tolist(), is_full[is_noted].tolist(), strict=True)
+        for slot, token, is_at_end in noted:
+            seq = self._seq(slot)
+            if seq.is_watched:  # its own list is always up to date
+                seq.token_ids.append(token)
+                seq.token_times_s.append(now_s)
+                t.is_awaited[slot] = False
                 outcome.watched.append(seq)
-            if seq.token_ids[-1] in seq.stop_ids:
-                seq.stop_reason = seq.token_ids[-1] if seq.token_ids[-1] in seq.params.stop_token_ids else None
+            else:
+                t.sync(seq)
+            if token in seq.stop_ids:
+                seq.stop_reason = token if token in seq.params.stop_token_ids else None
                 outcome.finished.append((seq, SequenceStatus.FINISHED_STOPPED))
-            elif is_full[i]:
+            elif is_at_end:
                 outcome.finished.append((seq, SequenceStatus.FINISHED_LENGTH))
         return outcome
 

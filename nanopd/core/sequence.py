@@ -66,7 +66,9 @@ class Sequence:
         "events",
         "fixed_route",
         "is_streamed",
+        "is_watched",
         "logprobs",
+        "min_len",
         "num_prompt_tokens",
         "params",
         "request_id",
@@ -107,6 +109,7 @@ class Sequence:
         self.num_prompt_tokens = len(prompt_token_ids)
         limit = max_model_len if params.max_tokens is None else self.num_prompt_tokens + params.max_tokens
         self.end_len = limit  # number of tokens at which the sequence ends for length
+        self.min_len = self.num_prompt_tokens + params.min_tokens  # below, the sequence must not stop
         eos = () if params.ignore_eos else eos_token_ids
         self.stop_ids = frozenset(eos) | frozenset(params.stop_token_ids)
         self.status = SequenceStatus.WAITING
@@ -116,6 +119,8 @@ class Sequence:
         self.block_table: list[int] = []  # on the worker it is on
         self.deadline_s = deadline_s
         self.is_streamed = is_streamed
+        # somebody wants to see each token as it comes
+        self.is_watched = bool(is_streamed or params.stop or params.stop_token_ids or self.logprobs is not None)
         self.stop_reason: int | str | None = None
         self.text: TextStream | None = None  # where tokens become text while they come
         self.error: str | None = None
@@ -136,11 +141,6 @@ class Sequence:
     @property
     def output_token_ids(self) -> list[int]:
         return self.token_ids[self.num_prompt_tokens :]
-
-    @property
-    def min_len(self) -> int:
-        """Number of tokens below which the sequence must not stop."""
-        return self.num_prompt_tokens + self.params.min_tokens
 
     @property
     def needs_feedback(self) -> bool:

@@ -17,8 +17,8 @@ from nanopd.core.sequence import Sequence
 class SlotTable:
     """Columns of length `num_slots`.
 
-    Tokens that come in are written to `token_ids` and `times_s` for all slots at once; `sync` hands them to the one
-    sequence that somebody wants to look at.
+    Tokens that come in are written down for all slots at once; `sync` hands them to the one sequence that somebody
+    wants to look at.
     """
 
     def __init__(self, num_slots: int, max_model_len: int) -> None:
@@ -26,13 +26,15 @@ class SlotTable:
             return np.zeros(num_slots, dtype)
 
         self.seqs: list[Sequence | None] = [None] * num_slots
-        # By slot and position; zeros that are never touched take no memory.
-        self.token_ids = np.zeros((num_slots, max_model_len), np.int32)
-        self.times_s = np.zeros((num_slots, max_model_len), np.float64)
+        # Index slot * max_model_len + position; zeros that are never touched take no memory.
+        self._max_model_len = np.int64(max_model_len)
+        self._token_ids = np.zeros(num_slots * max_model_len, np.int32)
+        self._times_s = np.zeros(num_slots * max_model_len, np.float64)
         self.num_tokens = column(np.int32)  # tokens known to the parent
         self.num_computed = column(np.int32)  # tokens computed once all steps in flight are done
         self.writable_len = column(np.int32)  # positions below may be written without asking the block manager
         self.end_len = column(np.int32)
+        self.last_start = column(np.int32)  # the last position to be computed is before this one
         self.is_active = column(np.bool_)  # results for the slot are wanted
         self.is_entered = column(np.bool_)  # the worker knows the slot's parameters and block table
         self.has_last_token = column(np.bool_)  # the worker has the newest token of the slot, or will have in order
@@ -54,26 +56,30 @@ class SlotTable:
         self.num_tokens[slot] = seq.num_tokens
         self.num_computed[slot] = num_computed
         self.end_len[slot] = seq.end_len
+        self.last_start[slot] = seq.end_len - 1  # the token at end_len - 1 is sampled, never computed
         self.is_active[slot] = True
         self.is_entered[slot] = self.has_last_token[slot] = self.is_awaited[slot] = False
         self.needs_feedback[slot] = seq.needs_feedback
-        self.is_watched[slot] = bool(
-            seq.params.stop or seq.params.stop_token_ids or seq.is_streamed or seq.logprobs is not None
-        )
+        self.is_watched[slot] = seq.is_watched
         self.heeds_eos[slot] = not seq.params.ignore_eos
 
-    def append(self, slots: np.ndarray, token_ids: np.ndarray, now_s: float) -> None:
-        """A new token for each of `slots` ([*] int32)."""
+    def append(self, slots: np.ndarray, token_ids: np.ndarray, now_s: float) -> np.ndarray:
+        """A new token for each of `slots` ([*] int32); returns how many tokens each has now."""
         positions = self.num_tokens[slots]
-        self.token_ids[slots, positions] = token_ids
-        self.times_s[slots, positions] = now_s
-        self.num_tokens[slots] = positions + 1
+        cells = slots * self._max_model_len + positions
+        self._token_ids[cells] = token_ids
+        self._times_s[cells] = now_s
+        positions += 1
+        self.num_tokens[slots] = positions
+        return positions
 
     def sync(self, seq: Sequence) -> None:
         """Bring a sequence's own list of tokens up to date."""
-        known, num_tokens = seq.num_tokens, self.num_tokens[seq.slot]
-        seq.token_ids += self.token_ids[seq.slot, known:num_tokens].tolist()
-        seq.token_times_s += self.times_s[seq.slot, known:num_tokens].tolist()
+        assert seq.slot is not None
+        row = seq.slot * self._max_model_len
+        new = slice(row + len(seq.token_ids), row + int(self.num_tokens[seq.slot]))
+        seq.token_ids += self._token_ids[new].tolist()
+        seq.token_times_s += self._times_s[new].tolist()
 
     def deactivate(self, seq: Sequence) -> int:
         """Take `seq` out of its slot and return the slot, which still has to be released."""

@@ -5,18 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nanopd.config import EngineConfig
+from nanopd.config import EngineConfig, ModelConfig
 from nanopd.core.block_manager import BlockManager
 from nanopd.core.scheduler import Scheduler, StepOutcome
 from nanopd.core.sequence import Sequence, SequenceStatus
 from nanopd.messages import Role, Route, RowFlag, SamplingParams, StepBatch, StepResult
 
 EOS = 2
+MODEL = ModelConfig("llama", 128, 8, 8, 1, 1, 1, 8, 64, 1e-5, 1e4, eos_token_ids=(EOS,))
 
 
 def make_scheduler(num_blocks: int = 100, role: str = "mixed", **keys) -> Scheduler:
     config = EngineConfig(model="none", block_size=4, **{"max_num_seqs": 8, **keys})
-    return Scheduler(0, Role(role), config, BlockManager(num_blocks, 4), 64, (EOS,))
+    return Scheduler(0, Role(role), config, BlockManager(num_blocks, 4), MODEL, 64)
 
 
 def make_sequence(seq_id: int, num_prompt: int, max_tokens: int = 8, route: Route | None = None, **params) -> Sequence:

@@ -1,0 +1,142 @@
+"""Operations on CPU tensors: float32 runs the numba kernels, the 16-bit types run torch (`low_precision`).
+
+In float32 every output is computed in an order of its own, so results do not depend on what else is in the batch
+or on where a prompt was cut into chunks. Tensors must be contiguous. Knows no model and no scheduling.
+
+KV storage: kv [num_blocks, num_layers, 2 (K, V), num_kv_heads, block_size, head_dim]; token i of a sequence lies in
+block `block_table[i // block_size]` at offset `i % block_size`; a slot is `block_id * block_size + offset`.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanopd.cpu import kernels, low_precision
+
+
+def prepare_thread() -> None:
+    """Gives the kernels launched from this thread as many threads as torch has. numba keeps the number per thread."""
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+
+
+def embedding(token_ids: Tensor, weight: Tensor) -> Tensor:
+    """token_ids [T] int64, weight [vocab, hidden] -> [T, hidden]."""
+    return weight.index_select(0, token_ids)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, in], weight [out, in], bias [out] -> [T, out]."""
+    if x.dtype != torch.float32:
+        return torch.nn.functional.linear(x, weight, bias)
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    kernels.linear(x.numpy(), weight.numpy(), _numpy(bias), out.numpy())
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [T, hidden], weight [hidden] -> weight * x / sqrt(mean(x**2) + eps), computed in float32."""
+    if x.dtype != torch.float32:
+        return low_precision.rms_norm(x, weight, eps)
+    out = torch.empty_like(x)
+    kernels.rms_norm(x.numpy(), weight.numpy(), np.float32(eps), out.numpy())
+    return out
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Adds x [T, hidden] to residual [T, hidden] in place and returns the sum's RMS norm."""
+    if x.dtype != torch.float32:
+        return low_precision.rms_norm(residual.add_(x), weight, eps)
+    out = torch.empty_like(x)
+    kernels.add_rms_norm(x.numpy(), residual.numpy(), weight.numpy(), np.float32(eps), out.numpy())
+    return out
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """gate_up [T, 2 * size] -> silu(gate_up[:, :size]) * gate_up[:, size:]."""
+    if gate_up.dtype != torch.float32:
+        return low_precision.silu_and_mul(gate_up)
+    out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+    kernels.silu_and_mul(gate_up.numpy(), out.numpy())
+    return out
+
+
+def rotary_and_store(
+    qkv: Tensor,  # [T, (num_heads + 2 * num_kv_heads) * head_dim]
+    positions: Tensor,  # [T] int64
+    slot_mapping: Tensor,  # [T] int64
+    cos_sin: Tensor,  # [max_positions, head_dim] float32: cosines of the head_dim / 2 frequencies, then sines
+    kv: Tensor,  # KV storage
+    layer: int,
+    q_norm: Tensor | None = None,  # [head_dim], RMS norm of each query head before rotation
+    k_norm: Tensor | None = None,  # [head_dim]
+    eps: float = 1e-6,
+) -> Tensor:
+    """Rotates Q and K (Su et al., RoFormer, arXiv:2104.09864; halves as in Llama), stores K and V in their slots.
+
+    Returns Q [T, num_heads, head_dim].
+    """
+    num_kv_heads, head_dim = kv.shape[3], kv.shape[5]
+    num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
+    if qkv.dtype != torch.float32:
+        return low_precision.rotary_and_store(qkv, positions, slot_mapping, cos_sin, kv, layer, q_norm, k_norm, eps)
+    q = qkv.new_empty(qkv.shape[0], num_heads, head_dim)
+    kernels.rotary_and_store(
+        qkv.numpy(),
+        positions.numpy(),
+        slot_mapping.numpy(),
+        cos_sin.numpy(),
+        kv.numpy(),
+        layer,
+        _numpy(q_norm),
+        _numpy(k_norm),
+        np.float32(eps),
+        q.numpy(),
+    )
+    return q
+
+
+def paged_decode_attention(
+    q: Tensor,  # [num_rows, num_heads, head_dim], one token of each sequence
+    kv: Tensor,  # KV storage
+    layer: int,
+    block_tables: Tensor,  # [num_rows, max_blocks] int32
+    seq_lens: Tensor,  # [num_rows] int32, context length including the token itself
+    out: Tensor,  # [num_rows, num_heads, head_dim]
+) -> None:
+    """Attention of one token per sequence over its cached K and V, its own included."""
+    _paged_attention(q, kv, layer, block_tables, seq_lens, out)
+
+
+def prefill_attention(
+    q: Tensor,  # [num_tokens, num_heads, head_dim], a chunk of one sequence
+    kv: Tensor,  # KV storage
+    layer: int,
+    block_table: Tensor,  # [>= blocks of the sequence] int32
+    num_cached: int,  # tokens of the sequence before the chunk
+    out: Tensor,  # [num_tokens, num_heads, head_dim]
+) -> None:
+    """Causal attention of a chunk over its history and itself, both already stored in the cache."""
+    context_lens = torch.arange(num_cached + 1, num_cached + 1 + q.shape[0], dtype=torch.int32)
+    _paged_attention(q, kv, layer, block_table.unsqueeze(0), context_lens, out)
+
+
+def _paged_attention(
+    q: Tensor, kv: Tensor, layer: int, block_tables: Tensor, context_lens: Tensor, out: Tensor
+) -> None:
+    if q.dtype == torch.float32:
+        arrays = q.numpy(), kv.numpy(), layer, block_tables.numpy(), context_lens.numpy()
+        kernels.paged_attention(*arrays, np.float32(q.shape[2] ** -0.5), out.numpy())
+    else:
+        low_precision.paged_attention(q, kv, layer, block_tables, context_lens, out)
+
+
+def copy_blocks(kv: Tensor, src_ids: Tensor, dst_ids: Tensor) -> None:
+    """Copies whole blocks (all layers) `src_ids[i]` to `dst_ids[i]`, [n] int64; all are read before any is written."""
+    kv.index_copy_(0, dst_ids, kv.index_select(0, src_ids))
+
+
+def _numpy(tensor: Tensor | None) -> np.ndarray | None:
+    return None if tensor is None else tensor.numpy()

@@ -1,0 +1,119 @@
+"""Fills a decoder's weights: from safetensors files, tensor by tensor straight to their place, or at random.
+
+A checkpoint is never held twice: files are mapped, and each tensor is copied (and cast) into its part of the
+preallocated weights. Knows directories and tensor names, neither configurations nor hubs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from nanopd.config import ModelConfig
+from nanopd.errors import UnsupportedModelError
+from nanopd.models.decoder import Decoder
+from nanopd.models.layers import allocate, checkpoint_tensors
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+DUMMY_STD = 0.02  # keeps activations of order one through any depth
+MAX_NAMES_SHOWN = 8
+
+
+def load_model(
+    config: ModelConfig,
+    path: Path,  # the model's directory; not looked at for load_format "dummy"
+    device: torch.device,
+    load_format: str,  # auto | safetensors | dummy
+    max_model_len: int,
+    seed: int = 0,  # of dummy weights
+    on_progress: Progress | None = None,
+) -> Decoder:
+    """A decoder ready to run on `device`.
+
+    Raises:
+        UnsupportedModelError: files or tensors are missing, unexpected or of another shape; names them.
+    """
+    weights = allocate(config, device)
+    tensors = checkpoint_tensors(config, weights)
+    progress = _Progress(sum(tensor.nbytes for tensor in tensors.values()), on_progress)
+    if load_format == "dummy":
+        _fill_randomly(tensors, seed, progress)
+    else:
+        _fill_from_files(tensors, _safetensors_files(path), progress, tied=config.tie_word_embeddings)
+    return Decoder(config, weights, max_model_len)
+
+
+class _Progress:
+    def __init__(self, total_bytes: int, report: Progress | None) -> None:
+        self.total_bytes = total_bytes
+        self.done_bytes = 0
+        self.report = report
+
+    def add(self, num_bytes: int) -> None:
+        self.done_bytes += num_bytes
+        if self.report:
+            self.report(self.done_bytes, self.total_bytes)
+
+
+def _fill_randomly(tensors: dict[str, Tensor], seed: int, progress: _Progress) -> None:
+    """Norms are one, all else is normal; the same on every worker with a device of the same kind."""
+    device = next(iter(tensors.values())).device
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, tensor in tensors.items():
+        if name.endswith("norm.weight"):
+            tensor.fill_(1.0)
+        else:
+            tensor.normal_(0.0, DUMMY_STD, generator=generator)
+        progress.add(tensor.nbytes)
+
+
+def _safetensors_files(path: Path) -> list[Path]:
+    """The files of a checkpoint: those that the index names, or the single one."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    missing = [name for name in names if not (path / name).is_file()]
+    if missing:
+        raise UnsupportedModelError("checkpoint", str(path), f"a directory that holds {_some(missing)}")
+    return [path / name for name in names]
+
+
+def _fill_from_files(tensors: dict[str, Tensor], files: Iterable[Path], progress: _Progress, *, tied: bool) -> None:
+    missing = dict(tensors)
+    unexpected: list[str] = []
+    for file in files:
+        with safe_open(file, framework="pt") as checkpoint:
+            for name in checkpoint.keys():  # noqa: SIM118 (not a dict)
+                if name in missing:
+                    _copy(name, checkpoint.get_tensor(name), missing[name])
+                    progress.add(missing.pop(name).nbytes)
+                elif not _is_redundant(name, tied):
+                    unexpected.append(name)
+    if missing:
+        raise UnsupportedModelError("checkpoint", "incomplete", f"one that also has {_some(missing)}")
+    if unexpected:
+        raise UnsupportedModelError("tensors", _some(unexpected), "the tensors of the configured architecture")
+
+
+def _copy(name: str, source: Tensor, target: Tensor) -> None:
+    if source.shape != target.shape:
+        raise UnsupportedModelError(name, tuple(source.shape), f"the shape {tuple(target.shape)}")
+    target.copy_(source)
+
+
+def _is_redundant(name: str, tied: bool) -> bool:
+    """Tensors that some checkpoints carry although they follow from others."""
+    return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - MAX_NAMES_SHOWN} more" if len(listed) > MAX_NAMES_SHOWN else ""
+    return ", ".join(listed[:MAX_NAMES_SHOWN]) + more

@@ -1,0 +1,235 @@
+"""The CPU operations against plain float64 formulas, in float32 and the 16-bit types."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from nanopd import cpu
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}  # of the largest value
+NUM_LAYERS = 2
+LAYER = 1
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    """expected is float64."""
+    assert actual.shape == expected.shape
+    limit = TOLERANCE[actual.dtype] * max(expected.abs().max().item(), 1e-3)
+    assert (actual.double() - expected).abs().max() <= limit
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x = x.double()
+    return weight.double() * x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("num_tokens", "in_features", "out_features"),
+    [(1, 576, 960), (2, 64, 33), (3, 100, 1), (4, 7, 50), (5, 576, 576), (17, 1536, 70), (130, 48, 97), (0, 8, 8)],
+)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_linear(dtype: torch.dtype, num_tokens: int, in_features: int, out_features: int, has_bias: bool) -> None:
+    x = normal(num_tokens, in_features, dtype=dtype)
+    weight = normal(out_features, in_features, dtype=dtype, seed=1)
+    bias = normal(out_features, dtype=dtype, seed=2) if has_bias else None
+    expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    if num_tokens:
+        assert_close(cpu.linear(x, weight, bias), expected)
+    else:
+        assert cpu.linear(x, weight, bias).shape == (0, out_features)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_tokens", "hidden"), [(1, 576), (3, 64), (20, 100)])
+def test_norms(dtype: torch.dtype, num_tokens: int, hidden: int) -> None:
+    x, residual = normal(num_tokens, hidden, dtype=dtype), normal(num_tokens, hidden, dtype=dtype, seed=1)
+    weight = normal(hidden, dtype=dtype, seed=2)
+    assert_close(cpu.rms_norm(x, weight, 1e-5), rms_norm_reference(x, weight, 1e-5))
+    total = x.double() + residual.double()
+    out = cpu.add_rms_norm(x, residual, weight, 1e-5)
+    assert_close(residual, total)
+    assert_close(out, rms_norm_reference(total, weight, 1e-5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_silu_and_mul(dtype: torch.dtype, scale: float) -> None:
+    gate_up = scale * normal(5, 2 * 333, dtype=dtype)
+    gate, up = gate_up.double().chunk(2, dim=1)
+    assert_close(cpu.silu_and_mul(gate_up), gate * torch.sigmoid(gate) * up)
+
+
+def test_silu_of_extremes_is_finite_and_nan_stays() -> None:
+    gate_up = torch.tensor([[-1e4, -200.0, -88.0, 88.0, 200.0, 1e4, torch.nan] + [1.0] * 7])
+    out = cpu.silu_and_mul(gate_up)[0]
+    assert_close(out[:6], torch.tensor([0.0, 0.0, 0.0, 88.0, 200.0, 1e4], dtype=torch.float64))
+    assert out[6].isnan()
+
+
+@dataclass
+class Cache:
+    """KV storage full of NaN but for the contexts stored in it, in blocks of random ids; block 0 is never used."""
+
+    kv: Tensor  # [num_blocks, NUM_LAYERS, 2, num_kv_heads, block_size, head_dim]
+    block_tables: Tensor  # [num_sequences, max_blocks] int32, padded with the null block
+    keys: list[Tensor]  # per sequence [length, num_kv_heads, head_dim]
+    values: list[Tensor]
+
+
+def make_cache(
+    lengths: list[int], num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype = torch.float32
+) -> Cache:
+    needs = [-(-length // block_size) for length in lengths]
+    ids = (1 + torch.randperm(sum(needs) + 3, generator=torch.Generator().manual_seed(3))).tolist()
+    shape = (sum(needs) + 4, NUM_LAYERS, 2, num_kv_heads, block_size, head_dim)
+    kv = torch.full(shape, torch.nan, dtype=dtype)
+    tables = torch.zeros(len(lengths), max(needs) + 1, dtype=torch.int32)
+    cache = Cache(kv, tables, [], [])
+    for row, (length, need) in enumerate(zip(lengths, needs, strict=True)):
+        tables[row, :need] = torch.tensor([ids.pop() for _ in range(need)])
+        cache.keys.append(normal(length, num_kv_heads, head_dim, dtype=dtype, seed=2 * row))
+        cache.values.append(normal(length, num_kv_heads, head_dim, dtype=dtype, seed=2 * row + 1))
+        for i in range(length):
+            block = kv[tables[row, i // block_size], LAYER]
+            block[0, :, i % block_size] = cache.keys[row][i]
+            block[1, :, i % block_size] = cache.values[row][i]
+    return cache
+
+
+def attention_reference(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """q [num_heads, head_dim] of one token over keys, values [length, num_kv_heads, head_dim], in float64."""
+    group = q.shape[0] // keys.shape[1]
+    keys, values = (x.double().repeat_interleave(group, dim=1) for x in (keys, values))
+    weights = (torch.einsum("hd,lhd->hl", q.double(), keys) / q.shape[1] ** 0.5).softmax(-1)
+    return torch.einsum("hl,lhd->hd", weights, values)
+
+
+def check_decode(
+    lengths: list[int], group: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
+) -> None:
+    cache = make_cache(lengths, num_kv_heads, head_dim, block_size, dtype)
+    q = 2 * normal(len(lengths), group * num_kv_heads, head_dim, dtype=dtype, seed=99)
+    out = torch.full_like(q, torch.nan)
+    seq_lens = torch.tensor(lengths, dtype=torch.int32)
+    cpu.paged_decode_attention(q, cache.kv, LAYER, cache.block_tables, seq_lens, out)
+    expected = [attention_reference(*row) for row in zip(q, cache.keys, cache.values, strict=True)]
+    assert_close(out, torch.stack(expected))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_size", [1, 16, 64])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("group", "num_kv_heads"), [(1, 3), (3, 2), (4, 1), (7, 2)])
+def test_decode_attention(dtype: torch.dtype, block_size: int, head_dim: int, group: int, num_kv_heads: int) -> None:
+    lengths = [1, max(1, block_size - 1), block_size, block_size + 1, 3 * block_size + 5]
+    check_decode(lengths, group, num_kv_heads, head_dim, block_size, dtype)
+
+
+@settings(max_examples=40)
+@given(
+    lengths=st.lists(st.integers(1, 150), min_size=1, max_size=9),
+    group=st.integers(1, 8),
+    num_kv_heads=st.integers(1, 3),
+    head_dim=st.sampled_from([16, 64, 80, 128]),
+    block_size=st.integers(1, 40),
+)
+def test_decode_attention_of_any_shape(
+    lengths: list[int], group: int, num_kv_heads: int, head_dim: int, block_size: int
+) -> None:
+    check_decode(lengths, group, num_kv_heads, head_dim, block_size, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_size", [1, 16])
+@pytest.mark.parametrize("chunks", [[1], [15, 1], [16, 17], [17, 2, 16], [70], [33, 33, 1]])
+@pytest.mark.parametrize(("group", "num_kv_heads", "head_dim"), [(1, 2, 64), (3, 1, 128), (7, 2, 64)])
+def test_prefill_attention(
+    dtype: torch.dtype, block_size: int, chunks: list[int], group: int, num_kv_heads: int, head_dim: int
+) -> None:
+    """Each chunk is computed before the next one is stored: what lies behind it is NaN."""
+    total = sum(chunks)
+    full = make_cache([total], num_kv_heads, head_dim, block_size, dtype)
+    kv, block_table = torch.full_like(full.kv, torch.nan), full.block_tables[0]
+    q = 2 * normal(total, group * num_kv_heads, head_dim, dtype=dtype, seed=99)
+    out = torch.full_like(q, torch.nan)
+    cached = 0
+    for chunk in chunks:
+        end = cached + chunk
+        for i in range(cached, end):
+            block = int(block_table[i // block_size])
+            kv[block, LAYER, :, :, i % block_size] = full.kv[block, LAYER, :, :, i % block_size]
+        cpu.prefill_attention(q[cached:end], kv, LAYER, block_table, cached, out[cached:end])
+        cached = end
+    keys, values = full.keys[0], full.values[0]
+    expected = [attention_reference(q[i], keys[: i + 1], values[: i + 1]) for i in range(total)]
+    assert_close(out, torch.stack(expected))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_norms", [False, True])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(3, 3, 64), (6, 2, 128), (7, 1, 64)])
+def test_rotary_and_store(
+    dtype: torch.dtype, has_norms: bool, num_heads: int, num_kv_heads: int, head_dim: int
+) -> None:
+    block_size, num_tokens = 16, 21
+    qkv = normal(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype)
+    positions = torch.randperm(100, generator=torch.Generator().manual_seed(1))[:num_tokens]
+    slots = block_size + torch.randperm(5 * block_size, generator=torch.Generator().manual_seed(2))[:num_tokens]
+    angles = normal(100, head_dim // 2, seed=3).double()
+    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1).float()
+    kv = torch.full((6, NUM_LAYERS, 2, num_kv_heads, block_size, head_dim), torch.nan, dtype=dtype)
+    norms = [normal(head_dim, dtype=dtype, seed=4), normal(head_dim, dtype=dtype, seed=5)] if has_norms else [None] * 2
+
+    q = cpu.rotary_and_store(qkv, positions, slots, cos_sin, kv, LAYER, *norms, 1e-6)
+
+    heads = qkv.double().view(num_tokens, -1, head_dim).split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    rotated = []
+    for part, norm in zip(heads, norms, strict=False):
+        part = part if norm is None else rms_norm_reference(part, norm, 1e-6)
+        # pairs (i, i + head_dim / 2) as complex numbers, turned by their angle
+        pairs = torch.complex(part[..., : head_dim // 2], part[..., head_dim // 2 :])
+        turned = pairs * torch.polar(torch.ones_like(angles), angles)[positions].unsqueeze(1)
+        rotated.append(torch.cat((turned.real, turned.imag), dim=2))
+    stored = kv[slots // block_size, LAYER, :, :, slots % block_size]  # [num_tokens, 2, num_kv_heads, head_dim]
+    assert_close(q, rotated[0])
+    assert_close(stored[:, 0], rotated[1])
+    assert torch.equal(stored[:, 1].double(), heads[2])
+    assert kv.isnan().sum() == kv.numel() - stored.numel()  # nothing else was touched
+
+
+def test_copy_blocks_reads_before_it_writes() -> None:
+    kv = normal(6, NUM_LAYERS, 2, 1, 4, 8)
+    before = kv.clone()
+    cpu.copy_blocks(kv, torch.tensor([1, 2, 5]), torch.tensor([2, 3, 4]))
+    assert torch.equal(kv, before[[0, 1, 1, 2, 5, 5]])
+
+
+def test_embedding() -> None:
+    weight = normal(11, 8)
+    ids = torch.tensor([3, 0, 10, 3])
+    assert torch.equal(cpu.embedding(ids, weight), weight[ids])
+
+
+def test_prepare_thread_follows_torch() -> None:
+    import numba
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        cpu.prepare_thread()
+        assert numba.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+        cpu.prepare_thread()

@@ -1,0 +1,162 @@
+"""Greedy tokens equal those of transformers, token for token, in float32 on the CPU, however they are computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from local_worker import local_engine, run_to_end
+from model_zoo import demo_model_path, make_tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nanopd.config import EngineConfig
+from nanopd.core.sequence import Sequence
+from nanopd.engine import Engine
+from nanopd.messages import EventKind, SamplingParams
+
+NUM_TOKENS = 20
+BLOCK_SIZE = 16
+PROMPT_LENGTHS = (1, 5, BLOCK_SIZE, BLOCK_SIZE + 1, 40, 100)
+MODELS = {  # group sizes 3, 1, 7, 4; head_dim 64 and 128; tied and untied
+    "llama": {"num_heads": 3, "num_kv_heads": 1, "tie_word_embeddings": True},
+    "llama-mha": {"num_heads": 4, "num_kv_heads": 4},
+    "qwen2": {"num_heads": 7, "num_kv_heads": 1, "tie_word_embeddings": True},
+    "qwen3": {"num_heads": 8, "num_kv_heads": 2, "head_dim": 128},
+}
+MIXED, PREFILL, DECODE = ({"device": "cpu", "role": role} for role in ("mixed", "prefill", "decode"))
+WAYS = {
+    "one token a step": {"max_num_batched_tokens": 1},
+    "chunks of 7": {"max_num_batched_tokens": 7},
+    "chunks of a block": {"max_num_batched_tokens": BLOCK_SIZE},
+    "chunks of a block and one": {"max_num_batched_tokens": BLOCK_SIZE + 1},
+    "whole": {},
+    "preempted": {"num_blocks": 12},
+    "disaggregated": {"policy": "disaggregated", "workers": [PREFILL, DECODE], "verify_transfers": True},
+    "disaggregated, chunks of 33": {
+        "policy": "disaggregated",
+        "workers": [PREFILL, DECODE],
+        "max_num_batched_tokens": 33,
+    },
+    "disaggregated, preempted": {
+        "policy": "disaggregated",
+        "workers": [PREFILL, DECODE],
+        "num_blocks": 12,
+        "handover_timeout_s": 0.01,
+    },
+    "all routes": {"policy": "round_robin", "workers": [MIXED, MIXED], "max_num_batched_tokens": 33},
+}
+
+
+def greedy(model: torch.nn.Module, prompt: list[int], num_tokens: int) -> list[int]:
+    """The answer of transformers."""
+    with torch.no_grad():
+        output = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=num_tokens,
+            min_new_tokens=num_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
+    return output[0, len(prompt) :].tolist()
+
+
+class Reference:
+    """A checkpoint, prompts, and what transformers makes of them."""
+
+    def __init__(self, path: Path, prompts: list[list[int]], num_tokens: int) -> None:
+        self.path, self.prompts, self.num_tokens = path, prompts, num_tokens
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        model.generation_config.eos_token_id = None
+        self.answers = [greedy(model, prompt, num_tokens) for prompt in prompts]
+
+    def engine(self, **keys) -> Engine:
+        keys = {"num_blocks": 200, "max_num_seqs": 8, "block_size": BLOCK_SIZE, **keys}
+        return local_engine(EngineConfig(model=str(self.path), **keys), self.path)
+
+    def submit(self, engine: Engine) -> list[Sequence]:
+        params = SamplingParams(temperature=0, max_tokens=self.num_tokens, ignore_eos=True)
+        return [engine.submit(str(i), prompt, params) for i, prompt in enumerate(self.prompts)]
+
+    def check(self, seqs: list[Sequence]) -> None:
+        assert [seq.output_token_ids for seq in seqs] == self.answers
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    name = request.param
+    path = make_tiny_model(tmp_path_factory.mktemp(name), name.split("-")[0], **MODELS[name])
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(4, 512, length).tolist() for length in PROMPT_LENGTHS]
+    reference = Reference(path, prompts, NUM_TOKENS)
+    assert all(len(set(answer)) > 3 for answer in reference.answers), "the model says nothing that could go wrong"
+    return reference
+
+
+@pytest.mark.parametrize("steps_in_flight", [1, 2])
+@pytest.mark.parametrize("way", WAYS)
+def test_tiny_model(reference: Reference, way: str, steps_in_flight: int) -> None:
+    engine = reference.engine(**WAYS[way], steps_in_flight=steps_in_flight)
+    seqs = reference.submit(engine)
+    run_to_end(engine)
+    reference.check(seqs)
+    if "preempted" in way:
+        assert any(event.kind is EventKind.PREEMPTED for seq in seqs for event in seq.events)
+
+
+@pytest.mark.parametrize("steps_in_flight", [1, 2])
+@pytest.mark.parametrize("num_before", [1, 7, 13])
+def test_forked(reference: Reference, num_before: int, steps_in_flight: int) -> None:
+    """A child forked in mid-answer shares its parent's blocks; both go on as if alone."""
+    engine = reference.engine(steps_in_flight=steps_in_flight, max_num_seqs=12)
+    parents = reference.submit(engine)
+    while any(len(parent.token_times_s) < num_before for parent in parents):
+        engine.step()
+        for parent in parents:
+            if parent.slot is not None:
+                engine.schedulers[0].slots.sync(parent)
+    children = [
+        engine.fork(parent.request_id, f"child of {parent.request_id}", parent.params)
+        for parent in parents
+        if not parent.status.is_finished
+    ]
+    assert len(children) == len(parents)
+    run_to_end(engine)
+    reference.check(parents)
+    reference.check(children)
+
+
+PROMPTS = (
+    "Hi",
+    "The capital of France is",
+    "Once upon a time there was a small robot who",
+    "def fibonacci(n):\n    ",
+    "List three reasons to learn a second language:\n1.",
+    "Water boils at 100 degrees Celsius because " * 12,
+    "In the beginning the ship sailed north, past islands nobody had named. " * 20,
+    "The committee met on Monday to discuss the budget, the roof, and the new library. " * 36,
+)
+
+
+@pytest.fixture(scope="module")
+def demo() -> Reference:
+    path = demo_model_path()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    prompts = [tokenizer.encode(text) for text in PROMPTS]
+    assert (min(map(len, prompts)), max(map(len, prompts)) > 600) == (1, True)
+    return Reference(path, prompts, 48)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps_in_flight", [1, 2])
+@pytest.mark.parametrize("way", ["whole", "disaggregated, chunks of 33", "all routes"])
+def test_demo_model(demo: Reference, way: str, steps_in_flight: int) -> None:
+    keys = {**WAYS[way], "steps_in_flight": steps_in_flight, "max_model_len": 1024}
+    if "max_num_batched_tokens" in keys:
+        keys["max_num_batched_tokens"] = 256
+    engine = demo.engine(**keys)
+    seqs = demo.submit(engine)
+    run_to_end(engine)
+    demo.check(seqs)
