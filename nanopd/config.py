@@ -297,3 +297,11 @@ class ModelConfig:
         """Bytes of K and V of one token over all layers."""
         itemsize = 4 if self.dtype == "float32" else 2
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
+
+    def num_matrix_weights(self) -> int:
+        """Weights of all matrix products of a token: every layer's, and the output head's."""
+        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        attention = self.hidden_size * (2 * q_size + 2 * kv_size)
+        return self.num_layers * (attention + 3 * self.hidden_size * self.intermediate_size) + (
+            self.vocab_size * self.hidden_size
+        )

@@ -114,44 +114,79 @@ def rotary_and_store(qkv, positions, slot_mapping, cos_sin, kv, layer, q_norm, k
 
 
 @njit(**OPTIONS)
+def _score_keys(q, keys, num_keys, scale, scores):
+    """scores[g, j] = scale * q[g] . keys[j]; four keys at a time, so that each number of q is used four times."""
+    whole = num_keys - num_keys % 4
+    for j in range(0, whole, 4):
+        key0, key1, key2, key3 = keys[j], keys[j + 1], keys[j + 2], keys[j + 3]
+        for g in range(q.shape[0]):
+            s0 = s1 = s2 = s3 = float32(0.0)
+            for d in range(q.shape[1]):
+                s0 += q[g, d] * key0[d]
+                s1 += q[g, d] * key1[d]
+                s2 += q[g, d] * key2[d]
+                s3 += q[g, d] * key3[d]
+            scores[g, j], scores[g, j + 1], scores[g, j + 2], scores[g, j + 3] = s0, s1, s2, s3
+    for j in range(whole, num_keys):
+        for g in range(q.shape[0]):
+            score = float32(0.0)
+            for d in range(q.shape[1]):
+                score += q[g, d] * keys[j, d]
+            scores[g, j] = score
+    for g in range(q.shape[0]):
+        for j in range(num_keys):
+            scores[g, j] *= scale
+
+
+@njit(**OPTIONS)
+def _add_values(weights, values, num_keys, out):
+    """out[g] += sum of weights[g, j] * values[j]; four values at a time, to load and store out less often."""
+    whole = num_keys - num_keys % 4
+    for j in range(0, whole, 4):
+        value0, value1, value2, value3 = values[j], values[j + 1], values[j + 2], values[j + 3]
+        for g in range(out.shape[0]):
+            w0, w1, w2, w3 = weights[g, j], weights[g, j + 1], weights[g, j + 2], weights[g, j + 3]
+            for d in range(out.shape[1]):
+                out[g, d] += w0 * value0[d] + w1 * value1[d] + w2 * value2[d] + w3 * value3[d]
+    for j in range(whole, num_keys):
+        for g in range(out.shape[0]):
+            for d in range(out.shape[1]):
+                out[g, d] += weights[g, j] * values[j, d]
+
+
+@njit(**OPTIONS)
+def _softmax(scores):
+    """Each row in place."""
+    for g in range(scores.shape[0]):
+        row = scores[g]
+        largest = row[0]
+        for j in range(1, row.shape[0]):
+            largest = max(largest, row[j])
+        total = float32(0.0)
+        for j in range(row.shape[0]):
+            weight = _exp(row[j] - largest)
+            row[j] = weight
+            total += weight
+        for j in range(row.shape[0]):
+            row[j] /= total
+
+
+@njit(**OPTIONS)
 def _attend(q, kv, layer, kv_head, block_table, context_len, scale, out):
     """Attention of the query heads of one token that share a KV head; q, out [group, head_dim].
 
     Scores of the whole context first, then the softmax, then the weighted sum of V: exact, and reads K and V once.
     """
-    group, head_dim = q.shape
     block_size = kv.shape[4]
-    scores = np.empty((group, context_len), np.float32)
+    scores = np.empty((q.shape[0], context_len), np.float32)
     for start in range(0, context_len, block_size):
         keys = kv[block_table[start // block_size], layer, 0, kv_head]
-        for j in range(min(block_size, context_len - start)):
-            key = keys[j]
-            for g in range(group):
-                score = float32(0.0)
-                for d in range(head_dim):
-                    score += q[g, d] * key[d]
-                scores[g, start + j] = score * scale
-    for g in range(group):
-        largest = scores[g, 0]
-        for j in range(1, context_len):
-            largest = max(largest, scores[g, j])
-        total = float32(0.0)
-        for j in range(context_len):
-            weight = _exp(scores[g, j] - largest)
-            scores[g, j] = weight
-            total += weight
-        for j in range(context_len):
-            scores[g, j] /= total
-        for d in range(head_dim):
-            out[g, d] = 0.0
+        _score_keys(q, keys, min(block_size, context_len - start), scale, scores[:, start:])
+    _softmax(scores)
+    out[:] = float32(0.0)
     for start in range(0, context_len, block_size):
         values = kv[block_table[start // block_size], layer, 1, kv_head]
-        for j in range(min(block_size, context_len - start)):
-            value = values[j]
-            for g in range(group):
-                weight = scores[g, start + j]
-                for d in range(head_dim):
-                    out[g, d] += weight * value[d]
+        _add_values(scores[:, start:], values, min(block_size, context_len - start), out)
 
 
 @njit(parallel=True, **OPTIONS)

@@ -28,9 +28,10 @@ def embedding(token_ids: Tensor, weight: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [T, in], weight [out, in], bias [out] -> [T, out]."""
+    """x [T, in], weight [out, in], bias [out] -> [T, out]; out is at least 4."""
     if x.dtype != torch.float32:
         return torch.nn.functional.linear(x, weight, bias)
+    assert weight.shape[0] >= kernels.ROWS, weight.shape
     out = x.new_empty(x.shape[0], weight.shape[0])
     kernels.linear(x.numpy(), weight.numpy(), _numpy(bias), out.numpy())
     return out

@@ -37,7 +37,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("num_tokens", "in_features", "out_features"),
-    [(1, 576, 960), (2, 64, 33), (3, 100, 1), (4, 7, 50), (5, 576, 576), (17, 1536, 70), (130, 48, 97), (0, 8, 8)],
+    [(1, 576, 960), (2, 64, 33), (3, 100, 4), (4, 7, 50), (5, 576, 576), (17, 1536, 70), (130, 48, 97), (0, 8, 8)],
 )
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_linear(dtype: torch.dtype, num_tokens: int, in_features: int, out_features: int, has_bias: bool) -> None:
