@@ -28,7 +28,7 @@ BARS_US = {(256, False): 100, (256, True): 400}  # per step of 256 decoding sequ
 
 
 class InstantWorker:
-    """Answers each step when it is sent, with tokens drawn from `token_ids`; keeps count of the time that this takes."""
+    """Answers each step when it is sent, with tokens drawn from `token_ids`; counts the time that this takes."""
 
     def __init__(self, num_blocks: int, token_ids: list[int], seed: int) -> None:
         self.num_blocks = num_blocks

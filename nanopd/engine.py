@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -107,8 +108,23 @@ class Engine:
         Raises:
             RequestError: it can never be served; nothing was queued.
         """
-        self._validate(request_id, prompt_token_ids, params, deadline_s)
+        self.check(request_id, prompt_token_ids, params, deadline_s=deadline_s, route=route)
         arrival_s = self.clock() if arrival_s is None else arrival_s
+        seq = self._new_sequence(request_id, prompt_token_ids, params, arrival_s, is_streamed)
+        seq.fixed_route = route
+        if deadline_s is not None:
+            heapq.heappush(self._deadlines, (arrival_s + deadline_s, seq.seq_id, seq))
+        self._route(seq)
+        return seq
+
+    def _new_sequence(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        arrival_s: float,
+        is_streamed: bool = False,
+    ) -> Sequence:
         seq = Sequence(
             self._num_submitted,
             request_id,
@@ -118,18 +134,12 @@ class Engine:
             eos_token_ids=self.model.eos_token_ids,
             arrival_s=arrival_s,
             seed=_mix(self.config.seed, self._num_submitted),
-            deadline_s=None if deadline_s is None else arrival_s + deadline_s,
             is_streamed=is_streamed,
-            fixed_route=route,
         )
-        self._check_route(route, seq.end_len)
-        self._num_submitted += 1
-        self.seqs[request_id] = seq
         if (is_streamed or params.stop) and self._make_text is not None:
             seq.text = self._make_text(prompt_token_ids, params.stop)
-        if seq.deadline_s is not None:
-            heapq.heappush(self._deadlines, (seq.deadline_s, seq.seq_id, seq))
-        self._route(seq)
+        self._num_submitted += 1
+        self.seqs[request_id] = seq
         return seq
 
     def abort(self, request_id: str) -> None:
@@ -144,20 +154,13 @@ class Engine:
         assert parent.status is SequenceStatus.RUNNING and parent.route is not None
         scheduler = self.schedulers[parent.route.decode_worker]
         scheduler.slots.sync(parent)
-        child = Sequence(
-            self._num_submitted,
-            child_request_id,
-            parent.token_ids[: parent.num_prompt_tokens],
-            params,
-            max_model_len=self.max_model_len,
-            eos_token_ids=self.model.eos_token_ids,
-            arrival_s=self.clock(),
-            seed=_mix(self.config.seed, self._num_submitted),
-        )
-        self._num_submitted += 1
+        prompt = parent.token_ids[: parent.num_prompt_tokens]
+        self.check(child_request_id, prompt, params)
+        child = self._new_sequence(child_request_id, prompt, params, self.clock())
         child.token_ids, child.token_times_s = list(parent.token_ids), list(parent.token_times_s)
+        if child.text is not None:
+            child.text.push(child.output_token_ids, may_stop=False)
         child.route = parent.route
-        self.seqs[child_request_id] = child
         scheduler.fork(parent, child)
         return child
 
@@ -167,12 +170,12 @@ class Engine:
         in_flight = any(s.in_flight and not s.is_dead for s in self.schedulers)
         return bool(self.seqs or in_flight or self.handovers.has_plans_out)
 
-    def next_wakeup_s(self) -> float | None:
-        """When, on the engine's clock, `step` has something to do even if no worker answers; None: never."""
-        times = [self._deadlines[0][0]] if self._deadlines else []
-        if len(self.handovers):
-            times.append(self.clock() + self.config.handover_timeout_s)
-        return min(times, default=None)
+    def next_wakeup_s(self) -> float:
+        """When, on the engine's clock, `step` has something to do even if no worker answers; inf: never."""
+        while self._deadlines and self._deadlines[0][2].status.is_finished:
+            heapq.heappop(self._deadlines)
+        deadline_s = self._deadlines[0][0] if self._deadlines else math.inf
+        return min(deadline_s, self.handovers.next_due_s())
 
     # ---------------------------------------------------------------------------------------------------- step
 
@@ -186,11 +189,9 @@ class Engine:
             if not seq.status.is_finished:
                 seq.error = "the deadline has passed"
                 self._finish(seq, SequenceStatus.FINISHED_ABORTED)
-        for seq in self.handovers.tick(now_s):
-            seq.status = SequenceStatus.PREEMPTED
-            self._route(seq)
-        for worker in self._live_workers():
-            self._send_steps(worker)
+        self.handovers.tick(now_s)
+        while sum(self._send_steps(worker) for worker in self._live_workers()):
+            pass  # a preempted sequence was queued on a worker that had its turn already
         updates, self._updates = self._updates, []
         return updates
 
@@ -226,20 +227,22 @@ class Engine:
             for seq in outcome.prefilled:
                 self.handovers.prefilled(seq, now_s)
 
-    def _send_steps(self, worker: int) -> None:
-        """Keep `steps_in_flight` steps out."""
-        scheduler = self.schedulers[worker]
+    def _send_steps(self, worker: int) -> bool:
+        """Keep `steps_in_flight` steps out; returns whether a sequence was preempted and left for another worker."""
+        scheduler, has_left = self.schedulers[worker], False
         while len(scheduler.in_flight) < self.config.steps_in_flight:
             batch = scheduler.schedule()
             for seq in scheduler.admitted:
                 seq.log_event(self.clock(), EventKind.SCHEDULED, worker)
             for seq in scheduler.preempted:
                 self._requeue(seq, scheduler)
+                has_left |= seq.worker != worker
             if batch is None:
                 break
             self.workers[worker].send(batch)
         used = scheduler.blocks.num_usable - scheduler.blocks.num_free
         self.peak_blocks[worker] = max(self.peak_blocks[worker], used)
+        return has_left
 
     def _requeue(self, seq: Sequence, scheduler: Scheduler) -> None:
         """A preempted sequence starts over: where it was decoding, or elsewhere if that worker does not prefill."""
@@ -257,7 +260,7 @@ class Engine:
     def _watch(self, seq: Sequence) -> None:
         """Make text of the newest token: for a stream, or to look for stop strings."""
         text = ""
-        if seq.text is not None:
+        if seq.text is not None and seq.token_ids[-1] not in seq.stop_ids:  # a stop token is not part of the text
             text = seq.text.push(seq.token_ids[-1:], may_stop=len(seq.token_ids) >= seq.min_len)
         if seq.is_streamed:
             self._updates.append(Update(seq, seq.token_ids[-1:], text, is_finished=False))
@@ -307,12 +310,11 @@ class Engine:
         return []
 
     def _has_capacity(self, route: Route, num_tokens: int) -> bool:
-        pools = [self.schedulers[worker].blocks for worker in _workers_of(route)]
-        return all(pool.blocks_for(num_tokens) <= pool.num_usable for pool in pools)
+        return all(self.schedulers[worker].can_hold(num_tokens) for worker in _workers_of(route))
 
     def _bury(self, worker: int, error: WorkerError) -> None:
         """A worker is gone: what it had is computed again elsewhere, from prompt and delivered tokens."""
-        logger.error("%s", error)
+        logger.error("%s", str(error))  # the record must not keep the traceback and all that it refers to
         self._errors[worker] = error
         self.schedulers[worker].is_dead = True
         victims = [seq for seq in self.seqs.values() if seq.worker == worker]
@@ -325,13 +327,24 @@ class Engine:
             seq.block_table = []
         for seq in victims + displaced:
             seq.status = SequenceStatus.PREEMPTED
+            seq.log_event(self.clock(), EventKind.PREEMPTED, worker)
             self._route(seq)
 
     # --------------------------------------------------------------------------------------------- validation
 
-    def _validate(
-        self, request_id: str, prompt_token_ids: list[int], params: SamplingParams, deadline_s: float | None
+    def check(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        deadline_s: float | None = None,
+        route: Route | None = None,
     ) -> None:
+        """Raise RequestError if the request can never be served.
+
+        Any thread may call it: all that it reads is fixed, but for the ids of unfinished requests.
+        """
         vocab_size, max_len = self.model.vocab_size, self.max_model_len
         if request_id in self.seqs:
             raise RequestError("request_id", request_id, "an id that no unfinished request has")
@@ -341,7 +354,7 @@ class Engine:
             if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
                 bad = next(i for i in ids if not 0 <= i < vocab_size)
                 raise RequestError(name, bad, f"token ids from 0 to {vocab_size - 1}")
-        num_prompt, max_tokens = len(prompt_token_ids), params.max_tokens or 1
+        num_prompt, max_tokens = len(prompt_token_ids), params.max_tokens or max(1, params.min_tokens)
         if num_prompt + max_tokens > max_len:
             what = f"{num_prompt} prompt tokens + {max_tokens} output tokens"
             raise RequestError(
@@ -351,6 +364,7 @@ class Engine:
             raise RequestError("deadline_s", deadline_s, "None, or more than 0 seconds")
         if params.stop and self._make_text is None:
             raise RequestError("stop", params.stop, "nothing, as the model has no tokenizer")
+        self._check_route(route, max_len if params.max_tokens is None else num_prompt + max_tokens)
 
     def _check_route(self, route: Route | None, num_tokens: int) -> None:
         routes = self.router.routes if route is None else [route]

@@ -9,7 +9,10 @@ live side by side. Worker processes are spawned, so a script that makes an LLM n
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
+import multiprocessing
 import threading
 import time
 import weakref
@@ -17,21 +20,23 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, cast
 
+from jinja2 import TemplateError  # comes with transformers' chat templates
 from tqdm import tqdm
 
 from nanopd.config import EngineConfig, ModelConfig, check_devices, load_config
 from nanopd.core.metrics import RequestMetrics
 from nanopd.core.sequence import FINISH_REASONS, Sequence
-from nanopd.detokenizer import StoppableText
+from nanopd.detokenizer import StoppableText, TokenPieces
 from nanopd.engine import Engine, Update
-from nanopd.errors import ConfigError, NanopdError, RequestError, WorkerError
+from nanopd.errors import ConfigError, NanopdError, RequestError
 from nanopd.ipc.doorbell import Doorbell, Waiter
-from nanopd.messages import RequestLog, Route, SamplingParams
+from nanopd.messages import FinishReason, RequestLog, Route, SamplingParams
 from nanopd.model_files import load_tokenizer, read_model_config, resolve
 from nanopd.outputs import BlockStats, CompletionOutput, RequestOutput, RequestOutputDelta
 from nanopd.worker_process import WorkerProcess, start_workers, stop_workers
@@ -40,30 +45,33 @@ Prompt = str | list[int]
 
 MAX_WAIT_S = 1.0
 SHUTDOWN_TIMEOUT_S = 30.0
+MAX_LOGS = 100_000  # of the latest finished requests
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class EngineStats:
-    """Of an engine since it started, or since `LLM.reset_stats`."""
+    """Of an engine since it started, or since `LLM.stats(reset=True)`."""
 
     blocks: list[BlockStats]  # per worker
-    logs: list[RequestLog]  # of finished requests
+    logs: list[RequestLog]  # of finished requests, the latest 100,000
     num_preemptions: int
 
 
 class RequestHandle:
     """A submitted request. Iterate over it for increments, if it was submitted with stream=True."""
 
-    def __init__(self, request_id: str, prompt: str | None, llm: LLM) -> None:
+    def __init__(self, request_id: str, prompt: str | None, is_streamed: bool, llm: LLM) -> None:
         self.request_id = request_id
         self._prompt = prompt
+        self._is_streamed = is_streamed
         self._llm = llm
         self._deltas: SimpleQueue[RequestOutputDelta] = SimpleQueue()
+        self._is_exhausted = False
         self._done = threading.Event()
         self._seq: Sequence | None = None  # once finished
-        self._failure: str | None = None
+        self._failure: NanopdError | None = None  # of the engine
 
     def done(self) -> bool:
         return self._done.is_set()
@@ -73,35 +81,38 @@ class RequestHandle:
 
         Raises:
             TimeoutError: not finished within `timeout` seconds; the request goes on.
-            NanopdError: the engine itself has failed.
+            NanopdError: the engine itself has failed, or was shut down.
         """
         if not self._done.wait(timeout):
             raise TimeoutError(f"request {self.request_id} has not finished within {timeout} s")
         if self._seq is None:
-            raise NanopdError(f"request {self.request_id}: {self._failure}")
+            raise NanopdError(f"request {self.request_id}: {self._failure}") from self._failure
         return self._llm._output(self._seq, self._prompt)
 
     def abort(self) -> None:
         self._llm.abort(self.request_id)
 
     def __iter__(self) -> Iterator[RequestOutputDelta]:
-        while True:
+        """Increments as they come, each handed out once."""
+        if not self._is_streamed:
+            raise RequestError("stream", False, "True at submission, for increments")
+        while not self._is_exhausted:
             delta = self._deltas.get()
+            self._is_exhausted = delta.finish_reason is not None
             yield delta
-            if delta.finish_reason is not None:
-                return
 
     def _update(self, update: Update) -> None:
-        reason = FINISH_REASONS[update.seq.status].value if update.is_finished else None
-        if update.seq.is_streamed:
-            self._deltas.put(RequestOutputDelta(update.text, update.token_ids, reason))
+        seq = update.seq
+        reason = FINISH_REASONS[seq.status].value if update.is_finished else None
+        if self._is_streamed:
+            self._deltas.put(RequestOutputDelta(update.text, update.token_ids, reason, seq.error))
         if update.is_finished:
-            self._seq = update.seq
+            self._seq = seq
             self._done.set()
 
-    def _fail(self, reason: str) -> None:
-        self._failure = reason
-        self._deltas.put(RequestOutputDelta("", [], "error"))
+    def _fail(self, failure: NanopdError) -> None:
+        self._failure = failure
+        self._deltas.put(RequestOutputDelta("", [], FinishReason.ERROR.value, str(failure)))
         self._done.set()
 
 
@@ -110,11 +121,16 @@ class _Submission:
     handle: RequestHandle
     prompt_token_ids: list[int]
     params: SamplingParams
-    options: dict[str, Any] = field(default_factory=dict)  # keywords of Engine.submit
+    arrival_s: float
+    deadline_s: float | None = None
+    route: Route | None = None
 
 
 class _EngineThread(threading.Thread):
-    """Spawns the workers, runs the engine, and is the only thread that touches either."""
+    """Spawns the workers, runs the engine, and is the only thread that changes either.
+
+    Other threads append commands and ring. A command that fails ends the engine, unless somebody waits for it.
+    """
 
     def __init__(
         self, config: EngineConfig, model: ModelConfig, path: Path, tokenizer: Any, on_progress: Callable | None
@@ -122,41 +138,54 @@ class _EngineThread(threading.Thread):
         super().__init__(name="nanopd-engine", daemon=True)
         self._config, self._model, self._path, self._tokenizer = config, model, path, tokenizer
         self._on_progress = on_progress
-        self._commands: deque[tuple[Callable[[Engine], Any], Future]] = deque()
         self._bell = Doorbell()
-        self._handles: dict[str, RequestHandle] = {}
-        self._logs: list[RequestLog] = []
+        self._lock = threading.Lock()  # of the following three
+        self._commands: deque[tuple[Callable[[Engine], Any], Future | None]] = deque()
+        self._handles: dict[str, RequestHandle] = {}  # of unfinished requests
+        self._end: NanopdError | None = None  # why it has ended
+        self._logs: deque[RequestLog] = deque(maxlen=MAX_LOGS)
         self._is_stopping = False
-        self._failure: BaseException | None = None
-        self.started: Future[None] = Future()
+        self.started: Future[Engine] = Future()
 
     def call(self, command: Callable[[Engine], Any]) -> Any:
         """Run `command(engine)` in this thread and return what it returns or raises."""
         future: Future[Any] = Future()
-        self._commands.append((command, future))
+        with self._lock:
+            self._check_running()
+            self._commands.append((command, future))
         self._bell.ring()
-        if not self.is_alive():  # it may have ended before it saw the command
-            self._refuse_commands()
         return future.result()
 
     def stop(self) -> None:
-        """End the thread and its workers; what is unfinished fails."""
+        """End the thread and its workers; what is unfinished fails. Takes no lock: a garbage collector may call."""
         self._is_stopping = True
         self._bell.ring()
 
-    def submit_all(self, engine: Engine, submissions: list[_Submission]) -> None:
-        """Submit all, or none if one cannot be served. Raises RequestError."""
-        submitted: list[_Submission] = []
-        try:
+    def submit_all(self, submissions: list[_Submission]) -> None:
+        """Queue all, or none if one cannot be served; does not wait for the engine.
+
+        Raises:
+            RequestError: one cannot be served.
+            NanopdError: the engine has ended.
+        """
+        engine = self.started.result()
+        for s in submissions:
+            engine.check(s.handle.request_id, s.prompt_token_ids, s.params, deadline_s=s.deadline_s, route=s.route)
+        new = {s.handle.request_id: s.handle for s in submissions}
+        with self._lock:
+            self._check_running()
+            for request_id in new.keys() & self._handles.keys():
+                raise RequestError("request_id", request_id, "an id that no unfinished request has")
+            self._handles.update(new)
             for submission in submissions:
-                handle = submission.handle
-                engine.submit(handle.request_id, submission.prompt_token_ids, submission.params, **submission.options)
-                self._handles[handle.request_id] = handle
-                submitted.append(submission)
-        except RequestError:
-            for submission in submitted:
-                engine.abort(submission.handle.request_id)
-            raise
+                self._commands.append((partial(_submit, submission), None))
+        self._bell.ring()
+
+    def abort_all(self, request_ids: list[str]) -> None:
+        """Does not wait; a thread that has ended has nothing to abort."""
+        for request_id in request_ids:
+            self._commands.append((partial(Engine.abort, request_id=request_id), None))
+        self._bell.ring()
 
     def take_stats(self, engine: Engine, reset: bool) -> EngineStats:
         pools = [scheduler.blocks for scheduler in engine.schedulers]
@@ -172,67 +201,93 @@ class _EngineThread(threading.Thread):
 
     def run(self) -> None:
         workers: list[WorkerProcess] = []
+        end = NanopdError("the engine was shut down")
         try:
-            workers = start_workers(self._config, self._model, self._path, self._on_progress)
+            workers = start_workers(self._config, self._model, self._path, self._bell, self._on_progress)
             engine = Engine(self._config, self._model, list(workers), time.monotonic, self._make_text())
-            self.started.set_result(None)
+            self.started.set_result(engine)
             self._loop(engine, workers)
         except BaseException as error:
-            self._failure = error
+            end = NanopdError(f"the engine has failed: {error!r}")
+            end.__cause__ = error
             if not self.started.done():
                 self.started.set_exception(error)
             else:
                 logger.exception("the engine has failed")
         finally:
+            self._finish(end)
             stop_workers(workers)
-            reason = "the engine was shut down" if self._failure is None else f"the engine has failed: {self._failure!r}"
-            for handle in list(self._handles.values()):
-                handle._fail(reason)
-            self._refuse_commands()
 
     def _loop(self, engine: Engine, workers: list[WorkerProcess]) -> None:
-        waiter = Waiter()
-        waiter.add(self._bell)
-        for worker in workers:
-            worker.register(waiter)
-        while not self._is_stopping:
-            while self._commands:
-                self._run_command(engine, *self._commands.popleft())
-            for update in engine.step():
-                self._deliver(update)
-            if not self._commands:
-                self._wait(engine, waiter, workers)
-        waiter.close()
-
-    def _wait(self, engine: Engine, waiter: Waiter, workers: list[WorkerProcess]) -> None:
-        wakeup_s = engine.next_wakeup_s()
-        timeout_s = MAX_WAIT_S if wakeup_s is None else min(MAX_WAIT_S, max(0.0, wakeup_s - time.monotonic()))
-        waiter.wait(timeout_s)
-
-    def _run_command(self, engine: Engine, command: Callable[[Engine], Any], future: Future) -> None:
-        try:
-            future.set_result(command(engine))
-        except Exception as error:
-            future.set_exception(error)
+        with contextlib.closing(Waiter()) as waiter:
+            waiter.add(self._bell)
+            for worker in workers:
+                worker.register(waiter)
+            while not self._is_stopping:
+                while self._commands:
+                    _run_command(engine, *self._commands.popleft())
+                for update in engine.step():
+                    self._deliver(update)
+                if not self._commands:
+                    waiter.wait(_wait_s(engine))
 
     def _deliver(self, update: Update) -> None:
-        request_id = update.seq.request_id
-        handle = self._handles.get(request_id)
+        handle = self._handles[update.seq.request_id]
         if update.is_finished:
             self._logs.append(update.seq.log())
-            self._handles.pop(request_id, None)
-        if handle is not None:
-            handle._update(update)
+            with self._lock:
+                del self._handles[handle.request_id]
+        handle._update(update)
 
-    def _refuse_commands(self) -> None:
+    def _finish(self, end: NanopdError) -> None:
+        """Answer everybody who waits."""
+        with self._lock:
+            self._end = end
+        for handle in self._handles.values():
+            handle._fail(end)
+        self._handles.clear()
         while self._commands:
             _, future = self._commands.popleft()
-            future.set_exception(NanopdError("the engine has ended") if self._failure is None else self._failure)
+            if future is not None:
+                future.set_exception(end)
+
+    def _check_running(self) -> None:
+        if self._end is not None:
+            raise NanopdError(str(self._end)) from self._end.__cause__
 
     def _make_text(self) -> Callable[[list[int], tuple[str, ...]], StoppableText] | None:
         if self._tokenizer is None:
             return None
-        return lambda prompt_token_ids, stop: StoppableText(self._tokenizer, prompt_token_ids, stop)
+        pieces = TokenPieces(self._tokenizer)  # one cache for all requests
+        return lambda prompt_token_ids, stop: StoppableText(pieces, prompt_token_ids, stop)
+
+
+def _wait_s(engine: Engine) -> float:
+    """How long the engine has nothing to do unless something happens."""
+    return min(MAX_WAIT_S, max(0.0, engine.next_wakeup_s() - time.monotonic()))
+
+
+def _submit(submission: _Submission, engine: Engine) -> None:
+    engine.submit(
+        submission.handle.request_id,
+        submission.prompt_token_ids,
+        submission.params,
+        arrival_s=submission.arrival_s,
+        deadline_s=submission.deadline_s,
+        is_streamed=submission.handle._is_streamed,
+        route=submission.route,
+    )
+
+
+def _run_command(engine: Engine, command: Callable[[Engine], Any], future: Future | None) -> None:
+    try:
+        value = command(engine)
+        if future is not None:
+            future.set_result(value)
+    except Exception as error:
+        if future is None:
+            raise
+        future.set_exception(error)
 
 
 class LLM:
@@ -262,6 +317,7 @@ class LLM:
             UnsupportedModelError: the model is of a kind that nanopd does not run.
             WorkerError: a worker failed to load, with its traceback.
         """
+        _check_main_guard()
         settings = _settings(config, overrides if model is None else {**overrides, "model": model})
         self._start(settings, show_progress)
 
@@ -275,14 +331,17 @@ class LLM:
         self.model_config = read_model_config(path, config.dtype, on_cpu)
         self.config = _with_max_model_len(config, self.model_config)
         self.tokenizer = load_tokenizer(config.tokenizer or path)
-        self._num_requests = 0
-        self._lock = threading.Lock()
+        self._numbers = itertools.count()
         with tqdm(total=100, desc="loading", unit="%", disable=not show_progress) as bar:
             report = _bar_updater(bar) if show_progress else None
             self._thread = _EngineThread(self.config, self.model_config, path, self.tokenizer, report)
             self._thread.start()
             self._stop = weakref.finalize(self, _end_thread, self._thread)
-            self._thread.started.result()
+            try:
+                self._thread.started.result()
+            except BaseException:  # Ctrl-C too
+                self.shutdown()
+                raise
 
     # ------------------------------------------------------------------------------------------------- requests
 
@@ -303,8 +362,8 @@ class LLM:
         """
         prompt_list = _as_list(prompts)
         params_list = _as_params(sampling_params, len(prompt_list))
-        submissions = [self._submission(p, s, None) for p, s in zip(prompt_list, params_list, strict=True)]
-        self._thread.call(lambda engine: self._thread.submit_all(engine, submissions))
+        submissions = [self._submission(p, s) for p, s in zip(prompt_list, params_list, strict=True)]
+        self._thread.submit_all(submissions)
         return self._results([s.handle for s in submissions], use_tqdm)
 
     def chat(
@@ -318,7 +377,7 @@ class LLM:
 
         `messages` are dictionaries with `role` and `content`; `template_args` go to the template.
         """
-        conversations = messages if messages and isinstance(messages[0], list) else [messages]
+        conversations: list[Any] = messages if messages and isinstance(messages[0], list) else [messages]
         prompts = [self.encode_chat(conversation, **template_args) for conversation in conversations]
         return self.generate(prompts, sampling_params, use_tqdm)
 
@@ -345,33 +404,42 @@ class LLM:
         Raises:
             RequestError: it can never be served.
         """
-        options = {"deadline_s": deadline_s, "arrival_s": arrival_time_s, "route": route, "is_streamed": stream}
-        submission = self._submission(prompt, sampling_params or SamplingParams(), request_id, options)
-        self._thread.call(lambda engine: self._thread.submit_all(engine, [submission]))
+        submission = self._submission(prompt, sampling_params or SamplingParams(), request_id, stream)
+        submission.deadline_s, submission.route = deadline_s, route
+        if arrival_time_s is not None:
+            submission.arrival_s = arrival_time_s
+        self._thread.submit_all([submission])
         return submission.handle
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, **submit_args: Any
     ) -> Iterator[RequestOutputDelta]:
-        """Increments of one answer as they come; leaving the iterator early aborts the request."""
-        handle = self.submit(prompt, sampling_params, stream=True, **submit_args)
-        try:
-            yield from handle
-        finally:
-            if not handle.done():
-                handle.abort()
+        """Increments of one answer as they come; leaving the iterator early aborts the request.
+
+        `submit_args` and what is raised are those of `submit`.
+        """
+        return _increments(self.submit(prompt, sampling_params, stream=True, **submit_args))
 
     def abort(self, request_id: str) -> None:
         """End a request with what it has; unknown and finished ones are left alone."""
-        self._thread.call(lambda engine: engine.abort(request_id))
+        self._thread.abort_all([request_id])
 
     def encode_chat(self, messages: list[dict], **template_args: Any) -> list[int]:
-        """Token ids of a conversation, ready for the model's answer."""
+        """Token ids of a conversation, ready for the model's answer.
+
+        Raises:
+            RequestError: the model has no chat template, or it does not take these messages.
+        """
         if self.tokenizer is None or self.tokenizer.chat_template is None:
             raise RequestError("messages", messages, "a prompt or token ids, as the model has no chat template")
-        text = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False, **template_args
-        )
+        if not (messages and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)):
+            raise RequestError("messages", messages, "mappings with role and content")
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False, **template_args
+            )
+        except (TypeError, ValueError, TemplateError) as error:
+            raise RequestError("messages", messages, f"what the chat template takes ({error})") from error
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     # ---------------------------------------------------------------------------------------------------- state
@@ -393,22 +461,21 @@ class LLM:
     # --------------------------------------------------------------------------------------------------- pieces
 
     def _submission(
-        self, prompt: Prompt, params: SamplingParams, request_id: str | None, options: dict | None = None
+        self, prompt: Prompt, params: SamplingParams, request_id: str | None = None, is_streamed: bool = False
     ) -> _Submission:
+        arrival_s = time.monotonic()
         if not isinstance(params, SamplingParams):
             raise RequestError("sampling_params", params, "a SamplingParams")
-        with self._lock:
-            number, self._num_requests = self._num_requests, self._num_requests + 1
         text = prompt if isinstance(prompt, str) else None
-        handle = RequestHandle(f"request-{number}" if request_id is None else request_id, text, self)
-        return _Submission(handle, self._encode(prompt), params, options or {})
+        name = f"request-{next(self._numbers)}" if request_id is None else request_id
+        return _Submission(RequestHandle(name, text, is_streamed, self), self._encode(prompt), params, arrival_s)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise RequestError("prompt", prompt, "a list of token ids, as the model has no tokenizer")
             return self.tokenizer.encode(prompt)
-        if not all(isinstance(token, int) for token in prompt):
+        if not isinstance(prompt, (list, tuple)) or not all(isinstance(token, int) for token in prompt):
             raise RequestError("prompt", prompt, "text, or a list of token ids")
         return list(prompt)
 
@@ -416,9 +483,7 @@ class LLM:
         try:
             return [h.result() for h in tqdm(handles, desc="generating", unit="req", disable=not use_tqdm)]
         except BaseException:
-            for handle in handles:
-                if not handle.done() and self._thread.is_alive():
-                    handle.abort()
+            self._thread.abort_all([handle.request_id for handle in handles if not handle.done()])
             raise
 
     def _output(self, seq: Sequence, prompt: str | None) -> RequestOutput:
@@ -440,7 +505,17 @@ class LLM:
             return seq.text.text
         if self.tokenizer is None:
             return ""
-        return self.tokenizer.decode(seq.output_token_ids, skip_special_tokens=True)
+        ids = seq.output_token_ids
+        is_stopped = ids and ids[-1] in seq.stop_ids  # a stop token is not part of the text
+        return self.tokenizer.decode(ids[:-1] if is_stopped else ids, skip_special_tokens=True)
+
+
+def _increments(handle: RequestHandle) -> Iterator[RequestOutputDelta]:
+    try:
+        yield from handle
+    finally:
+        if not handle.done():
+            handle.abort()
 
 
 def _end_thread(thread: _EngineThread) -> None:
@@ -449,12 +524,18 @@ def _end_thread(thread: _EngineThread) -> None:
         thread.join(SHUTDOWN_TIMEOUT_S)
 
 
+def _check_main_guard() -> None:
+    # multiprocessing's own mark of a process that is still importing the script which started it
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RuntimeError('a worker imports this script, which makes an LLM: it needs `if __name__ == "__main__":`')
+
+
 def _settings(config: str | Path | EngineConfig | None, overrides: dict[str, Any]) -> EngineConfig:
     if config is None:
         return EngineConfig.from_dict(overrides)
     if isinstance(config, EngineConfig):
         return config.replace(**overrides)
-    return load_config(config).replace(**overrides)
+    return load_config(config, **overrides)
 
 
 def _with_max_model_len(config: EngineConfig, model: ModelConfig) -> EngineConfig:
@@ -466,14 +547,14 @@ def _with_max_model_len(config: EngineConfig, model: ModelConfig) -> EngineConfi
 
 def _as_list(prompts: Prompt | SequenceOf[Prompt]) -> list[Prompt]:
     is_one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-    return [prompts] if is_one else list(prompts)  # type: ignore[list-item]
+    return [cast(Prompt, prompts)] if is_one else list(cast(SequenceOf[Prompt], prompts))
 
 
 def _as_params(params: SamplingParams | SequenceOf[SamplingParams] | None, count: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
     if len(params) != count:
-        raise RequestError("sampling_params", f"{len(params)} of them", f"one for all, or one for each of {count} prompts")
+        raise RequestError("sampling_params", f"{len(params)} of them", f"one, or one for each of {count} prompts")
     return list(params)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from nanopd.errors import RequestError
 
 MAX_LOGPROBS = 20  # per token; what StepResult has room for
+MAX_STOP_TOKEN_IDS = 128  # per request; what a StepBatch is sure to have room for
 
 
 class Role(str, Enum):
@@ -85,13 +86,15 @@ class SamplingParams:
         """Field, whether its value is allowed, and what is; in an order in which later ones may rely on earlier."""
         yield "temperature", _is_number(self.temperature, 0.0), "a finite number >= 0"
         yield "top_p", _is_number(self.top_p, 0.0, 1.0) and self.top_p > 0, "0 < top_p <= 1"
-        yield "top_k", _is_count(self.top_k, -1), "-1 or 0 (off), or a count"
+        yield "top_k", _is_count(self.top_k, -1, 2**31 - 1), "-1 or 0 (off), or a count"
         yield "seed", self.seed is None or _is_count(self.seed, 0, 2**64 - 1), "None, or 0 <= seed < 2**64"
         yield "max_tokens", self.max_tokens is None or _is_count(self.max_tokens, 1), "None, or at least 1"
-        most = self.max_tokens or 2**31
+        most = self.max_tokens or 2**31 - 1
         yield "min_tokens", _is_count(self.min_tokens, 0, most), "0 <= min_tokens <= max_tokens"
         yield "stop", all(isinstance(s, str) and s for s in self.stop), "non-empty strings"
         yield "stop_token_ids", all(_is_count(t, 0) for t in self.stop_token_ids), "token ids >= 0"
+        is_short = len(self.stop_token_ids) <= MAX_STOP_TOKEN_IDS
+        yield "stop_token_ids", is_short, f"at most {MAX_STOP_TOKEN_IDS} of them"
         yield "ignore_eos", isinstance(self.ignore_eos, bool), "true or false"
         is_off = self.logprobs is None
         yield "logprobs", is_off or _is_count(self.logprobs, 0, MAX_LOGPROBS), f"None, or 0 to {MAX_LOGPROBS}"

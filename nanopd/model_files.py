@@ -70,7 +70,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a resolved model (None where it has none), or the one of this directory, name or hub id.
 
     Raises:
-        ConfigError: `source` is a name, and there is no tokenizer of that name.
+        ConfigError: `source` is a name, and there is no tokenizer of that name; or it is not a fast one.
     """
     path = Path(source).expanduser()
     if path.is_file() or (path.is_dir() and not any((path / name).is_file() for name in TOKENIZER_FILES)):
@@ -79,10 +79,13 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:
 
     place = demo_model.path() if str(source) == demo_model.NAME else path if path.is_dir() else source
     try:
-        return AutoTokenizer.from_pretrained(place)
+        tokenizer = AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError("tokenizer", str(source), f"a directory or hub id with a tokenizer ({reason})") from error
+    if not tokenizer.is_fast:
+        raise ConfigError("tokenizer", str(source), "one that transformers has a fast implementation of")
+    return tokenizer
 
 
 def read_model_config(path: Path, dtype: str, device_is_cpu: bool) -> ModelConfig:

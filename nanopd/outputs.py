@@ -41,6 +41,7 @@ class RequestOutputDelta:
     text: str
     token_ids: list[int]
     finish_reason: str | None = None  # set in the last piece
+    error: str | None = None  # why, where finish_reason is "error", or "abort" by a deadline
 
 
 @dataclass(slots=True)

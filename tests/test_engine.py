@@ -72,7 +72,7 @@ def policies_for(roles: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("steps_in_flight", [1, 2, 3])
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_load_on_any_topology(topology: str, steps_in_flight: int, data: st.DataObject) -> None:
     """Random requests, arrivals, aborts, deadlines, tiny pools and budgets, work done in any order; then a death."""

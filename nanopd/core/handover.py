@@ -2,17 +2,20 @@
 
 Owns what is under way between two workers: places reserved at the destination, which blocks have been sent, and the
 plans that are out. Blocks that a plan names are pinned on both sides until the plan is acknowledged, whatever becomes
-of the sequence. A sequence that finds no room in time takes another way, so no pair of workers waits for each other.
+of the sequence. A sequence that finds no room in time goes to another decode worker that has, or stays where it is
+if that worker may decode. On a pure prefill worker it goes on waiting: nothing waits for room there in order to leave
+a decode worker, so no workers can wait for each other in a circle.
 
     routed ─ begin ─▶ (reserve as soon as the prefill has started; complete blocks move after each chunk)
            ─ prefilled ─▶ (the rest moves) ─ every plan acknowledged ─▶ decodes at the destination
-                     └─ no room within the time-out ─▶ another decode worker | stays where it is | displaced
+                     └─ no room within the time-out ─▶ another decode worker | stays | goes on waiting
 
 Parent process, one thread. Knows schedulers and plans, not how bytes travel.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -67,6 +70,7 @@ class Handovers:
         assert seq.route is not None and not seq.route.is_collocated
         src, dst = self._schedulers[seq.route.prefill_worker], self._schedulers[seq.route.decode_worker]
         self._by_seq[seq.seq_id] = _Handover(seq, src, dst)
+        dst.num_expected += 1
 
     def advance(self, seq: Sequence, num_computed: int) -> None:
         """The first `num_computed` tokens have their KV entries: whole blocks of them may move."""
@@ -96,20 +100,25 @@ class Handovers:
 
     def cancel(self, seq: Sequence) -> None:
         """Forget a hand-over, if there is one; plans that are out keep their blocks pinned."""
-        handover = self._by_seq.pop(seq.seq_id, None)
+        handover = self._by_seq.get(seq.seq_id)
         if handover is not None:
             self._cancel_reservation(handover)
+            self._end(handover)
 
-    def tick(self, now_s: float) -> list[Sequence]:
-        """Try to reserve what could not be reserved; returns sequences that waited too long and have to start over."""
-        displaced = []
+    def tick(self, now_s: float) -> None:
+        """Try to reserve what could not be reserved; redirect what has waited too long."""
         for handover in list(self._by_seq.values()):
             if handover.dst_table is None and handover.seq.slot is not None:
                 self._try_reserve(handover, handover.dst)
-                waits_since = handover.prefilled_s
-                if handover.dst_table is None and waits_since is not None and now_s - waits_since >= self._timeout_s:
-                    displaced += self._redirect(handover, now_s, may_wait=False)
-        return displaced
+                if handover.dst_table is None and now_s >= self._due_s(handover):
+                    self._redirect(handover, now_s)
+
+    def next_due_s(self) -> float:
+        """When `tick` has to redirect a sequence, if no room is found before; inf: never."""
+        return min((self._due_s(h) for h in self._by_seq.values() if h.dst_table is None), default=math.inf)
+
+    def _due_s(self, handover: _Handover) -> float:
+        return math.inf if handover.prefilled_s is None else handover.prefilled_s + self._timeout_s
 
     def drop_worker(self, worker: int, now_s: float) -> list[Sequence]:
         """A worker is dead: no plan to it will be acknowledged, sequences bound for it go elsewhere.
@@ -120,11 +129,8 @@ class Handovers:
             if out.plan.dst_worker == worker:
                 self._unpin(out.plan)
                 del self._plans[plan_id]
-        displaced = []
-        for handover in list(self._by_seq.values()):
-            if handover.dst.worker == worker and not handover.src.is_dead:
-                displaced += self._redirect(handover, now_s, may_wait=True)
-        return displaced
+        bound = [h for h in self._by_seq.values() if h.dst.worker == worker and not h.src.is_dead]
+        return [handover.seq for handover in bound if not self._redirect(handover, now_s)]
 
     def tables(self, worker: int) -> list[list[int]]:
         """Reserved block tables on a worker, for integrity checks."""
@@ -141,8 +147,8 @@ class Handovers:
     def _try_reserve(self, handover: _Handover, dst: Scheduler) -> bool:
         table = dst.reserve(handover.seq.num_tokens)
         if table is not None:
-            handover.dst, handover.dst_table, handover.num_planned = dst, table, 0
-            handover.seq.route = Route(handover.src.worker, dst.worker)
+            self._set_destination(handover, dst)
+            handover.dst_table, handover.num_planned = table, 0
             self._move_blocks(handover)
         return table is not None
 
@@ -176,36 +182,46 @@ class Handovers:
     def _arrive(self, handover: _Handover, now_s: float) -> None:
         seq, table = handover.seq, handover.dst_table
         assert table is not None
-        del self._by_seq[seq.seq_id]
+        self._end(handover)
         handover.src.remove(seq)
         handover.dst.take_over(seq, table)
         seq.log_event(now_s, EventKind.MOVED, handover.dst.worker)
 
-    def _redirect(self, handover: _Handover, now_s: float, *, may_wait: bool) -> list[Sequence]:
-        """Find another way for a sequence whose destination has no room, or is gone."""
+    def _redirect(self, handover: _Handover, now_s: float) -> bool:
+        """Find another way for a sequence whose destination has no room, or is gone; False: there is none at all."""
         self._cancel_reservation(handover)
-        seq, src = handover.seq, handover.src
-        others = [s for s in self._schedulers if s.role.may_decode and not s.is_dead and s not in (src, handover.dst)]
-        others.sort(key=lambda s: s.num_seqs)
+        seq, src, dst = handover.seq, handover.src, handover.dst
+        others = [s for s in self._schedulers if s.role.may_decode and not s.is_dead and s not in (src, dst)]
+        others = sorted((s for s in others if s.can_hold(seq.end_len)), key=lambda s: s.load)
         if seq.slot is not None and any(self._try_reserve(handover, other) for other in others):
-            return []
+            return True
         if src.role.may_decode:
             self._stay(handover)
-            return []
-        if others and may_wait:
-            handover.dst, handover.prefilled_s = others[0], handover.prefilled_s and now_s
-            seq.route = Route(src.worker, others[0].worker)
-            return []
-        del self._by_seq[seq.seq_id]
-        src.remove(seq)
-        return [seq]
+        elif not dst.is_dead or others:
+            self._set_destination(handover, others[0] if dst.is_dead else dst)
+            handover.prefilled_s = None if handover.prefilled_s is None else now_s
+        else:
+            self._end(handover)
+            src.remove(seq)
+            return False
+        return True
 
     def _stay(self, handover: _Handover) -> None:
         seq, src = handover.seq, handover.src
-        del self._by_seq[seq.seq_id]
+        self._end(handover)
         seq.route = Route(src.worker, src.worker)
         if seq in src.departing:  # else its last chunk is still to come and will see the new route
             src.keep(seq)
+
+    def _end(self, handover: _Handover) -> None:
+        handover.dst.num_expected -= 1
+        del self._by_seq[handover.seq.seq_id]
+
+    def _set_destination(self, handover: _Handover, dst: Scheduler) -> None:
+        handover.dst.num_expected -= 1
+        dst.num_expected += 1
+        handover.dst = dst
+        handover.seq.route = Route(handover.src.worker, dst.worker)
 
     def _cancel_reservation(self, handover: _Handover) -> None:
         for out in self._plans.values():

@@ -152,7 +152,8 @@ class Scheduler:
         self.departing: list[Sequence] = []  # prefilled here, their blocks on the way to another worker
         self.admitted: list[Sequence] = []  # started by the last `schedule`
         self.preempted: list[Sequence] = []  # by the last `schedule`; to be queued again, here or elsewhere
-        self.num_reserved = 0  # places promised to sequences that are on their way to this worker
+        self.num_expected = 0  # sequences bound for this worker that another one has or will prefill
+        self.num_reserved = 0  # places promised to some of them
         self.num_preemptions = 0
         self.is_dead = False
         self.generation = 0  # of the worker process; raised when it is replaced
@@ -175,8 +176,12 @@ class Scheduler:
 
     @property
     def load(self) -> int:
-        """Sequences it has to serve, the waiting ones included."""
-        return len(self.waiting) + self.num_seqs
+        """Sequences it has to serve, with those that wait and those that are still bound for it."""
+        return len(self.waiting) + self.num_seqs - self.num_reserved + self.num_expected
+
+    def can_hold(self, num_tokens: int) -> bool:
+        """Whether the pool is large enough for a sequence of so many tokens, if it had it for itself."""
+        return self.blocks.blocks_for(num_tokens) <= self.blocks.num_usable
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence whose tokens are all to be computed, in order of submission."""

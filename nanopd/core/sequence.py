@@ -60,7 +60,6 @@ class Sequence:
 
     __slots__ = (
         "block_table",
-        "deadline_s",
         "end_len",
         "error",
         "events",
@@ -95,9 +94,7 @@ class Sequence:
         eos_token_ids: tuple[int, ...],
         arrival_s: float,
         seed: int,
-        deadline_s: float | None = None,
         is_streamed: bool = False,
-        fixed_route: Route | None = None,
     ) -> None:
         self.seq_id = seq_id  # order of submission; the lower, the more it is protected
         self.request_id = request_id
@@ -114,10 +111,9 @@ class Sequence:
         self.stop_ids = frozenset(eos) | frozenset(params.stop_token_ids)
         self.status = SequenceStatus.WAITING
         self.route: Route | None = None
-        self.fixed_route = fixed_route  # asked for at submission
+        self.fixed_route: Route | None = None  # asked for at submission
         self.slot: int | None = None  # in the scheduler of the worker it is on
         self.block_table: list[int] = []  # on the worker it is on
-        self.deadline_s = deadline_s
         self.is_streamed = is_streamed
         # somebody wants to see each token as it comes
         self.is_watched = bool(is_streamed or params.stop or params.stop_token_ids or self.logprobs is not None)

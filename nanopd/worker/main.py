@@ -7,33 +7,31 @@ through the channel. The process ends with its parent, with Shutdown, or with th
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import os
-import signal
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import cast
 
 import psutil
 import torch
 
+from nanopd import cpu
 from nanopd.config import EngineConfig, ModelConfig
 from nanopd.ipc.channel import Endpoint
 from nanopd.ipc.doorbell import Waiter
-from nanopd.ipc.process import die_with_parent
 from nanopd.ipc.ring import RingFull
 from nanopd.ipc.shared_memory import SharedMemory
-from nanopd.messages import Failed, Progress, Ready, Shutdown, StepResult, TransferAck
+from nanopd.messages import Failed, Progress, Ready, Shutdown, StepBatch, StepResult, TransferAck, TransferPlan
 from nanopd.wire import decode, encode, encoded_size
 from nanopd.worker.worker import Worker
 
 PROGRESS_INTERVAL_S = 0.1
 IDLE_WAIT_S = 10.0
 RING_FULL_WAIT_S = 0.001
-
-logger = logging.getLogger(__name__)
 
 
 def main(
@@ -45,29 +43,32 @@ def main(
     control: Connection,
     kv_memories: list[SharedMemory],
 ) -> None:
-    """Run worker `index` until told to stop."""
-    die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then says Shutdown
+    """Run worker `index` until told to stop. Ctrl-C is for the parent, which blocks it here and then says Shutdown."""
     try:
-        torch.set_num_threads(num_threads(config))
+        _use_threads(num_threads(config))
         worker = Worker(index, config, model, path, kv_memories, _progress_reporter(control))
         control.send(Ready(worker.num_blocks, os.getpid()))
         for peer, (generation, num_blocks) in control.recv().peers.items():
             worker.connect(peer, generation, num_blocks)
         endpoint.open()
         _serve(worker, endpoint, control)
-    except (EOFError, BrokenPipeError):
-        logger.info("worker %d: the parent is gone", index)
     except BaseException as error:
-        control.send(Failed(f"{type(error).__name__}: {error}", traceback.format_exc()))
+        with contextlib.suppress(OSError):  # the parent is gone
+            control.send(Failed(f"{type(error).__name__}: {error}", traceback.format_exc()))
         raise SystemExit(1) from None
 
 
 def num_threads(config: EngineConfig) -> int:
-    """The share of a CPU worker in this process's cores, or one thread for a worker that drives a GPU."""
+    """A CPU worker's share of this process's cores; all of them where only GPUs work, whose workers use one or two."""
     num_cores = len(psutil.Process().cpu_affinity())
     num_cpu_workers = sum(worker.device == "cpu" for worker in config.workers)
     return max(1, num_cores // max(1, num_cpu_workers))
+
+
+def _use_threads(count: int) -> None:
+    """Let torch and numba use `count` threads; more than there are cores cost a factor of 50 by spinning."""
+    cpu.prepare_thread()  # first: when numba starts its threads, it resets OpenMP's number of them, which is torch's
+    torch.set_num_threads(count)
 
 
 def _serve(worker: Worker, endpoint: Endpoint, control: Connection) -> None:
@@ -77,7 +78,7 @@ def _serve(worker: Worker, endpoint: Endpoint, control: Connection) -> None:
     while True:
         view = endpoint.reader.read()
         if view is not None:
-            _reply(endpoint, worker.execute(decode(view)))
+            _reply(endpoint, worker.execute(cast("StepBatch | TransferPlan", decode(view))))
             endpoint.reader.release()
         elif control in waiter.wait(IDLE_WAIT_S):
             command = control.recv()

@@ -1,0 +1,21 @@
+"""A worker's entry for tests: the real worker, but a step with an unlucky token raises."""
+
+from __future__ import annotations
+
+from nanopd.messages import StepBatch, StepResult, TransferAck, TransferPlan
+from nanopd.worker import main as real
+from nanopd.worker.worker import Worker
+
+UNLUCKY = 13
+
+
+class FailingWorker(Worker):
+    def execute(self, message: StepBatch | TransferPlan) -> StepResult | TransferAck:
+        if isinstance(message, StepBatch) and UNLUCKY in message.token_ids:
+            raise ValueError("an unlucky token")
+        return super().execute(message)
+
+
+def main(*args: object) -> None:
+    real.Worker = FailingWorker
+    real.main(*args)
