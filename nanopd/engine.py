@@ -218,8 +218,7 @@ class Engine:
                 self.handovers.acknowledge(message, now_s)
                 continue
             outcome = scheduler.complete(message, now_s)
-            for seq in outcome.watched:
-                self._watch(seq)
+            self._watch(outcome.watched)
             for seq, num_computed in outcome.advanced:
                 self.handovers.advance(seq, num_computed)
             for seq, status in outcome.finished:
@@ -257,16 +256,17 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------ text and ends
 
-    def _watch(self, seq: Sequence) -> None:
-        """Make text of the newest token: for a stream, or to look for stop strings."""
-        text = ""
-        if seq.text is not None and seq.token_ids[-1] not in seq.stop_ids:  # a stop token is not part of the text
-            text = seq.text.push(seq.token_ids[-1:], may_stop=len(seq.token_ids) >= seq.min_len)
-        if seq.is_streamed:
-            self._updates.append(Update(seq, seq.token_ids[-1:], text, is_finished=False))
-        if seq.text is not None and seq.text.stopped_by is not None:
-            seq.stop_reason = seq.text.stopped_by
-            self._finish(seq, SequenceStatus.FINISHED_STOPPED)
+    def _watch(self, seqs: list[Sequence]) -> None:
+        """Make text of each one's newest token: for a stream, or to look for stop strings."""
+        for seq in seqs:
+            new, stream, text = seq.token_ids[-1:], seq.text, ""
+            if stream is not None and new[0] not in seq.stop_ids:  # a stop token is not part of the text
+                text = stream.push(new, len(seq.token_ids) >= seq.min_len)
+            if seq.is_streamed:
+                self._updates.append(Update(seq, new, text, False))
+            if stream is not None and stream.stopped_by is not None:
+                seq.stop_reason = stream.stopped_by
+                self._finish(seq, SequenceStatus.FINISHED_STOPPED)
 
     def _finish(self, seq: Sequence, status: SequenceStatus) -> None:
         """End a request, whatever it is doing; the caller hears of it in the next updates."""

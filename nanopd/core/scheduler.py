@@ -430,7 +430,8 @@ class Scheduler:
             return outcome
         noted = zip(slots[is_noted].tolist(), tokens[is_noted].tolist(), is_full[is_noted].tolist(), strict=True)
         for slot, token, is_at_end in noted:
-            seq = self._seq(slot)
+            seq = t.seqs[slot]
+            assert seq is not None
             if seq.is_watched:  # its own list is always up to date
                 seq.token_ids.append(token)
                 seq.token_times_s.append(now_s)
