@@ -21,9 +21,10 @@ def emit(
     rows: Sequence[Row],
     columns: Sequence[str] | None = None,
     device: str | None = None,
-) -> None:
-    """Print `rows`; the table has `columns` (None: the first row's keys), the JSON line everything.
+) -> dict[str, object]:
+    """Print `rows` and return the report.
 
+    The table has `columns` (None: the first row's keys), the JSON line everything.
     `device` names what was measured (None: the CPU). The command and the commit are added to `config`.
     """
     print(_table(rows, columns or list(rows[0])))
@@ -35,6 +36,7 @@ def emit(
         "rows": [dict(row) for row in rows],
     }
     print(json.dumps(report))
+    return report
 
 
 def cpu_name() -> str:

@@ -196,7 +196,9 @@ def load_config(name_or_path: str | Path, overrides: Iterable[str] = (), **keys:
 
 
 def check_devices(config: EngineConfig, num_gpus: int) -> None:
-    """Raise ConfigError for a worker whose GPU is not there."""
+    """Raise ConfigError for a worker whose GPU is not there, or for hand-overs between GPUs, which are to come."""
+    if num_gpus and config.policy != "collocated" and any(worker.device != "cpu" for worker in config.workers):
+        raise ConfigError("policy", config.policy, "collocated, where a worker is on a GPU")
     for i, worker in enumerate(config.workers):
         if worker.cuda_index is not None and worker.cuda_index >= num_gpus:
             raise ConfigError(f"workers.{i}.device", worker.device, ["cpu", *(f"cuda:{n}" for n in range(num_gpus))])

@@ -29,7 +29,10 @@ class LocalWorker:
     def poll(self) -> list[StepResult | TransferAck]:
         if not self._inbox:
             return []
-        return [_through_the_codec(self.worker.execute(self._inbox.popleft()))]
+        launched = self.worker.launch(self._inbox.popleft())
+        while not launched.is_done():
+            pass
+        return [_through_the_codec(launched.result())]
 
 
 def _through_the_codec(message):

@@ -2,6 +2,7 @@
 
 from nanopd.cpu.ops import (
     add_rms_norm,
+    begin_step,
     copy_blocks,
     embedding,
     linear,
@@ -15,6 +16,7 @@ from nanopd.cpu.ops import (
 
 __all__ = [
     "add_rms_norm",
+    "begin_step",
     "copy_blocks",
     "embedding",
     "linear",

@@ -22,6 +22,11 @@ def prepare_thread() -> None:
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
 
 
+def begin_step(decode_seq_lens: Tensor, is_decode_only: bool) -> None:
+    """Before the first operation of a step. What a GPU wants to know of it makes no difference here."""
+    prepare_thread()
+
+
 def embedding(token_ids: Tensor, weight: Tensor) -> Tensor:
     """token_ids [T] int64, weight [vocab, hidden] -> [T, hidden]."""
     return weight.index_select(0, token_ids)

@@ -28,4 +28,4 @@ class InputBatch:
     decode_block_tables: Tensor  # [num_decode_rows, max_blocks] int32
     decode_seq_lens: Tensor  # [num_decode_rows] int32, context length including the current token
     prefill_rows: tuple[PrefillRow, ...]
-    logit_indices: Tensor  # [num_samples] int64, the tokens whose logits are wanted
+    logit_indices: Tensor | None  # [num_samples] int64, the tokens whose logits are wanted; None: all

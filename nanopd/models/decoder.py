@@ -6,6 +6,8 @@ storage from the caller. Knows nothing of sequences. The caller sets `torch.infe
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ class Decoder:
         self.weights = weights
         self.device = weights.embedding.device
         self.cos_sin = cos_sin_table(config, max_model_len).to(self.device)  # [max_model_len, head_dim] float32
-        self.ops = cpu
+        self.ops: Any = cpu  # or an object with the same functions, for another device
 
     def forward(self, batch: InputBatch, kv: Tensor) -> Tensor:
         """Computes the step's tokens, stores their K and V, and returns the wanted logits.
@@ -33,7 +35,7 @@ class Decoder:
         Returns [num_samples, vocab] float32, rows in the order of `batch.logit_indices`.
         """
         ops, weights, eps = self.ops, self.weights, self.config.rms_norm_eps
-        ops.prepare_thread()
+        ops.begin_step(batch.decode_seq_lens, is_decode_only=not batch.prefill_rows)
         residual = ops.embedding(batch.token_ids, weights.embedding)  # [T, hidden]
         x = ops.rms_norm(residual, weights.layers[0].input_norm, eps)
         next_norms = [*(layer.input_norm for layer in weights.layers[1:]), weights.norm]
@@ -42,7 +44,9 @@ class Decoder:
             x = ops.add_rms_norm(x, residual, layer.post_attention_norm, eps)
             x = ops.linear(ops.silu_and_mul(ops.linear(x, layer.gate_up)), layer.down)
             x = ops.add_rms_norm(x, residual, next_norm, eps)
-        return ops.linear(x.index_select(0, batch.logit_indices), weights.lm_head).float()
+        if batch.logit_indices is not None:
+            x = x.index_select(0, batch.logit_indices)
+        return ops.linear(x, weights.lm_head).float()
 
     def _attention(self, x: Tensor, layer: LayerWeights, index: int, batch: InputBatch, kv: Tensor) -> Tensor:
         """x [T, hidden] -> [T, num_heads * head_dim], before the output projection."""

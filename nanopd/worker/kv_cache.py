@@ -16,7 +16,10 @@ from torch import Tensor
 from nanopd.config import EngineConfig, ModelConfig
 from nanopd.errors import ConfigError
 from nanopd.ipc.shared_memory import SharedMemory
+from nanopd.models.batch import InputBatch, PrefillRow
+from nanopd.models.decoder import Decoder
 
+GRAPHS_BYTES = 1 << 30  # for the decode graphs, which are captured after the cache has been allocated
 CPU_MEMORY_SHARE = 0.5  # of the memory available at start, for the caches of all CPU workers together
 
 
@@ -24,8 +27,8 @@ def kv_shape(num_blocks: int, config: EngineConfig, model: ModelConfig) -> tuple
     return (num_blocks, model.num_layers, 2, model.num_kv_heads, config.block_size, model.head_dim)
 
 
-def derive_num_blocks(config: EngineConfig, model: ModelConfig) -> int:
-    """Blocks of a CPU worker: for `max_num_seqs` sequences of full length, if memory allows.
+def derive_num_blocks(decoder: Decoder, config: EngineConfig, model: ModelConfig) -> int:
+    """What memory holds beside the weights and the largest step, and no more than `max_num_seqs` full sequences need.
 
     Raises:
         ConfigError: not even one sequence of full length fits.
@@ -34,13 +37,50 @@ def derive_num_blocks(config: EngineConfig, model: ModelConfig) -> int:
         return config.num_blocks
     max_len = config.max_model_len or model.max_position_embeddings
     blocks_per_seq = -(-max_len // config.block_size)
-    num_cpu_workers = sum(worker.device == "cpu" for worker in config.workers)
-    budget = psutil.virtual_memory().available * CPU_MEMORY_SHARE / num_cpu_workers
+    budget = _cpu_budget(config) if decoder.device.type == "cpu" else _cuda_budget(decoder, config, model)
     affordable = int(budget // (model.kv_bytes_per_token() * config.block_size))
     if affordable <= blocks_per_seq:
         allowed = f"at most {max(affordable - 1, 0) * config.block_size} tokens, which is what memory holds"
         raise ConfigError("max_model_len", max_len, allowed)
     return min(affordable, config.max_num_seqs * blocks_per_seq + 1)
+
+
+def _cpu_budget(config: EngineConfig) -> float:
+    num_cpu_workers = sum(worker.device == "cpu" for worker in config.workers)
+    return psutil.virtual_memory().available * CPU_MEMORY_SHARE / num_cpu_workers
+
+
+def _cuda_budget(decoder: Decoder, config: EngineConfig, model: ModelConfig) -> float:
+    """Bytes: this worker's share of the GPU, less what the weights and the largest prefill step were seen to take."""
+    device = decoder.device
+    torch.cuda.reset_peak_memory_stats(device)
+    with torch.inference_mode():
+        _run_largest_prefill(decoder, config, model)
+    torch.cuda.synchronize(device)
+    num_workers = sum(worker.device == str(device) for worker in config.workers)
+    free, total = torch.cuda.mem_get_info(device)
+    outside_torch = total - free - torch.cuda.memory_reserved(device)  # contexts, kernels, other programs
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.empty_cache()
+    return total * config.gpu_memory_utilization / num_workers - peak - outside_torch / num_workers - GRAPHS_BYTES
+
+
+def _run_largest_prefill(decoder: Decoder, config: EngineConfig, model: ModelConfig) -> None:
+    """A step of `max_num_batched_tokens` tokens in the null block, which is all the cache there is."""
+    max_len = config.max_model_len or model.max_position_embeddings
+    num_tokens = config.max_num_batched_tokens
+    kv = torch.zeros(kv_shape(1, config, model), dtype=getattr(torch, model.dtype), device=decoder.device)
+    positions = torch.arange(num_tokens, device=decoder.device) % max_len
+    starts = range(0, num_tokens, max_len)
+    ends = [min(start + max_len, num_tokens) for start in starts]
+    table = torch.zeros(-(-max_len // config.block_size), dtype=torch.int32, device=decoder.device)
+    rows = [
+        PrefillRow(start, end, 0, table[: -(-(end - start) // config.block_size)])
+        for start, end in zip(starts, ends, strict=True)
+    ]
+    zeros = torch.zeros_like(positions)
+    last = torch.tensor(ends, device=decoder.device)[: config.max_num_seqs] - 1
+    decoder.forward(InputBatch(zeros, positions, zeros, 0, table[None, :0], table[:0], tuple(rows), last), kv)
 
 
 def map_kv(memory: SharedMemory, num_blocks: int, config: EngineConfig, model: ModelConfig) -> Tensor:
@@ -51,7 +91,11 @@ def map_kv(memory: SharedMemory, num_blocks: int, config: EngineConfig, model: M
     return torch.frombuffer(memory.map(num_bytes), dtype=dtype).view(shape)
 
 
-def allocate_kv(memory: SharedMemory, num_blocks: int, config: EngineConfig, model: ModelConfig) -> Tensor:
-    """The worker's own cache, all zeros, in memory that its peers can map too."""
+def allocate_kv(
+    memory: SharedMemory, num_blocks: int, device: torch.device, config: EngineConfig, model: ModelConfig
+) -> Tensor:
+    """The worker's own cache, all zeros; on the CPU, in memory that its peers can map too."""
+    if device.type == "cuda":
+        return torch.zeros(kv_shape(num_blocks, config, model), dtype=getattr(torch, model.dtype), device=device)
     memory.resize(num_blocks * config.block_size * model.kv_bytes_per_token())
     return map_kv(memory, num_blocks, config, model)

@@ -11,6 +11,7 @@ import contextlib
 import os
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,7 +28,7 @@ from nanopd.ipc.ring import RingFull
 from nanopd.ipc.shared_memory import SharedMemory
 from nanopd.messages import Failed, Progress, Ready, Shutdown, StepBatch, StepResult, TransferAck, TransferPlan
 from nanopd.wire import decode, encode, encoded_size
-from nanopd.worker.worker import Worker
+from nanopd.worker.worker import Launched, Worker
 
 PROGRESS_INTERVAL_S = 0.1
 IDLE_WAIT_S = 10.0
@@ -72,15 +73,19 @@ def _use_threads(count: int) -> None:
 
 
 def _serve(worker: Worker, endpoint: Endpoint, control: Connection) -> None:
+    """Start what comes in and report what is done, in order; sleep only when nothing is under way."""
     waiter = Waiter()
     waiter.add(endpoint.bell)
     waiter.add(control)
+    under_way: deque[Launched] = deque()
     while True:
         view = endpoint.reader.read()
         if view is not None:
-            _reply(endpoint, worker.execute(cast("StepBatch | TransferPlan", decode(view))))
+            under_way.append(worker.launch(cast("StepBatch | TransferPlan", decode(view))))
             endpoint.reader.release()
-        elif control in waiter.wait(IDLE_WAIT_S):
+        while under_way and under_way[0].is_done():
+            _reply(endpoint, under_way.popleft().result())
+        if view is None and not under_way and control in waiter.wait(IDLE_WAIT_S):
             command = control.recv()
             assert isinstance(command, Shutdown)
             return

@@ -1,6 +1,7 @@
-"""Executes steps: keeps the slots' state, makes input tensors of a StepBatch, runs the model, samples.
+"""Executes steps: keeps the slots' state, turns a StepBatch into tensors, runs the model, samples.
 
-Knows slots, blocks and rows; which request they belong to, and why they are computed, is the parent's to know.
+Knows slots, blocks and rows; which request they belong to, and why they are computed, is the parent's to know. On a
+GPU nothing here waits for the device: `launch` queues a step, and what it returns says when the step is done.
 """
 
 from __future__ import annotations
@@ -11,11 +12,44 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanopd.config import EngineConfig, ModelConfig
-from nanopd.messages import RowFlag, StepBatch, StepResult
+from nanopd.config import MAX_STEPS_IN_FLIGHT, EngineConfig, ModelConfig
+from nanopd.messages import StepBatch, StepResult
 from nanopd.models.batch import InputBatch, PrefillRow
 from nanopd.models.decoder import Decoder
-from nanopd.worker.sampler import Sampler
+from nanopd.worker.decode_graphs import DecodeGraphs
+from nanopd.worker.sampler import Sampler, TokenLogprobs
+from nanopd.worker.step_inputs import FROM_SLOT, ChunkInputs, StepInputs, step_inputs
+from nanopd.worker.upload import Uploader
+
+
+class LaunchedStep:
+    """A step that has been queued on the device."""
+
+    def __init__(self, step_id: int, device: torch.device) -> None:
+        self._step_id = step_id
+        self._started_s = time.perf_counter()
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
+        if self._events:
+            self._events[0].record()
+
+    def set_outputs(self, tokens: Tensor, logprobs: TokenLogprobs) -> None:
+        """Everything has been queued; tokens [num_samples] on the device."""
+        self._logprob_rows = logprobs.rows
+        self._outputs = [_to_host(t) for t in (tokens.int(), logprobs.ids, logprobs.values)]
+        if self._events:
+            self._events[1].record()
+
+    def is_done(self) -> bool:
+        return not self._events or self._events[1].query()
+
+    def result(self) -> StepResult:
+        """To be called when the step is done."""
+        token_ids, ids, values = (output.numpy() for output in self._outputs)
+        if self._events:
+            duration_us = self._events[0].elapsed_time(self._events[1]) * 1e3
+        else:
+            duration_us = (time.perf_counter() - self._started_s) * 1e6
+        return StepResult(self._step_id, int(duration_us), token_ids, self._logprob_rows, ids, values)
 
 
 class ModelRunner:
@@ -23,85 +57,80 @@ class ModelRunner:
 
     def __init__(self, decoder: Decoder, kv: Tensor, config: EngineConfig, model: ModelConfig) -> None:
         max_len = config.max_model_len or model.max_position_embeddings
-        max_blocks = -(-max_len // config.block_size)
-        num_slots = config.num_slots
+        num_slots = config.num_slots + 1  # the last one is for rows that only fill up a graph
         self._decoder = decoder
         self._kv = kv  # [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]
         self._block_size = config.block_size
-        self._block_tables = np.zeros((num_slots, max_blocks), np.int32)
-        self._last_tokens = np.zeros(num_slots, np.int64)
+        self._host_tables = np.zeros((num_slots, -(-max_len // config.block_size)), np.int32)
+        self._tables = torch.from_numpy(self._host_tables).to(kv.device)  # on the CPU, the same memory
+        self._last_tokens = torch.zeros(num_slots, dtype=torch.int64, device=kv.device)
         self._sampler = Sampler(num_slots, model.vocab_size, kv.device)
+        self._upload = Uploader(kv.device, MAX_STEPS_IN_FLIGHT + 1)
+        self._graphs: DecodeGraphs | None = None
+        if kv.device.type == "cuda":
+            with torch.inference_mode():
+                self._graphs = DecodeGraphs(decoder, kv, self._tables, self._last_tokens, config.max_num_seqs)
 
     @torch.inference_mode()
-    def execute(self, batch: StepBatch) -> StepResult:
-        start = time.perf_counter()
+    def launch(self, batch: StepBatch) -> LaunchedStep:
+        """Queue a step on the device; on the CPU, execute it."""
+        step = LaunchedStep(batch.step_id, self._kv.device)
         self._apply_changes(batch)
-        rows = np.flatnonzero(batch.row_flags & RowFlag.SAMPLE)
-        logits = self._decoder.forward(self._input_batch(batch, rows), self._kv)  # [num_samples, vocab_size]
-        slots = batch.row_slots[rows].astype(np.int64)
-        positions = (batch.row_starts + batch.row_lens)[rows].astype(np.int64)  # of the tokens to come
-        host_slots = torch.from_numpy(slots)
-        tokens = self._sampler.sample(logits, host_slots, torch.from_numpy(positions))
-        logprobs = self._sampler.logprobs(logits, host_slots, tokens)
-        self._last_tokens[slots] = tokens.numpy()
-        return StepResult(
-            batch.step_id,
-            int((time.perf_counter() - start) * 1e6),
-            tokens.int().numpy(),
-            logprobs.rows,
-            logprobs.ids.numpy(),
-            logprobs.values.numpy(),
-        )
+        inputs = step_inputs(batch, self._host_tables, self._block_size)
+        if self._graphs is not None and self._graphs.can_run(inputs):
+            logits, tokens = self._graphs.run(inputs, self._upload)
+        else:
+            logits, tokens = self._run(inputs), None
+        host_slots, host_positions = map(torch.from_numpy, (inputs.sampled_slots, inputs.sampled_positions))
+        if tokens is None or not self._sampler.is_plain_argmax(host_slots, host_positions):
+            tokens = self._sampler.sample(logits, host_slots, host_positions)
+            (slots,) = self._upload([inputs.sampled_slots])
+            self._last_tokens.index_copy_(0, slots, tokens)
+        step.set_outputs(tokens, self._sampler.logprobs(logits, host_slots, tokens))
+        return step
 
     def _apply_changes(self, batch: StepBatch) -> None:
         if len(batch.slot_inits):
             self._sampler.apply(batch.slot_inits, batch.stop_ids)
-        updates, copies = batch.table_updates, batch.copies
-        self._block_tables[updates["slot"], updates["index"]] = updates["block_id"]
-        if len(copies):
-            src, dst = (torch.from_numpy(copies[name].astype(np.int64)) for name in ("src", "dst"))
-            self._kv[dst] = self._kv[src]
+        updates = batch.table_updates
+        if len(updates):
+            columns = [updates[name].astype(np.int64) for name in ("slot", "index", "block_id")]
+            self._host_tables[columns[0], columns[1]] = columns[2]
+            if self._tables.is_cuda:
+                slots, indices, block_ids = self._upload(columns)
+                self._tables.index_put_((slots, indices), block_ids.int())
+        if len(batch.copies):
+            src, dst = self._upload([batch.copies[name].astype(np.int64) for name in ("src", "dst")])
+            self._kv[dst] = self._kv[src]  # gathered first: a block may be source and destination
 
-    def _input_batch(self, batch: StepBatch, sampled_rows: np.ndarray) -> InputBatch:
-        """The rows as tensors, those of one token first."""
-        lens, block_size = batch.row_lens, self._block_size
-        order = np.argsort(lens > 1, kind="stable")
-        first = np.cumsum(lens[order]) - lens[order]  # [num_rows], where each row's tokens begin, in the new order
-        row = np.repeat(order, lens[order])  # [num_tokens], the batch's row of each token
-        within = np.arange(len(row)) - np.repeat(first, lens[order])
-        positions = batch.row_starts[row].astype(np.int64) + within
-        blocks = self._block_tables[batch.row_slots[row], positions // block_size].astype(np.int64)
-
-        num_decodes = int(np.count_nonzero(lens == 1))
-        decodes = order[:num_decodes]
-        seq_lens = batch.row_starts[decodes] + 1
-        max_blocks = -(-int(seq_lens.max(initial=0)) // block_size)
-        tables = self._block_tables[batch.row_slots[decodes], :max_blocks]
-        first_of_row = np.empty(len(order), np.int64)
-        first_of_row[order] = first
-        return InputBatch(
-            token_ids=torch.from_numpy(self._token_ids(batch, row, within)),
-            positions=torch.from_numpy(positions),
-            slot_mapping=torch.from_numpy(blocks * block_size + positions % block_size),
-            num_decode_rows=num_decodes,
-            decode_block_tables=torch.from_numpy(tables),
-            decode_seq_lens=torch.from_numpy(seq_lens),
-            prefill_rows=tuple(self._prefill_row(batch, int(r), int(first_of_row[r])) for r in order[num_decodes:]),
-            logit_indices=torch.from_numpy((first_of_row + lens - 1)[sampled_rows]),
+    def _run(self, inputs: StepInputs) -> Tensor:
+        """Logits [num_samples, vocab_size] of any step."""
+        n = inputs.num_decode_rows
+        token_ids, slots, positions, slot_mapping, logit_indices = self._upload(
+            [inputs.token_ids, inputs.token_slots, inputs.positions, inputs.slot_mapping, inputs.logit_indices]
+        )
+        return self._decoder.forward(
+            InputBatch(
+                token_ids=torch.where(token_ids == FROM_SLOT, self._last_tokens[slots], token_ids),
+                positions=positions,
+                slot_mapping=slot_mapping,
+                num_decode_rows=n,
+                decode_block_tables=self._tables.index_select(0, slots[:n]),
+                decode_seq_lens=(positions[:n] + 1).int(),
+                prefill_rows=tuple(map(self._prefill_row, inputs.chunks)),
+                logit_indices=logit_indices,
+            ),
+            self._kv,
         )
 
-    def _token_ids(self, batch: StepBatch, row: np.ndarray, within: np.ndarray) -> np.ndarray:
-        """[num_tokens] int64: from the message, or what was sampled last in the row's slot."""
-        from_slot = (batch.row_flags & RowFlag.FROM_SLOT) != 0
-        host_lens = np.where(from_slot, 0, batch.row_lens)
-        host_first = np.cumsum(host_lens) - host_lens  # [num_rows], index into batch.token_ids
-        tokens = self._last_tokens[batch.row_slots[row]]
-        on_host = np.flatnonzero(~from_slot[row])
-        tokens[on_host] = batch.token_ids[host_first[row[on_host]] + within[on_host]]
-        return tokens
+    def _prefill_row(self, chunk: ChunkInputs) -> PrefillRow:
+        num_tokens = chunk.num_cached + chunk.end - chunk.start
+        table = self._tables[chunk.slot, : -(-num_tokens // self._block_size)]
+        return PrefillRow(chunk.start, chunk.end, chunk.num_cached, table)
 
-    def _prefill_row(self, batch: StepBatch, row: int, first: int) -> PrefillRow:
-        start, length = int(batch.row_starts[row]), int(batch.row_lens[row])
-        num_blocks = -(-(start + length) // self._block_size)
-        table = torch.from_numpy(self._block_tables[batch.row_slots[row], :num_blocks])
-        return PrefillRow(first, first + length, start, table)
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy that is there when the step is done."""
+    if not tensor.is_cuda:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

@@ -114,6 +114,12 @@ class Sampler:
             values[:, 1 : 1 + num_best] = best.values.masked_fill(unwanted, -torch.inf)
         return TokenLogprobs(host_rows.astype(np.int32), ids.int().flatten(), values.flatten())
 
+    def is_plain_argmax(self, slots: Tensor, positions: Tensor) -> bool:
+        """Whether `sample` would choose the largest logit in every row; arguments as for `sample`."""
+        params = self._slots[slots.numpy()]
+        is_masked = (positions.numpy() < params["min_len"]) & (params["num_stop_ids"] > 0)
+        return not bool((is_masked | (params["temperature"] >= GREEDY_BELOW)).any())
+
     def _mask_stop_ids(self, logits: Tensor, params: np.ndarray, positions: np.ndarray) -> Tensor:
         """The logits, with -inf at the stop ids of rows that are still below their min_len."""
         rows = np.flatnonzero((positions < params["min_len"]) & (params["num_stop_ids"] > 0))

@@ -1,0 +1,354 @@
+"""Every kernel beside its floor, and beside what torch has for the same work; Qwen3-8B's shapes, bfloat16.
+
+The floor is the bytes that must move over the copy speed measured in the same run. Calls are captured in CUDA graphs
+over data that does not fit the L2 cache, and a figure is the median of several replays. `us` is a graph of plain
+launches, `overlapped_us` the same with programmatic dependent launch, as in a decode step. Peers of the paged
+attention read contiguous K and V, which no engine has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from report import Row, emit
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from nanopd import cuda
+from nanopd.cuda.elementwise import norm_spec
+from nanopd.cuda.launch import kernel_for
+from nanopd.cuda.linear import linear
+
+NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
+HIDDEN, INTERMEDIATE, VOCAB, NUM_LAYERS = 4096, 12288, 151936, 36
+LINEARS = {
+    "qkv": (6144, HIDDEN),
+    "o_proj": (HIDDEN, HIDDEN),
+    "gate_up": (2 * INTERMEDIATE, HIDDEN),
+    "down": (HIDDEN, INTERMEDIATE),
+    "lm_head": (VOCAB, HIDDEN),
+}
+COLD_BYTES = 1 << 29  # several times any L2
+COLUMNS = ("kernel", "shape", "us", "overlapped_us", "floor_us", "of_floor", "overlapped_of_floor", "error", "peers")
+DTYPE, DEVICE = torch.bfloat16, torch.device("cuda")
+
+Call = Callable[[], object]
+
+
+def time_graph(calls: Sequence[Call], replays: int = 15) -> float:
+    """Seconds per call in a graph of them."""
+    calls[0]()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return median_time(graph.replay, replays) / len(calls)
+
+
+def median_time(run: Call, repeats: int = 15) -> float:
+    """Seconds on the GPU."""
+    run()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e-3)
+    return statistics.median(times)
+
+
+def copy_speed() -> float:
+    """Bytes read and written per second, by a copy outside of a graph: inside, another engine does it, and slower."""
+    source = torch.empty(1 << 30, dtype=torch.int32, device=DEVICE).random_()
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / median_time(lambda: target.copy_(source))
+
+
+def random(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=DTYPE, device=DEVICE).normal_()
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    return ((got.double() - expected).norm() / expected.norm()).item()
+
+
+class Report:
+    """Collects rows; knows the copy speed that floors come from."""
+
+    def __init__(self) -> None:
+        self.copy_speed = copy_speed()
+        self.rows: list[Row] = []
+
+    def add(
+        self, kernel: str, shape: str, num_bytes: float, plain: float, overlapped: float | None = None, **more: object
+    ) -> None:
+        floor = num_bytes / self.copy_speed
+        row: dict[str, object] = {"kernel": kernel, "shape": shape, "us": plain * 1e6, "floor_us": floor * 1e6}
+        row["of_floor"] = floor / plain
+        if overlapped is not None:
+            row |= {"overlapped_us": overlapped * 1e6, "overlapped_of_floor": floor / overlapped}
+        self.rows.append(row | more)
+
+
+def peers_of(calls: dict[str, Sequence[Call]]) -> dict[str, object]:
+    """Microseconds of each peer, also as one cell of the table; a peer that cannot do the shape is left out."""
+    times: dict[str, float] = {}
+    for name, peer in calls.items():
+        with contextlib.suppress(RuntimeError):
+            times[name] = time_graph(peer) * 1e6
+    return {"peers": " ".join(f"{name} {t:.1f}" for name, t in times.items()), "peers_us": times}
+
+
+# ---- decode attention
+
+
+class AttentionCase:
+    """A batch over a paged cache whose layers are the distinct data of consecutive calls."""
+
+    def __init__(self, seq_lens: Sequence[int], block_size: int, num_queries: int = 1) -> None:
+        blocks = [-(-n // block_size) for n in seq_lens]
+        self.num_bytes = sum(seq_lens) * NUM_KV_HEADS * HEAD_DIM * 4
+        self.num_layers = min(NUM_LAYERS, max(2, math.ceil(COLD_BYTES / self.num_bytes)))
+        self.kv = random(sum(blocks) + 1, self.num_layers, 2, NUM_KV_HEADS, block_size, HEAD_DIM)
+        order = iter((torch.randperm(sum(blocks)) + 1).split(blocks))
+        tables = torch.nn.utils.rnn.pad_sequence(list(order), batch_first=True)
+        self.block_tables = tables.to(DEVICE, torch.int32)
+        self.seq_lens = torch.tensor(seq_lens, dtype=torch.int32, device=DEVICE)
+        self.q = random(len(seq_lens) * num_queries, NUM_HEADS, HEAD_DIM)
+        self.out = torch.empty_like(self.q)
+        sizes = (len(seq_lens), NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, block_size)
+        self.attend = cuda.PagedDecodeAttention(*sizes, DTYPE, DEVICE, num_queries)
+        self.num_queries = num_queries
+
+    def plan(self) -> None:
+        self.attend.begin_step(self.seq_lens, self.num_queries)
+
+    def calls(self, overlap: bool) -> list[Call]:
+        tensors = (self.block_tables, self.seq_lens, self.out)
+        layers = range(self.num_layers)
+        calls = [partial(self.attend, self.q, self.kv, layer, *tensors, overlap=overlap) for layer in layers]
+        return calls * max(1, 16 // self.num_layers)
+
+    def error(self) -> float:
+        """Of the first few rows of one layer, against float64."""
+        self.plan()
+        self.calls(overlap=False)[0]()
+        got, expected = [], []
+        for row in range(min(4, len(self.seq_lens))):
+            n = int(self.seq_lens[row])
+            kv = self.kv[self.block_tables[row].long(), 0].double()  # [blocks, 2, kv heads, block_size, head_dim]
+            keys, values = kv.permute(1, 2, 0, 3, 4).reshape(2, NUM_KV_HEADS, -1, HEAD_DIM)[:, :, :n]
+            for i in range(self.num_queries):
+                q = self.q[row * self.num_queries + i].double().view(NUM_KV_HEADS, -1, HEAD_DIM)
+                limit = n - self.num_queries + 1 + i
+                expected.append(F.scaled_dot_product_attention(q, keys[:, :limit], values[:, :limit]).flatten())
+                got.append(self.out[row * self.num_queries + i].flatten())
+        return relative_error(torch.stack(got), torch.stack(expected))
+
+
+def sdpa_calls(num_rows: int, context: int, backend: SDPBackend) -> list[Call]:
+    num_bytes = num_rows * context * NUM_KV_HEADS * HEAD_DIM * 4
+    q = random(num_rows, NUM_HEADS, 1, HEAD_DIM)
+    kv = random(max(2, math.ceil(COLD_BYTES / num_bytes)), 2, num_rows, NUM_KV_HEADS, context, HEAD_DIM)
+
+    def run(keys: Tensor, values: Tensor) -> None:
+        with sdpa_kernel(backend):
+            F.scaled_dot_product_attention(q, keys, values, enable_gqa=True)
+
+    return [partial(run, *pair) for pair in kv]
+
+
+def bench_attention(report: Report, block_size: int) -> None:
+    backends = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+    for num_rows, context in ((1, 512), (1, 4096), (8, 4096), (64, 2048), (256, 1024), (16, 32768)):
+        case = AttentionCase([context] * num_rows, block_size)
+        shape, error = f"{num_rows} x {context}", case.error()
+        times = [time_graph(case.calls(overlap)) for overlap in (False, True)]
+        num_bytes = case.num_bytes
+        del case
+        peers = peers_of({name: sdpa_calls(num_rows, context, backend) for name, backend in backends.items()})
+        report.add("decode attention", shape, num_bytes, *times, error=error, **peers)
+        torch.cuda.empty_cache()
+    generator = torch.Generator().manual_seed(3)
+    spread = torch.rand(64, generator=generator) * math.log(32768 / 64) + math.log(64)
+    ragged = [int(n) for n in spread.exp()]
+    for name, seq_lens, queries in (("64 x 64..32k", ragged, 1), ("64 x 2048, 2 queries", [2048] * 64, 2)):
+        case = AttentionCase(seq_lens, block_size, queries)
+        error, times = case.error(), [time_graph(case.calls(overlap)) for overlap in (False, True)]
+        report.add("decode attention", name, case.num_bytes, *times, error=error)
+        del case
+    case = AttentionCase([100] * 256, block_size)
+    report.add("decode plan", "256 rows", 2048, time_graph([case.plan] * 20))
+
+
+# ---- matrix products of few rows
+
+
+def bench_linear(report: Report) -> None:
+    weights = {
+        name: [random(*shape) * shape[1] ** -0.5 for _ in range(1 if name == "lm_head" else 12)]
+        for name, shape in LINEARS.items()
+    }
+    for num_rows in (1, 4, 8, 16):
+        for name, matrices in weights.items():
+            bench_product(report, name, random(num_rows, LINEARS[name][1]), matrices)
+    bench_linears_of_a_step(report, weights)
+
+
+def bench_product(report: Report, name: str, x: Tensor, matrices: list[Tensor]) -> None:
+    cold = matrices * (4 if len(matrices) == 1 else 1)
+    times = [time_graph([partial(linear, x, w, overlap=overlap) for w in cold]) for overlap in (False, True)]
+    error = relative_error(linear(x, matrices[0]), x.double() @ matrices[0].double().T)
+    peers = peers_of({"cublas": [partial(F.linear, x, w) for w in cold]})
+    report.add("linear", f"{x.shape[0]} x {name}", matrices[0].nbytes, *times, error=error, **peers)
+
+
+def bench_linears_of_a_step(report: Report, weights: dict[str, list[Tensor]]) -> None:
+    """12 layers of products and the last one, each reading the output of the one before."""
+
+    def step(x: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        for qkv, o_proj, gate_up, down in zip(*(weights[name] for name in ("qkv", "o_proj", "gate_up", "down"))):
+            x = product(product(x, qkv)[:, :HIDDEN], o_proj)
+            x = product(product(x, gate_up)[:, :INTERMEDIATE], down)
+        return product(x, weights["lm_head"][0])
+
+    num_bytes = sum(w.nbytes for matrices in weights.values() for w in matrices)
+    for num_rows in (1, 4, 8, 16):
+        x = random(num_rows, HIDDEN)
+        ways = (linear, partial(linear, overlap=True), F.linear)
+        plain, overlapped, cublas = (time_graph([partial(step, x, way)]) for way in ways)
+        peers = {"peers": f"cublas {cublas * 1e6:.1f}", "peers_us": {"cublas": cublas * 1e6}}
+        report.add("linears of a step", f"{num_rows} rows, 12 layers", num_bytes, plain, overlapped, **peers)
+
+
+# ---- what lies between
+
+
+def bench_elementwise(report: Report) -> None:
+    kv = torch.zeros(1024, 2, 2, NUM_KV_HEADS, 16, HEAD_DIM, dtype=DTYPE, device=DEVICE)
+    cos_sin = torch.rand(40960, HEAD_DIM, device=DEVICE)
+    norm, head_norm = random(HIDDEN), random(HEAD_DIM)
+    for num_rows in (1, 64, 8192):
+        copies = 4 if num_rows > 1000 else 20
+        x, residual = random(copies, num_rows, HIDDEN), random(copies, num_rows, HIDDEN)
+        bench_each(
+            report,
+            f"add + RMS norm, {num_rows} rows",
+            4 * x[0].nbytes,
+            [partial(cuda.add_rms_norm, a, b, norm, 1e-6) for a, b in zip(x, residual)],
+            [partial(add_rms_norm_in_torch, a, b, norm) for a, b in zip(x, residual)],
+        )
+        gate_up = random(copies, num_rows, 2 * INTERMEDIATE)
+        bench_each(
+            report,
+            f"SiLU and multiply, {num_rows} rows",
+            gate_up[0].nbytes * 3 // 2,
+            [partial(cuda.silu_and_mul, a) for a in gate_up],
+            [partial(silu_and_mul_in_torch, a) for a in gate_up],
+        )
+        tokens = torch.arange(num_rows, device=DEVICE)
+        qkv = random(copies, num_rows, (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM)
+        where = (tokens, tokens, cos_sin, kv, 1, head_norm, head_norm)
+        num_bytes = 2 * qkv[0].nbytes + num_rows * HEAD_DIM * 4
+        name = f"rotary + norms + KV store, {num_rows} rows"
+        bench_each(report, name, num_bytes, [partial(cuda.rotary_and_store, a, *where) for a in qkv])
+
+
+def bench_each(
+    report: Report,
+    name: str,
+    num_bytes: int,
+    calls: Sequence[Callable[..., object]],
+    peer: Sequence[Call] | None = None,
+) -> None:
+    times = [time_graph([partial(call, overlap=overlap) for call in calls]) for overlap in (False, True)]
+    kernel, _, shape = name.rpartition(", ")
+    report.add(kernel, shape, num_bytes, *times, **(peers_of({"torch": peer}) if peer else {}))
+
+
+def add_rms_norm_in_torch(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(residual.add_(x), weight.shape, weight, 1e-6)
+
+
+def silu_and_mul_in_torch(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=1)
+    return F.silu(gate) * up
+
+
+def bench_blocks(report: Report) -> None:
+    kv = random(600, NUM_LAYERS, 2, NUM_KV_HEADS, 16, HEAD_DIM)
+    ids = torch.randperm(600, device=DEVICE).to(torch.int32)
+    src, dst = cuda.Side.of(kv, ids[:256]), cuda.Side.of(kv, ids[300:556])
+    block_bytes = kv[0].nbytes
+    for max_ctas in (8, 32, 132, 1 << 16):
+        call = partial(cuda.move_blocks, src, dst, 256, block_bytes, 0, max_ctas)
+        shape = f"256 x {block_bytes / 1e6:.2f} MB, at most {max_ctas} CTAs"
+        report.add("move blocks", shape, 2 * 256 * block_bytes, time_graph([call] * 4))
+
+
+def bench_launch(report: Report) -> None:
+    """Time of the CPU per launch."""
+    x, weight = random(1, HIDDEN), random(HIDDEN)
+    kernel = kernel_for(norm_spec("bf16"), 0)
+    out = torch.empty_like(x)
+    arguments = (x.data_ptr(), 0, weight.data_ptr(), out.data_ptr(), HIDDEN // 8, 1e-6)
+    case = AttentionCase([64] * 4, 16)
+    work: dict[str, Call] = {
+        "a kernel with six arguments": partial(kernel, 1, *arguments),
+        "rms_norm": partial(cuda.rms_norm, x, weight, 1e-6),
+        "attention": case.calls(overlap=False)[0],
+        "torch add_": partial(x.add_, 1),
+    }
+    for name, call in work.items():
+        times = []
+        for _ in range(7):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(300):
+                call()
+            times.append((time.perf_counter() - start) / 300)
+        report.rows.append({"kernel": "CPU per launch", "shape": name, "us": min(times) * 1e6})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--only", nargs="*", help="attention, linear, elementwise, blocks, launch (default: all)")
+    parser.add_argument("--json", type=Path, help="write the last line to this file too")
+    args = parser.parse_args()
+    benches: dict[str, Call] = {
+        "attention": lambda: bench_attention(report, args.block_size),
+        "linear": lambda: bench_linear(report),
+        "elementwise": lambda: bench_elementwise(report),
+        "blocks": lambda: bench_blocks(report),
+        "launch": lambda: bench_launch(report),
+    }
+    report = Report()
+    for name in args.only or benches:
+        benches[name]()
+        torch.cuda.empty_cache()
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        config = {"block_size": args.block_size, "copy_bytes_per_s": report.copy_speed}
+        emit("kernels", config, report.rows, COLUMNS, torch.cuda.get_device_name())
+    print(printed.getvalue(), end="")
+    if args.json:
+        args.json.write_text(printed.getvalue().splitlines()[-1] + "\n")
+
+
+if __name__ == "__main__":
+    main()

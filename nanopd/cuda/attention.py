@@ -1,0 +1,632 @@
+"""Attention of a few query tokens per sequence over its paged KV cache, split evenly over the GPU.
+
+    kv  [num_blocks, num_layers, 2 (K, V), num_kv_heads, block_size, head_dim], one layer of it at a time
+    q   [num_rows * num_queries, num_heads, head_dim]; query i of row r is its token seq_lens[r] - num_queries + i
+
+A column is a pair of query token and query head; 8 columns that read the same KV head are a head unit. Work is cut
+into units of (row, head unit, TILE tokens). Laid end to end, with a gap of SEGMENT_COST where a head unit starts, each
+unit has its place, and a fixed number of CTAs shares the places evenly (stream-K, Osama et al., arXiv:2301.03598; for
+decoding LeanAttention, Sanovar et al., arXiv:2405.10480), so that one captured graph serves any lengths. Each warp of
+a CTA takes 16 tokens of a unit. Their K and V pass through a ring of the warp's own in shared memory, some tiles ahead
+of the arithmetic and across the borders of sequences. What one CTA covers alone is written out; else partial results
+go to a workspace, and the last CTA to arrive merges them by their log-sum-exp.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from numba.cuda.types import float32 as f32
+from numba.cuda.types import int32 as i32
+from torch import Tensor
+from torch.nn import functional as F
+
+from nanopd.cuda import warp
+from nanopd.cuda.launch import Kernel, Spec, kernel_for
+from nanopd.cuda.ptx import inlined, macro, shared_memory
+
+NUM_WARPS = 4  # of a CTA
+WARP_TILE = 16  # tokens of a warp: the rows of an mma
+COLUMNS = 8  # the columns of an mma
+NO_SCORE = -1.0e30  # a maximum over nothing
+MASKED = -3.0e38  # so far below that its weight is 0 beside NO_SCORE too; infinities are not fit for fast math
+MIN_PLACES = 2  # of a CTA: short contexts are not cut so small that merging costs more than reading
+SEGMENT_COST = 1  # of starting and ending a head unit, in units: else CTAs with many short sequences finish last
+TINY = 1.0e-30  # keeps the result of a column without tokens finite; it weighs nothing in the merge
+MERGED = 8  # partial results in flight at a time
+RESERVED_SHARED_BYTES = 1024  # of each CTA, by the system
+HEAD_DIMS = (64, 128)
+DECODE_ARGUMENTS = "llllllllllllrrrrrrf"
+PLAN_ARGUMENTS = "llrr"
+
+# ((x + 1) * n - 1) // total: the CTA that has place x, when n CTAs share all places and CTA i starts at i * total // n
+OWNER = warp.Instruction(
+    "{.reg .b64 a, b; .reg .b32 x; add.u32 x, $1, 1; mul.wide.u32 a, x, $2; sub.u64 a, a, 1; cvt.u64.u32 b, $3; "
+    "div.u64 a, a, b; cvt.u32.u64 $0, a;}",
+    "r",
+    "rrr",
+)
+owner = warp.function(OWNER)
+
+
+@dataclass(frozen=True)
+class SharedLayout:
+    """Shared memory of a CTA, in bytes: the warps' rings, then what the warps exchange at the end of a segment."""
+
+    head_dim: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def stage(self) -> int:  # K and V [WARP_TILE, head_dim], 16 bits
+        return 2 * WARP_TILE * 2 * self.head_dim
+
+    @property
+    def ring(self) -> int:
+        return self.num_stages * self.stage
+
+    @property
+    def out_row(self) -> int:  # [head_dim] float32, padded against bank conflicts
+        return 4 * (self.head_dim + 4)
+
+    @property
+    def out_warp(self) -> int:
+        return COLUMNS * self.out_row
+
+    @property
+    def outputs(self) -> int:  # [num_warps, COLUMNS, head_dim + 4] float32
+        return self.num_warps * self.ring
+
+    @property
+    def maxima(self) -> int:  # [num_warps, COLUMNS] float32
+        return self.outputs + self.num_warps * self.out_warp
+
+    @property
+    def sums(self) -> int:  # [num_warps, COLUMNS] float32
+        return self.maxima + self.num_warps * COLUMNS * 4
+
+    @property
+    def size(self) -> int:
+        return self.sums + self.num_warps * COLUMNS * 4
+
+
+@inlined
+def row_of(place, plan, num_rows, lane):  # type: ignore[no-untyped-def]
+    """The row that a place belongs to: the last one with plan[row] <= place. The warp tries 32 rows at a time."""
+    row = i32(0)
+    step = i32(num_rows)
+    while step > 1:
+        step = i32((step + 31) >> 5)
+        tried = warp.min_i32(row + (lane + 1) * step, num_rows)
+        row = i32(row + step * warp.count_lanes(warp.load_constant_i32(plan + 4 * warp.wide(tried)) <= place))
+    return row
+
+
+@inlined
+def next_unit(place, row, head, token, context, tile, seq_lens, num_rows, num_heads):  # type: ignore[no-untyped-def]
+    """The unit after (row, head unit, first token), its place, and its row's context; past the last one anything."""
+    place = i32(place + 1)
+    token = i32(token + tile)
+    if token >= context:
+        place = i32(place + SEGMENT_COST)
+        token = i32(0)
+        head = i32(head + 1)
+        if head == num_heads:
+            head = i32(0)
+            context = i32(0)
+            while context == 0 and row + 1 < num_rows:
+                row = i32(row + 1)
+                context = warp.load_constant_i32(seq_lens + 4 * warp.wide(row))
+    return place, row, head, token, context
+
+
+@inlined
+def query_of(column, columns, group):  # type: ignore[no-untyped-def]
+    """Which query token a column belongs to. Columns that fill up an mma repeat the last one."""
+    return warp.div_u32(warp.min_i32(column, columns - 1), group)
+
+
+@inlined
+def q_row(row, kv_head, column, num_kv_heads, group, num_queries):  # type: ignore[no-untyped-def]
+    """Index in q [num_rows * num_queries * num_heads] of a column of a KV head."""
+    column = warp.min_i32(column, group * num_queries - 1)
+    query = warp.div_u32(column, group)
+    return ((warp.wide(row) * num_queries + query) * num_kv_heads + kv_head) * group + (column - query * group)
+
+
+def decode_kernel(head_dim: int, dtype: str, num_warps: int, num_stages: int) -> Callable[..., None]:
+    """The kernel for blocks of 16 tokens and more (a power of two).
+
+    S^T [16 tokens, 8 columns] = K Q^T and O^T [16 dims, 8 columns] += V^T P^T on the tensor cores. The order of the
+    contraction index is free as long as both operands agree, so that a lane reads 16 bytes of a row at a time and no
+    fragment is shuffled: lane 4g + t takes dims 32j + 8t .. + 7 of tokens g and g + 8 of K, and dims 64j + 8g .. + 7
+    of tokens 2t, 2t + 1, 2t + 8, 2t + 9 of V.
+    """
+    layout = SharedLayout(head_dim, num_warps, num_stages)
+    TILE = WARP_TILE * num_warps
+    ROW = 2 * head_dim  # bytes of a token of one head
+    CHUNKS = ROW // 16  # of 16 bytes
+    ROWS_PER_COPY = 32 // CHUNKS
+    V = WARP_TILE * ROW  # in a stage: K, then V
+    STAGE, RING, AHEAD = layout.stage, layout.ring, num_stages - 1
+    OUT_ROW, OUT_WARP, OUTPUTS = layout.out_row, layout.out_warp, layout.outputs
+    MAXIMA, SUMS = layout.maxima, layout.sums
+    QUADS = head_dim // 4
+    MMA = warp.MMA[dtype]
+    pack = warp.function(warp.PACK[dtype])
+    wait_for_tile = warp.wait_for_copies(AHEAD)
+    no_sums = warp.zeros(head_dim // 4)
+
+    # 16-byte chunk c of row r lies at c ^ swizzle(r) in the ring, so that a warp's reads spread over all banks:
+    # swizzle(r) is 4 * (r & 1) for K and r & 6 for V
+
+    @macro
+    def copy_tile(emit: Any, ring_k: Any, ring_v: Any, k: Any, v: Any, lane_row: Any, last_row: Any) -> None:
+        """16 rows of K and V; rows past the last one repeat it, as what lies there may be no numbers."""
+        rows = [(i, emit(warp.MIN_I32, emit(warp.ADD_I32, lane_row, i), last_row)) for i in range(0, 16, ROWS_PER_COPY)]
+        for source, ring, swizzles in (
+            (k, ring_k, [4 * (i & 1) for i, _ in rows]),
+            (v, ring_v, [i & 6 for i, _ in rows]),
+        ):
+            for (i, row), swizzle in zip(rows, swizzles):
+                to = emit(warp.XOR_B32, ring, 16 * swizzle)
+                emit(warp.COPY_ASYNC.at(i * ROW), to, emit(warp.MAD_WIDE, source, row, ROW))
+
+    @macro
+    def load_query(emit: Any, address: Any) -> list[Any]:
+        """Dims 32j + 8t .. + 7 of one column: registers in the order of K's."""
+        return [r for j in range(head_dim // 32) for r in emit(warp.LOAD_16_BYTES.at(64 * j), address)]
+
+    @macro
+    def score(emit: Any, k_even: Any, k_odd: Any, q: Any) -> list[Any]:
+        """Scores of token g for two columns, then of token g + 8."""
+        even, odd = [0.0] * 4, [0.0] * 4  # two chains, half as long
+        for j in range(head_dim // 32):
+            k = k_odd if j % 2 else k_even
+            low, high = emit(warp.LOAD_TILE.at(64 * j), k), emit(warp.LOAD_TILE.at(64 * j + 8 * ROW), k)
+            even = emit(MMA, low[0], high[0], low[1], high[1], q[4 * j], q[4 * j + 1], *even)
+            odd = emit(MMA, low[2], high[2], low[3], high[3], q[4 * j + 2], q[4 * j + 3], *odd)
+        return [emit(warp.ADD_F32, a, b) for a, b in zip(even, odd)]
+
+    @macro
+    def accumulate(emit: Any, sums: Any, v: Any, decay0: Any, decay1: Any, p_low: Any, p_high: Any) -> list[Any]:
+        """sums [dims, columns] * the columns' decay + V^T P^T."""
+        out = []
+        for j in range(head_dim // 64):
+            rows = [emit(warp.LOAD_TILE.at(128 * j + row * ROW), v) for row in (0, 1, 8, 9)]
+            for i in range(4):
+                low = [emit(half, rows[0][i], rows[1][i]) for half in (warp.PERMUTE_LOW, warp.PERMUTE_HIGH)]
+                high = [emit(half, rows[2][i], rows[3][i]) for half in (warp.PERMUTE_LOW, warp.PERMUTE_HIGH)]
+                old = sums[16 * j + 4 * i : 16 * j + 4 * i + 4]
+                decayed = [emit(warp.MUL_F32, x, decay) for x, decay in zip(old, (decay0, decay1, decay0, decay1))]
+                out += emit(MMA, *low, *high, p_low, p_high, *decayed)
+        return out
+
+    @macro
+    def store_sums(emit: Any, address: Any, sums: Any, factor0: Any, factor1: Any) -> None:
+        """Dims 64j + 8g .. + 7 of two columns, weighted, to shared memory."""
+        for n, x in enumerate(sums):
+            j, i, dim, column = n // 16, n // 4 % 4, n // 2 % 2, n % 2
+            offset = column * OUT_ROW + 4 * (64 * j + 2 * i + dim)
+            emit(warp.STORE_F32_OF_CTA.at(offset), address, emit(warp.MUL_F32, x, factor1 if column else factor0))
+
+    @inlined
+    def publish(shared, wid, lane, max0, max1, sum0, sum1, sums):  # type: ignore[no-untyped-def]
+        """A warp's sums, relative to the maximum of all warps, to shared memory; its maxima and sums of weights too."""
+        t = lane & 3
+        mine = i32(shared + 4 * (wid * COLUMNS + 2 * t))
+        warp.store_f32_of_cta_if(mine + MAXIMA, max0, lane < 4)
+        warp.store_f32_of_cta_if(mine + MAXIMA + 4, max1, lane < 4)
+        warp.store_f32_of_cta_if(mine + SUMS, sum0, lane < 4)
+        warp.store_f32_of_cta_if(mine + SUMS + 4, sum1, lane < 4)
+        warp.sync_cta()
+        top0 = top1 = f32(NO_SCORE)
+        for w in range(num_warps):
+            theirs = i32(shared + MAXIMA + 4 * (w * COLUMNS + 2 * t))
+            top0 = warp.max_f32(top0, warp.load_f32_of_cta(theirs))
+            top1 = warp.max_f32(top1, warp.load_f32_of_cta(theirs + 4))
+        mine = i32(shared + OUTPUTS + wid * OUT_WARP + 2 * t * OUT_ROW + 32 * (lane >> 2))
+        store_sums(mine, sums, warp.exp2(max0 - top0), warp.exp2(max1 - top1))
+
+    @inlined
+    def merge_warps(shared, column, dim):  # type: ignore[no-untyped-def]
+        """Four dims of a column from all warps' sums, and its log-sum-exp (base 2)."""
+        top = f32(NO_SCORE)
+        for w in range(num_warps):
+            top = warp.max_f32(top, warp.load_f32_of_cta(shared + MAXIMA + 4 * (w * COLUMNS + column)))
+        weight = f32(TINY)
+        y0 = y1 = y2 = y3 = f32(0.0)
+        for w in range(num_warps):
+            decay = warp.exp2(warp.load_f32_of_cta(shared + MAXIMA + 4 * (w * COLUMNS + column)) - top)
+            weight = weight + decay * warp.load_f32_of_cta(shared + SUMS + 4 * (w * COLUMNS + column))
+            x = warp.load_4_f32_of_cta(shared + OUTPUTS + w * OUT_WARP + column * OUT_ROW + 4 * dim)
+            y0 = y0 + x[0]
+            y1 = y1 + x[1]
+            y2 = y2 + x[2]
+            y3 = y3 + x[3]
+        norm = warp.reciprocal(weight)
+        return y0 * norm, y1 * norm, y2 * norm, y3 * norm, top + warp.log2(weight)
+
+    @macro
+    def merge_some(
+        emit: Any, merged: Any, partials: Any, partial_lse: Any, cta: Any, last: Any, column: Any, dim: Any
+    ) -> Any:
+        """Adds the results of CTAs cta .. cta + MERGED - 1, up to the last one; all are loaded before any is used."""
+        top, weight, *y = merged
+        loaded = []
+        for i in range(MERGED):
+            slot = emit(warp.MAD_I32, emit(warp.MIN_I32, emit(warp.ADD_I32, cta, i), last), 2 * COLUMNS, column)
+            lse = emit(warp.LOAD_SHARED_F32, emit(warp.MAD_WIDE, partial_lse, slot, 4))
+            address = emit(warp.MAD_WIDE, emit(warp.MAD_WIDE, partials, slot, 4 * head_dim), dim, 4)
+            # negative past the last one
+            rest = emit(warp.MAD_I32, emit(warp.ADD_I32, cta, i), -1, last)
+            loaded.append((emit(warp.SELECT, lse, MASKED, rest), emit(warp.LOAD_SHARED_4_F32, address)))
+        higher = top
+        for lse, _ in loaded:
+            higher = emit(warp.MAX_F32, higher, lse)
+        for n, (lse, x) in enumerate([(top, None), *loaded]):
+            factor = emit(warp.EXP2, emit(warp.FMA_F32, higher, -1.0, lse))
+            if n == 0:
+                weight, y = emit(warp.MUL_F32, weight, factor), [emit(warp.MUL_F32, v, factor) for v in y]
+            else:
+                weight = emit(warp.ADD_F32, weight, factor)
+                y = [emit(warp.FMA_F32, u, factor, v) for u, v in zip(x, y)]
+        return [higher, weight, *y]
+
+    @inlined
+    def merge_ctas(partials, partial_lse, first, last, column, dim):  # type: ignore[no-untyped-def]
+        """Four dims of a column from the results of CTAs first .. last, which had a head unit together."""
+        slot = warp.wide((2 * first + 1) * COLUMNS + column)
+        x = warp.load_shared_4_f32(partials + 4 * (slot * head_dim + dim))
+        merged = (warp.load_shared_f32(partial_lse + 4 * slot), f32(1.0), x[0], x[1], x[2], x[3])
+        cta = i32(first + 1)
+        while cta <= last:
+            merged = merge_some(merged, partials, partial_lse, cta, last, column, dim)
+            cta = i32(cta + MERGED)
+        norm = warp.reciprocal(merged[1])
+        return merged[2] * norm, merged[3] * norm, merged[4] * norm, merged[5] * norm
+
+    def kernel(  # type: ignore[no-untyped-def]
+        q,  # [num_rows * num_queries, num_kv_heads * group, head_dim]
+        kv,  # K of block 0
+        block_tables,  # int32 [num_rows, table_stride]
+        seq_lens,  # int32 [num_rows]
+        plan,  # int32 [num_rows + 1]: the place where a row starts
+        out,  # as q
+        partials,  # float32 [2 * num_ctas, COLUMNS, head_dim]: of a CTA's first segment, and of its last
+        partial_lse,  # float32 [2 * num_ctas, COLUMNS], base 2
+        arrivals,  # int32 [num_rows, head units], 0 before and after
+        block_stride,  # bytes
+        head_stride,  # bytes
+        value_offset,  # bytes from K to V
+        num_rows,
+        num_kv_heads,
+        group,  # query heads of a KV head
+        num_queries,
+        block_shift,  # log2 of the block size
+        table_stride,
+        scale,  # of the scores, times log2(e)
+    ):
+        thread = warp.thread_index()
+        lane = thread & 31
+        wid = i32(thread >> 5)
+        g = lane >> 2
+        t = lane & 3
+        cta = warp.cta_index()
+        shared = shared_memory()
+        columns = i32(group * num_queries)
+        column_tiles = i32((columns + COLUMNS - 1) // COLUMNS)
+        num_heads = i32(num_kv_heads * column_tiles)
+
+        # ---- this CTA's units: the first one, and the place where they end
+        total = warp.load_constant_i32(plan + 4 * warp.wide(num_rows))
+        active = warp.min_i32(warp.num_ctas(), (total + MIN_PLACES - 1) // MIN_PLACES)
+        place = end = i32(0)
+        row = head = token = context = i32(0)
+        if cta < active:
+            place = warp.mul_div(cta, total, active)
+            end = warp.mul_div(cta + 1, total, active)
+            row = row_of(place, plan, num_rows, lane)
+            context = warp.load_constant_i32(seq_lens + 4 * warp.wide(row))
+            cost = i32((context + TILE - 1) // TILE + SEGMENT_COST)
+            row_place = warp.load_constant_i32(plan + 4 * warp.wide(row))
+            head = warp.div_u32(place - row_place, cost)
+            head_place = i32(row_place + head * cost + SEGMENT_COST)
+            place = warp.max_i32(place, head_place)
+            token = i32((place - head_place) * TILE)
+
+        # ---- where tiles are read, AHEAD units before the arithmetic
+        ring = i32(shared + wid * RING)
+        lane_row = i32(lane // CHUNKS)
+        chunk = i32((lane % CHUNKS) * 16)
+        to_k = i32(lane_row * ROW + (chunk ^ ((lane_row & 1) << 6)))
+        to_v = i32(V + lane_row * ROW + (chunk ^ ((lane_row & 6) << 4)))
+        in_stage = ring
+        in_place = place
+        in_row = row
+        in_head = head
+        in_token = token
+        in_context = context
+
+        # ---- the arithmetic
+        stage = ring
+        k_even = i32(g * ROW + 16 * t + 64 * (g & 1))
+        k_odd = i32(g * ROW + 16 * t - 64 * (g & 1))
+        v_lane = i32(V + 2 * t * ROW + ((g ^ (2 * t)) << 4))
+        segment = token  # a segment is what this CTA has of one head unit: its first token
+        kv_head = column0 = limit0 = limit1 = i32(0)
+        query = load_query(q + 16 * t)
+        sums = no_sums()
+        max0 = max1 = f32(NO_SCORE)
+        sum0 = sum1 = f32(0.0)
+        lead = i32(AHEAD)
+        while place < end:
+            warp.sync_warp()  # all lanes are done with the tile that is overwritten now
+            if in_place < end:
+                tile_token = i32(in_token + WARP_TILE * wid)
+                if tile_token < in_context:
+                    entry = block_tables + 4 * (warp.wide(in_row) * table_stride + (tile_token >> block_shift))
+                    in_block = tile_token & ((1 << block_shift) - 1)
+                    k = kv + warp.wide(warp.load_constant_i32(entry)) * block_stride
+                    k = k + warp.div_u32(in_head, column_tiles) * head_stride + (in_block * ROW + chunk)
+                    if tile_token + WARP_TILE > in_context - num_queries:  # else older than the kernels in flight
+                        warp.wait_for_predecessor()
+                    last_row = warp.min_i32(in_context - 1 - tile_token, WARP_TILE - 1)
+                    copy_tile(in_stage + to_k, in_stage + to_v, k, k + value_offset, lane_row, last_row)
+                in_place, in_row, in_head, in_token, in_context = next_unit(
+                    in_place, in_row, in_head, in_token, in_context, TILE, seq_lens, num_rows, num_heads
+                )
+                in_stage = i32(in_stage + STAGE)
+                if in_stage == ring + RING:
+                    in_stage = ring
+            warp.copies_issued()
+            if lead > 0:
+                lead = i32(lead - 1)
+                if lead == 0:
+                    warp.wait_for_predecessor()
+                    warp.let_successor_start()
+            else:
+                if token == segment:
+                    kv_head = warp.div_u32(head, column_tiles)
+                    column0 = i32((head - kv_head * column_tiles) * COLUMNS)
+                    from_row = q_row(row, kv_head, column0 + g, num_kv_heads, group, num_queries)
+                    query = load_query(q + from_row * ROW + 16 * t)
+                    limit = i32(context - num_queries + 1)  # tokens that the first query sees
+                    limit0 = i32(limit + query_of(column0 + 2 * t, columns, group))
+                    limit1 = i32(limit + query_of(column0 + 2 * t + 1, columns, group))
+                wait_for_tile()
+                warp.sync_warp()  # all lanes' copies have arrived
+                tile_token = i32(token + WARP_TILE * wid)
+                if tile_token < context:
+                    s = score(stage + k_even, stage + k_odd, query)
+                    s0 = s[0] * scale  # token g, column 2t
+                    s1 = s[1] * scale  # token g, column 2t + 1
+                    s2 = s[2] * scale  # token g + 8
+                    s3 = s[3] * scale
+                    if tile_token + WARP_TILE > context - num_queries + 1:
+                        s0 = warp.select(s0, f32(MASKED), limit0 - 1 - (tile_token + g))
+                        s1 = warp.select(s1, f32(MASKED), limit1 - 1 - (tile_token + g))
+                        s2 = warp.select(s2, f32(MASKED), limit0 - 9 - (tile_token + g))
+                        s3 = warp.select(s3, f32(MASKED), limit1 - 9 - (tile_token + g))
+                    new0 = warp.max_f32(max0, warp.group_max(warp.max_f32(s0, s2)))
+                    new1 = warp.max_f32(max1, warp.group_max(warp.max_f32(s1, s3)))
+                    decay0 = warp.exp2(max0 - new0)
+                    decay1 = warp.exp2(max1 - new1)
+                    max0 = new0
+                    max1 = new1
+                    s0 = warp.exp2(s0 - new0)
+                    s1 = warp.exp2(s1 - new1)
+                    s2 = warp.exp2(s2 - new0)
+                    s3 = warp.exp2(s3 - new1)
+                    sum0 = sum0 * decay0 + (s0 + s2)  # of this lane's tokens
+                    sum1 = sum1 * decay1 + (s1 + s3)
+                    p_low = warp.transpose_8x8(pack(s0, s1))
+                    p_high = warp.transpose_8x8(pack(s2, s3))
+                    sums = accumulate(sums, stage + v_lane, decay0, decay1, p_low, p_high)
+                stage = i32(stage + STAGE)
+                if stage == ring + RING:
+                    stage = ring
+
+                if token + TILE >= context or place + 1 == end:  # the segment ends here
+                    publish(shared, wid, lane, max0, max1, warp.group_sum(sum0), warp.group_sum(sum1), sums)
+                    sums = no_sums()
+                    max0 = max1 = f32(NO_SCORE)
+                    sum0 = sum1 = f32(0.0)
+                    warp.sync_cta()
+
+                    alone = segment == 0 and token + TILE >= context
+                    # four dims of a column each; an odd number of columns is rounded up, as they may not fill a warp
+                    tasks = i32((warp.min_i32(columns - column0, COLUMNS) + 1) // 2 * 2 * QUADS)
+                    task = thread
+                    while task < tasks:
+                        column = i32(task // QUADS)
+                        dim = i32((task % QUADS) * 4)
+                        y0, y1, y2, y3, lse = merge_warps(shared, column, dim)
+                        if alone:
+                            to = q_row(row, kv_head, column0 + column, num_kv_heads, group, num_queries)
+                            warp.store_8_bytes(out + to * ROW + 2 * dim, pack(y0, y1), pack(y2, y3))
+                        else:
+                            slot = warp.wide((2 * cta + (segment == 0)) * COLUMNS + column)
+                            warp.store_4_f32(partials + 4 * (slot * head_dim + dim), y0, y1, y2, y3)
+                            warp.store_f32_if(partial_lse + 4 * slot, lse, dim == 0)
+                        task = i32(task + 32 * num_warps)
+                    warp.sync_cta()  # shared memory may be written again, and all stores come before the count
+                    if not alone:
+                        tiles = i32((context + TILE - 1) // TILE)
+                        head_place = i32(place - (token // TILE))
+                        first_cta = owner(head_place, active, total)
+                        last_cta = owner(head_place + tiles - 1, active, total)
+                        arrived = arrivals + 4 * (warp.wide(row) * num_heads + head)
+                        count = warp.count_arrival(arrived, thread == 0)
+                        if warp.any_of_cta(count == last_cta - first_cta) != 0:
+                            warp.store_i32_if(arrived, i32(0), thread == 0)
+                            task = thread
+                            while task < tasks:
+                                column = i32(task // QUADS)
+                                dim = i32((task % QUADS) * 4)
+                                y0, y1, y2, y3 = merge_ctas(partials, partial_lse, first_cta, last_cta, column, dim)
+                                to = q_row(row, kv_head, column0 + column, num_kv_heads, group, num_queries)
+                                warp.store_8_bytes(out + to * ROW + 2 * dim, pack(y0, y1), pack(y2, y3))
+                                task = i32(task + 32 * num_warps)
+                    segment = i32(0)
+                place, row, head, token, context = next_unit(
+                    place, row, head, token, context, TILE, seq_lens, num_rows, num_heads
+                )
+        warp.wait_for_predecessor()  # whoever waits for this kernel waits for those before it too
+
+    return kernel
+
+
+def plan_kernel(tile: int) -> Callable[..., None]:
+    """The places where the rows start: a running sum, by one warp."""
+
+    def kernel(seq_lens, plan, num_rows, num_heads):  # type: ignore[no-untyped-def]
+        lane = warp.thread_index()
+        warp.wait_for_predecessor()
+        before = i32(0)
+        start = i32(0)
+        warp.store_i32_if(plan, i32(0), lane == 0)
+        while start < num_rows:
+            row = i32(start + lane)
+            context = warp.load_i32(seq_lens + 4 * warp.wide(warp.min_i32(row, num_rows - 1)))
+            cost = i32((context + tile - 1) // tile + SEGMENT_COST) * num_heads
+            until = i32(before + warp.prefix_sum(cost * (context > 0) * (row < num_rows)))
+            warp.store_i32_if(plan + 4 * warp.wide(row + 1), until, row < num_rows)
+            before = warp.lane_value(until, i32(31))
+            start = i32(start + 32)
+
+    return kernel
+
+
+def decode_spec(head_dim: int, dtype: str, shared_limit: int) -> Spec:
+    """The variant for a device whose CTAs may have `shared_limit` bytes of shared memory: Hopper 227 KiB, Ada 99.
+
+    Four warps, and two CTAs on a multiprocessor of an H200: 2 to 9 % faster there than one CTA of eight warps, whose
+    loads stop at the end of each segment.
+    """
+    for num_stages in (3, 2):
+        stages = num_stages * 128 // head_dim
+        layout = SharedLayout(head_dim, NUM_WARPS, stages)
+        if layout.size <= shared_limit:
+            break
+    return Spec(decode_kernel, (head_dim, dtype, NUM_WARPS, stages), DECODE_ARGUMENTS, 32 * NUM_WARPS, layout.size)
+
+
+def plan_spec(num_warps: int = NUM_WARPS) -> Spec:
+    return Spec(plan_kernel, (num_warps * WARP_TILE,), PLAN_ARGUMENTS, 32)
+
+
+class PagedDecodeAttention:
+    """Decode attention of one model on one device, with its workspace: one launch at a time, on one stream.
+
+    `begin_step` comes before the first layer of a step, then each layer calls the object. Lengths, tables and
+    addresses are read on the device, so that a step can be captured and replayed with other contents.
+    """
+
+    def __init__(
+        self,
+        max_rows: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_queries: int = 1,
+    ) -> None:
+        properties = torch.cuda.get_device_properties(device)
+        is_power = block_size >= WARP_TILE and block_size & (block_size - 1) == 0
+        self._kernels: tuple[Kernel, Kernel] | None = None
+        if not is_power or head_dim not in HEAD_DIMS or dtype not in warp.NAMES:
+            return
+        shared_limit: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+        spec = decode_spec(head_dim, warp.NAMES[dtype], shared_limit)
+        index = torch.device(device).index or 0
+        self._kernels = kernel_for(plan_spec(), index), kernel_for(spec, index)
+        ctas_per_sm = properties.shared_memory_per_multiprocessor // (spec.shared_bytes + RESERVED_SHARED_BYTES)
+        self._num_ctas = properties.multi_processor_count * ctas_per_sm
+        self._num_kv_heads, self._group = num_kv_heads, num_heads // num_kv_heads
+        head_units = self._head_units(max_queries)
+        empty = functools.partial(torch.empty, device=device)
+        self._plan = empty(max_rows + 1, dtype=torch.int32)
+        self._partials = empty(2 * self._num_ctas, COLUMNS, head_dim, dtype=torch.float32)
+        self._partial_lse = empty(2 * self._num_ctas, COLUMNS, dtype=torch.float32)
+        self._arrivals = torch.zeros(max_rows, head_units, dtype=torch.int32, device=device)
+
+    def begin_step(self, seq_lens: Tensor, num_queries: int = 1, overlap: bool = False) -> None:
+        """Shares the step's work out: seq_lens [num_rows] int32, tokens of each row, its queries included."""
+        if self._kernels is not None:
+            rows, heads = seq_lens.shape[0], self._head_units(num_queries)
+            self._kernels[0](1, seq_lens.data_ptr(), self._plan.data_ptr(), rows, heads, overlap=overlap)
+
+    def __call__(
+        self,
+        q: Tensor,  # [num_rows * num_queries, num_heads, head_dim]
+        kv: Tensor,  # KV storage
+        layer: int,
+        block_tables: Tensor,  # [num_rows, max_blocks] int32
+        seq_lens: Tensor,  # [num_rows] int32; a row of length 0 is left as it is
+        out: Tensor,  # as q
+        overlap: bool = False,
+    ) -> None:
+        """One layer. With `overlap`, not right after `begin_step`: the plan is read before the predecessor is done."""
+        if self._kernels is None:
+            gathered_attention(q, kv, layer, block_tables, seq_lens, out)
+            return
+        assert q.is_contiguous() and out.is_contiguous() and block_tables.stride(1) == 1
+        num_rows, block_size, head_dim = seq_lens.shape[0], kv.shape[4], kv.shape[5]
+        size = kv.element_size()
+        self._kernels[1](
+            self._num_ctas,
+            q.data_ptr(),
+            kv.data_ptr() + layer * kv.stride(1) * size,
+            block_tables.data_ptr(),
+            seq_lens.data_ptr(),
+            self._plan.data_ptr(),
+            out.data_ptr(),
+            self._partials.data_ptr(),
+            self._partial_lse.data_ptr(),
+            self._arrivals.data_ptr(),
+            kv.stride(0) * size,
+            kv.stride(3) * size,
+            kv.stride(2) * size,
+            num_rows,
+            self._num_kv_heads,
+            self._group,
+            q.shape[0] // num_rows,
+            block_size.bit_length() - 1,
+            block_tables.stride(0),
+            head_dim**-0.5 * math.log2(math.e),
+            overlap=overlap,
+        )
+
+    def _head_units(self, num_queries: int) -> int:
+        return self._num_kv_heads * -(-self._group * num_queries // COLUMNS)
+
+
+def gathered_attention(
+    q: Tensor,  # [num_rows * num_queries, num_heads, head_dim]
+    kv: Tensor,  # KV storage
+    layer: int,
+    block_tables: Tensor,  # [num_rows, max_blocks] int32
+    seq_lens: Tensor,  # [num_rows] int32
+    out: Tensor,  # as q
+) -> None:
+    """The same for any head size and block size: gathers all that the tables name, and masks. Right, not fast."""
+    num_rows, num_kv_heads, head_dim = seq_lens.shape[0], kv.shape[3], kv.shape[5]
+    num_queries = q.shape[0] // num_rows
+    blocks = kv[block_tables.long(), layer]  # [num_rows, max_blocks, 2, num_kv_heads, block_size, head_dim]
+    keys, values = blocks.permute(2, 0, 3, 1, 4, 5).reshape(2, num_rows, num_kv_heads, -1, head_dim)
+    positions = torch.arange(keys.shape[2], device=q.device)
+    limits = seq_lens[:, None] - num_queries + 1 + torch.arange(num_queries, device=q.device)  # [num_rows, queries]
+    seen = positions < limits[:, :, None]  # [num_rows, num_queries, tokens]
+    # what no query sees may be no numbers, and 0 * nan is nan
+    keys, values = (x.masked_fill(~seen.any(1)[:, None, :, None], 0) for x in (keys, values))
+    heads = q.view(num_rows, num_queries, -1, head_dim).transpose(1, 2)
+    y = F.scaled_dot_product_attention(heads, keys, values, attn_mask=seen[:, None], enable_gqa=True)
+    out.copy_(y.transpose(1, 2).reshape(out.shape))

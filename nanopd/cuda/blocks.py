@@ -1,0 +1,121 @@
+"""Moves KV blocks as runs of bytes: within a cache, to and from a contiguous buffer, and between GPUs.
+
+A side is an address, the bytes from one block to the next, and the ids of the blocks there; without ids the blocks lie
+one after the other. Addresses may be another GPU's that this one can reach. A bounded number of CTAs leaves the rest of
+the GPU to whoever computes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from numba.cuda.types import int32 as i32
+from torch import Tensor
+
+from nanopd.cuda import warp
+from nanopd.cuda.launch import Kernel, Spec, kernel_for
+from nanopd.cuda.ptx import macro
+
+THREADS = 256
+IN_FLIGHT = 8  # 16-byte loads of a thread: far memory takes microseconds to answer
+PIECE = 16 * THREADS * IN_FLIGHT
+MOVE_ARGUMENTS = "llllllrrrr"
+
+
+@dataclass(frozen=True)
+class Side:
+    """Where blocks are read or written."""
+
+    address: int
+    stride: int  # bytes, a multiple of 16
+    ids: Tensor | None = None  # [n] int32 or int64, on the device that moves
+
+    @classmethod
+    def of(cls, blocks: Tensor, ids: Tensor | None = None) -> Side:
+        """blocks [num_blocks, ...], each of them contiguous."""
+        assert blocks[0].is_contiguous()
+        return cls(blocks.data_ptr(), blocks.stride(0) * blocks.element_size(), ids)
+
+
+def move_kernel() -> Callable[..., None]:
+    @macro
+    def load(emit: Any, address: Any, offset: Any, end: Any) -> list[Any]:
+        """This thread's 16 bytes of each row of the piece; past the end of the block, its last ones."""
+        rows = [emit(warp.MIN_I32, emit(warp.ADD_I32, offset, 16 * THREADS * i), end) for i in range(IN_FLIGHT)]
+        return [r for row in rows for r in emit(warp.LOAD_16_BYTES, emit(warp.MAD_WIDE, address, row, 1))]
+
+    @macro
+    def store(emit: Any, address: Any, offset: Any, end: Any, values: Any) -> None:
+        for i in range(IN_FLIGHT):
+            row = emit(warp.MIN_I32, emit(warp.ADD_I32, offset, 16 * THREADS * i), end)
+            emit(warp.STORE_16_BYTES, emit(warp.MAD_WIDE, address, row, 1), *values[4 * i : 4 * i + 4])
+
+    def kernel(  # type: ignore[no-untyped-def]
+        src,
+        dst,
+        src_ids,  # [num_blocks], or address 0: 0, 1, 2, ...
+        dst_ids,
+        src_stride,  # bytes, here and below
+        dst_stride,
+        src_id_size,
+        dst_id_size,
+        num_blocks,
+        block_bytes,
+    ):
+        pieces = i32((block_bytes + PIECE - 1) // PIECE)  # of a block
+        piece = warp.cta_index()
+        lane_offset = i32(16 * warp.thread_index())
+        warp.wait_for_predecessor()
+        while piece < num_blocks * pieces:
+            block = warp.div_u32(piece, pieces)
+            src_id = dst_id = block
+            if src_ids != 0:  # the low word of an id is the whole of it
+                src_id = warp.load_i32(src_ids + warp.wide(block) * src_id_size)
+            if dst_ids != 0:
+                dst_id = warp.load_i32(dst_ids + warp.wide(block) * dst_id_size)
+            offset = i32((piece - block * pieces) * PIECE + lane_offset)
+            values = load(src + warp.wide(src_id) * src_stride, offset, block_bytes - 16)
+            store(dst + warp.wide(dst_id) * dst_stride, offset, block_bytes - 16, values)
+            piece = i32(piece + warp.num_ctas())
+
+    return kernel
+
+
+def move_spec() -> Spec:
+    return Spec(move_kernel, (), MOVE_ARGUMENTS, THREADS)
+
+
+def move_blocks(src: Side, dst: Side, num_blocks: int, block_bytes: int, device: int, max_ctas: int = 1 << 16) -> None:
+    """Copies `num_blocks` blocks on `device`'s current stream. No block may be both source and destination."""
+    assert block_bytes % 16 == src.stride % 16 == dst.stride % 16 == 0
+    if num_blocks:
+        _kernel(device)(
+            min(max_ctas, num_blocks * -(-block_bytes // PIECE)),
+            src.address,
+            dst.address,
+            0 if src.ids is None else src.ids.data_ptr(),
+            0 if dst.ids is None else dst.ids.data_ptr(),
+            src.stride,
+            dst.stride,
+            8 if src.ids is None else src.ids.element_size(),
+            8 if dst.ids is None else dst.ids.element_size(),
+            num_blocks,
+            block_bytes,
+        )
+
+
+def copy_blocks(kv: Tensor, src_ids: Tensor, dst_ids: Tensor) -> None:
+    """Copies whole blocks (all layers) `src_ids[i]` to `dst_ids[i]`, [n] int64; all are read before any is written."""
+    num_blocks, block_bytes = src_ids.shape[0], kv[0].numel() * kv.element_size()
+    # by way of a buffer: a block that was freed in this step may be a source still and a destination already
+    buffer = kv.new_empty(num_blocks, *kv.shape[1:])
+    move_blocks(Side.of(kv, src_ids), Side.of(buffer), num_blocks, block_bytes, kv.get_device())
+    move_blocks(Side.of(buffer), Side.of(kv, dst_ids), num_blocks, block_bytes, kv.get_device())
+
+
+@functools.cache
+def _kernel(device: int) -> Kernel:
+    return kernel_for(move_spec(), device)

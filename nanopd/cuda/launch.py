@@ -1,0 +1,238 @@
+"""Compiles kernels with numba, keeps the machine code on disk, and launches it through the driver.
+
+numba's dispatcher takes 40 us and more per launch, and its disk cache misses edits in other files. So numba compiles
+to PTX, nvJitLink assembles, the cubin is kept under a hash of everything that went into it, and a launch is one
+`cuLaunchKernelEx` with arguments packed into a fixed buffer. Launches go to torch's current stream, so that they are
+captured into torch's CUDA graphs. Knows no kernel. A `Kernel` belongs to one device and one thread.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import re
+import struct
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ENTRY = "kernel"  # numba's mangled names would make file names of our functions part of the cubin
+COMPILERS = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-nvjitlink", "nvidia-cuda-nvrtc")
+SIGNATURE = {"r": "int32", "l": "int64", "f": "float32"}
+STATIC_SHARED_BYTES = 48 * 1024  # more has to be asked for
+MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
+PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
+
+Capability = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What there is to compile: `factory(*parameters)` returns the kernel as a Python function."""
+
+    factory: Callable[..., Callable[..., None]]
+    parameters: tuple[int | str, ...]
+    arguments: str  # a letter each: r int32, l int64 (and addresses), f float32
+    threads: int
+    shared_bytes: int = 0
+    min_ctas: int = 1  # per multiprocessor: bounds the registers
+
+    @property
+    def name(self) -> str:
+        return "_".join([self.factory.__name__, *map(str, self.parameters)])
+
+
+class CudaError(RuntimeError):
+    """The driver refused a call."""
+
+
+def compile_to_ptx(spec: Spec, capability: Capability) -> str:
+    """Needs numba-cuda and its libraries, but no GPU."""
+    from numba import cuda
+    from numba.cuda import types
+
+    with _toolkit():
+        ptx, _ = cuda.compile_ptx(
+            spec.factory(*spec.parameters),
+            tuple(getattr(types, SIGNATURE[letter]) for letter in spec.arguments),
+            cc=capability,
+            fastmath=True,
+            launch_bounds=(spec.threads, spec.min_ctas),
+        )
+    mangled = re.search(r"\.entry (\w+)\(", ptx)
+    assert mangled
+    ptx = str(ptx).replace(mangled[1], ENTRY)
+    # without programmatic dependent launch a kernel starts when its predecessor is done: nothing to wait for
+    return ptx if capability >= (9, 0) else re.sub(r"griddepcontrol\.\w+;", "", ptx)
+
+
+def assemble(ptx: str, capability: Capability) -> tuple[bytes, str]:
+    """Machine code, and what the assembler says of registers and spills."""
+    from cuda.bindings import nvjitlink
+
+    options = [f"-arch=sm_{capability[0]}{capability[1]}", "-Xptxas=-v", "-verbose"]
+    linker = nvjitlink.create(len(options), options)
+    try:
+        source = ptx.encode()
+        nvjitlink.add_data(linker, nvjitlink.InputType.PTX, source, len(source), ENTRY)
+        nvjitlink.complete(linker)
+        cubin = bytearray(nvjitlink.get_linked_cubin_size(linker))
+        nvjitlink.get_linked_cubin(linker, cubin)
+        log = bytearray(nvjitlink.get_info_log_size(linker))
+        if log:
+            nvjitlink.get_info_log(linker, log)
+    finally:
+        nvjitlink.destroy(linker)
+    return bytes(cubin), log.decode(errors="replace").rstrip("\0")
+
+
+def load_or_compile(spec: Spec, capability: Capability, directory: Path) -> bytes:
+    """The cubin from `directory`, or a new one, which is put there."""
+    path = directory / f"{spec.name}-{_fingerprint(spec, capability)}.cubin"
+    if path.exists():
+        return path.read_bytes()
+    cubin, _ = assemble(compile_to_ptx(spec, capability), capability)
+    directory.mkdir(parents=True, exist_ok=True)
+    # several workers may compile the same kernel: each writes a file of its own, the last one stays
+    with tempfile.NamedTemporaryFile(dir=directory, delete=False) as file:
+        file.write(cubin)
+    os.replace(file.name, path)
+    return cubin
+
+
+def cache_directory() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nanopd" / "kernels"
+
+
+def _fingerprint(spec: Spec, capability: Capability) -> str:
+    """Of the kernels' sources (all of this package), the compilers, the device and the options."""
+    described = [spec.name, spec.arguments, spec.threads, spec.min_ctas, capability, _compilers(), _sources()]
+    return hashlib.sha256(repr(described).encode()).hexdigest()[:20]
+
+
+@functools.cache
+def _sources() -> str:
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()
+
+
+@functools.cache
+def _compilers() -> tuple[tuple[str, str], ...]:
+    installed = {(d.name or "").lower(): d.version for d in metadata.distributions()}
+    return tuple((name, installed.get(name, "")) for name in COMPILERS)
+
+
+class _toolkit:
+    """numba looks for libnvvm in pip packages, then in CUDA_HOME: names the usual place there, for the time being."""
+
+    def __enter__(self) -> None:
+        self._added = "CUDA_HOME" not in os.environ and Path("/usr/local/cuda").is_dir()
+        if self._added:
+            os.environ["CUDA_HOME"] = "/usr/local/cuda"
+
+    def __exit__(self, *_: object) -> None:
+        if self._added:
+            del os.environ["CUDA_HOME"]
+
+
+class _LaunchAttribute(ctypes.Structure):
+    _fields_ = (("id", ctypes.c_uint), ("padding", ctypes.c_uint), ("value", ctypes.c_uint64 * 8))
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig of cuda.h."""
+
+    _fields_ = (
+        ("grid_x", ctypes.c_uint),
+        ("grid_y", ctypes.c_uint),
+        ("grid_z", ctypes.c_uint),
+        ("block_x", ctypes.c_uint),
+        ("block_y", ctypes.c_uint),
+        ("block_z", ctypes.c_uint),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_LaunchAttribute)),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
+class Kernel:
+    """A kernel that is loaded on a device: `kernel(num_ctas, *arguments)` launches it.
+
+    Arguments are Python numbers; a tensor is passed as its `data_ptr()`, and whoever launches keeps it alive. Load and
+    launch once before a graph is captured. With `overlap`, the kernel may start while its predecessor in the stream
+    still runs (programmatic dependent launch); it waits by itself before it reads or writes what the predecessor may
+    have written, except for what its launcher says must be older.
+    """
+
+    def __init__(self, spec: Spec, device: int) -> None:
+        import torch
+
+        self.spec = spec
+        self._driver = _driver()
+        self._stream = functools.partial(torch._C._cuda_getCurrentRawStream, device)
+        self._function = self._load(device)
+        self._layout = struct.Struct("@" + "".join({"r": "i", "l": "q", "f": "f"}[a] for a in spec.arguments))
+        self._arguments = ctypes.create_string_buffer(self._layout.size)
+        self._config = _LaunchConfig(1, 1, 1, spec.threads, 1, 1, spec.shared_bytes)
+        self._attribute = _LaunchAttribute(PROGRAMMATIC_STREAM_SERIALIZATION)
+        self._attribute.value[0] = 1
+        self._config.attributes = ctypes.pointer(self._attribute)
+        pointers = (ctypes.c_void_p * len(spec.arguments))(*self._addresses())
+        self._call = functools.partial(
+            self._driver.cuLaunchKernelEx, ctypes.byref(self._config), self._function, pointers, None
+        )
+
+    def __call__(self, num_ctas: int, *arguments: int | float, overlap: bool = False) -> None:
+        self._layout.pack_into(self._arguments, 0, *arguments)
+        self._config.grid_x = num_ctas
+        self._config.stream = self._stream()
+        self._config.num_attributes = overlap
+        if error := self._call():
+            raise CudaError(f"launch of {self.spec.name} on {num_ctas} CTAs: CUDA error {error}")
+
+    def _load(self, device: int) -> ctypes.c_void_p:
+        import torch
+
+        torch.cuda.init()
+        capability = torch.cuda.get_device_capability(device)
+        cubin = load_or_compile(self.spec, capability, cache_directory())
+        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        with torch.cuda.device(device):
+            torch.cuda.current_stream().synchronize()  # makes the device's context current in this thread
+            self._check(self._driver.cuModuleLoadData(ctypes.byref(module), cubin))
+        self._check(self._driver.cuModuleGetFunction(ctypes.byref(function), module, ENTRY.encode()))
+        if self.spec.shared_bytes > STATIC_SHARED_BYTES:
+            size = self.spec.shared_bytes
+            self._check(self._driver.cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED_SIZE_BYTES, size))
+        return function
+
+    def _check(self, error: int) -> None:
+        if error:
+            raise CudaError(f"loading of {self.spec.name}: CUDA error {error}")
+
+    def _addresses(self) -> list[int]:
+        """Where the layout puts each argument."""
+        offset, addresses = 0, []
+        for letter in self.spec.arguments:
+            size = 8 if letter == "l" else 4
+            offset = -(-offset // size) * size
+            addresses.append(ctypes.addressof(self._arguments) + offset)
+            offset += size
+        return addresses
+
+
+@functools.cache
+def kernel_for(spec: Spec, device: int) -> Kernel:
+    """The kernel of `spec` on a device, compiled and loaded at its first use."""
+    return Kernel(spec, device)
+
+
+@functools.cache
+def _driver() -> Any:
+    return ctypes.CDLL("libcuda.so.1")

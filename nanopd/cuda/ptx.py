@@ -1,0 +1,201 @@
+"""PTX for kernels written in Python: single instructions, and macros made of them.
+
+An `Instruction` is one line of PTX; `function` makes it callable in a kernel. A `macro` is a Python function of
+registers that runs while a kernel compiles: its loops are unrolled, its lists are registers. Its body sees an `emit`
+that one instruction after the other is given to, so the same body can be typed, compiled, and run by an emulator of a
+warp (tests). Addresses are integers: int64 in global memory, int32 in shared memory. Knows no kernel and no torch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+if not hasattr(np, "row_stack"):  # numba-cuda 0.30 names it at its first compile; numpy 2.5 has dropped it
+    vars(np)["row_stack"] = np.vstack
+
+from llvmlite import ir
+from numba import cuda
+from numba.cuda import cgutils
+from numba.cuda import types as nt
+from numba.cuda.extending import intrinsic
+from numba.cuda.typing import signature
+
+# PTX constraint letter -> its type in LLVM and in numba
+LLVM_TYPES = {"r": ir.IntType(32), "l": ir.IntType(64), "f": ir.FloatType()}
+NUMBA_TYPES = {"r": nt.int32, "l": nt.int64, "f": nt.float32}
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One PTX instruction. `text` numbers the operands, results first; a letter each: r int32, l int64, f float32."""
+
+    text: str
+    results: str = ""
+    operands: str = ""
+    effect: bool = False  # touches memory that others write, or synchronizes: it is kept, and kept in order
+    warp: bool = False  # all lanes take part: it must not move into or out of a branch
+    predicated: bool = False  # the last operand is an int32; lanes where it is 0 do nothing, and get -1
+
+    @property
+    def opcode(self) -> str:
+        return self.text.split()[0].rstrip(";")
+
+    def at(self, offset: int) -> Instruction:
+        """The same access `offset` bytes further. In the text it costs neither a register nor an addition."""
+        return replace(self, text=self.text.replace("]", f"+{offset}]", 1))
+
+    def asm(self) -> str:
+        if not self.predicated:
+            return self.text
+        # NVVM passes no one-bit operands to inline assembly, so the predicate is made here
+        last = len(self.results) + len(self.operands) - 1
+        default = "mov.b32 $0, -1; " if self.results else ""
+        return f"{{.reg .pred p; setp.ne.s32 p, ${last}, 0; {default}@p {self.text}}}"
+
+    def constraints(self) -> str:
+        # several instructions may write a result before they have read all operands
+        output = "=&" if self.asm().startswith("{") else "="
+        letters = [output + letter for letter in self.results] + list(self.operands)
+        return ",".join([*letters, "~{memory}"] if self.effect else letters)
+
+
+class Typist:
+    """An `emit` that only tells the types of what comes out: a letter stands for a register."""
+
+    def __call__(self, instruction: Instruction, *operands: object) -> Any:
+        assert len(operands) == len(instruction.operands), instruction.text
+        return _one_or_list(list(instruction.results))
+
+
+class Compiler:
+    """An `emit` that writes the instruction into the function being compiled; registers are LLVM values."""
+
+    def __init__(self, builder: ir.IRBuilder) -> None:
+        self._builder = builder
+
+    def __call__(self, instruction: Instruction, *operands: object) -> Any:
+        args = [self.value(operand, letter) for operand, letter in zip(operands, instruction.operands)]
+        types = [LLVM_TYPES[letter] for letter in instruction.results]
+        result = ir.VoidType() if not types else types[0] if len(types) == 1 else ir.LiteralStructType(types)
+        asm_type = ir.FunctionType(result, [arg.type for arg in args])
+        asm = ir.InlineAsm(asm_type, instruction.asm(), instruction.constraints(), side_effect=instruction.effect)
+        out = self._builder.call(asm, args, attrs=("convergent",) if instruction.warp else ())
+        if len(types) < 2:
+            return out if types else None
+        return [self._builder.extract_value(out, i) for i in range(len(types))]
+
+    def value(self, operand: object, letter: str) -> ir.Value:
+        """`operand`, a register or a Python number, as the type that `letter` names."""
+        wanted = LLVM_TYPES[letter]
+        if isinstance(operand, int | float):
+            return ir.Constant(wanted, operand)
+        assert isinstance(operand, ir.Value)
+        if operand.type == wanted:
+            return operand
+        return self._builder.sext(operand, wanted) if letter == "l" else self._builder.trunc(operand, wanted)
+
+
+def macro(body: Callable[..., Any]) -> Any:
+    """Makes `body(emit, *arguments)` callable in kernels as `body(*arguments)`.
+
+    An argument is a register, or a list of them where the kernel passes a tuple. It returns nothing, a register, or a
+    list of registers of one type, which the kernel sees as a tuple.
+    """
+
+    return _intrinsic(body, list(inspect.signature(body).parameters)[1:])
+
+
+def _intrinsic(body: Callable[..., Any], parameters: list[str]) -> Any:
+    def define(_context: object, *types: Any) -> Any:
+        letters = [_letters(type_) for type_ in types]
+        result = body(Typist(), *letters)
+        out = _letter(result[0] if isinstance(result, list) else result)
+        # numba converts what it is given to the types of the signature
+        takes = [_numba_type(letter) for letter in letters]
+
+        def codegen(_context: Any, builder: ir.IRBuilder, _signature: object, args: Any) -> Any:
+            emit = Compiler(builder)
+            values = body(emit, *[_registers(builder, arg) for arg in args])
+            if values is None:
+                return _context.get_dummy_value()
+            if not isinstance(values, list):
+                return emit.value(values, out)
+            return cgutils.pack_array(builder, [emit.value(value, out) for value in values])
+
+        return signature(_result_type(result, out), *takes), codegen
+
+    # numba reads the parameters, and does not take *types for them
+    positional = inspect.Parameter.POSITIONAL_ONLY
+    signature_read = inspect.Signature([inspect.Parameter(name, positional) for name in ("context", *parameters)])
+    vars(define)["__signature__"] = signature_read
+    made = intrinsic(define)
+    made.body = body
+    return made
+
+
+def inlined(python_function: Callable[..., Any]) -> Any:
+    """A part of a kernel, written as a function of its own; its body takes the place of each call."""
+    return cuda.jit(device=True, inline="always")(python_function)
+
+
+def function(instruction: Instruction) -> Any:
+    """A single instruction as a function of a kernel."""
+
+    def body(emit: Any, *operands: object) -> Any:
+        return emit(instruction, *operands)
+
+    return _intrinsic(body, [f"operand{i}" for i in range(len(instruction.operands))])
+
+
+@intrinsic
+def shared_memory(_context: object) -> Any:
+    """The int32 address of the CTA's shared memory, whose size the launch gives; 128-byte aligned."""
+
+    def codegen(_context: object, builder: ir.IRBuilder, _signature: object, _args: object) -> ir.Value:
+        array = ir.ArrayType(ir.IntType(8), 0)
+        memory = cgutils.add_global_variable(builder.module, array, "shared_bytes", addrspace=3)
+        memory.linkage = "external"
+        memory.align = 128
+        return builder.ptrtoint(memory, LLVM_TYPES["r"])
+
+    return signature(nt.int32), codegen
+
+
+def _letters(type_: Any) -> Any:
+    return [_letters(type_.dtype)] * type_.count if isinstance(type_, nt.UniTuple) else _scalar_letter(type_)
+
+
+def _scalar_letter(type_: Any) -> str:
+    if isinstance(type_, nt.Float):
+        return "f"
+    return "l" if isinstance(type_, nt.Integer) and type_.bitwidth == 64 else "r"
+
+
+def _letter(value: object) -> str:
+    if isinstance(value, str):
+        return value
+    return "f" if isinstance(value, float) else "r"
+
+
+def _numba_type(letters: str | list[str]) -> Any:
+    return nt.UniTuple(NUMBA_TYPES[letters[0]], len(letters)) if isinstance(letters, list) else NUMBA_TYPES[letters]
+
+
+def _result_type(result: object, letter: str) -> Any:
+    if result is None:
+        return nt.none
+    return nt.UniTuple(NUMBA_TYPES[letter], len(result)) if isinstance(result, list) else NUMBA_TYPES[letter]
+
+
+def _registers(builder: ir.IRBuilder, arg: ir.Value) -> Any:
+    is_tuple = isinstance(arg.type, ir.ArrayType)
+    return [builder.extract_value(arg, i) for i in range(arg.type.count)] if is_tuple else arg
+
+
+def _one_or_list(values: list[Any]) -> Any:
+    return None if not values else values[0] if len(values) == 1 else values

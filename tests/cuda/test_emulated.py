@@ -1,0 +1,182 @@
+"""The kernels' own code on small shapes, run by the emulator of a warp, against float64."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba_cuda", reason="the kernels are written with numba-cuda")
+
+import references as ref
+from emulator import Emulator, to_bits, to_values
+from references import PagedCase, error, random, tolerance
+
+from nanopd.cuda import attention, blocks, elementwise
+from nanopd.cuda.launch import Spec
+from nanopd.cuda.linear import TILE_ROWS, skinny_spec
+
+
+def run_decode(case: PagedCase, dtype: str, num_warps: int, num_stages: int, num_ctas: int) -> np.ndarray:
+    """[num_rows * num_queries, num_heads, head_dim] through plan and decode kernel."""
+    num_rows, num_kv_heads, block_size, head_dim = len(case.seq_lens), *case.kv.shape[3:]
+    group = case.q.shape[1] // num_kv_heads
+    head_units = num_kv_heads * -(-group * case.num_queries // attention.COLUMNS)
+    gpu = Emulator(1 << 23)
+    kv = gpu.put(to_bits(case.kv, dtype))
+    q, block_tables, seq_lens = gpu.put(to_bits(case.q, dtype)), gpu.put(case.block_tables), gpu.put(case.seq_lens)
+    plan, out = gpu.put(np.zeros(num_rows + 1, np.int32)), gpu.put(np.full(case.q.shape, 0x7FFF, np.uint16))  # NaN
+    partials = gpu.put(np.full((2 * num_ctas, attention.COLUMNS, head_dim), np.nan, np.float32))
+    partial_lse = gpu.put(np.full((2 * num_ctas, attention.COLUMNS), np.nan, np.float32))
+    arrivals = gpu.put(np.zeros((num_rows, head_units), np.int32))
+    gpu.launch(attention.plan_spec(num_warps), 1, seq_lens, plan, num_rows, head_units)
+    layout = attention.SharedLayout(head_dim, num_warps, num_stages)
+    parameters = (head_dim, dtype, num_warps, num_stages)
+    spec = Spec(attention.decode_kernel, parameters, attention.DECODE_ARGUMENTS, 32 * num_warps, layout.size)
+    head, side = 2 * block_size * head_dim, 2 * num_kv_heads * block_size * head_dim
+    addresses = (q, kv + case.layer * 2 * side, block_tables, seq_lens, plan, out, partials, partial_lse, arrivals)
+    strides = (case.kv.shape[1] * 2 * side, head, side)
+    sizes = (num_rows, num_kv_heads, group, case.num_queries, int(math.log2(block_size)), case.block_tables.shape[1])
+    gpu.launch(spec, num_ctas, *addresses, *strides, *sizes, head_dim**-0.5 * math.log2(math.e))
+    assert not gpu.get(arrivals, (num_rows, head_units), np.int32).any(), "the counters are left as they were"
+    return to_values(gpu.get(out, case.q.shape, np.uint16), dtype)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "group", "num_kv_heads", "block_size", "num_queries", "seq_lens"),
+    [
+        (128, "bf16", 4, 2, 16, 1, [70, 1, 0, 200, 64]),
+        (128, "bf16", 8, 1, 32, 1, [257, 15]),
+        (128, "f16", 7, 2, 16, 1, [33, 32]),
+        (64, "f16", 1, 3, 128, 1, [90, 0, 16]),
+        (64, "bf16", 3, 1, 32, 2, [33, 130, 2]),
+        (128, "f16", 5, 1, 16, 4, [129, 64, 0, 4]),
+    ],
+)
+@pytest.mark.parametrize(("num_warps", "num_stages", "num_ctas"), [(2, 3, 5), (4, 2, 1), (1, 4, 25)])
+def test_decode_attention(
+    head_dim: int,
+    dtype: str,
+    group: int,
+    num_kv_heads: int,
+    block_size: int,
+    num_queries: int,
+    seq_lens: list[int],
+    num_warps: int,
+    num_stages: int,
+    num_ctas: int,
+) -> None:
+    rng = np.random.default_rng(0)
+    case = PagedCase.make(rng, seq_lens, group, num_kv_heads, head_dim, block_size, dtype, num_queries)
+    got = run_decode(case, dtype, num_warps, num_stages, num_ctas)
+    seen = case.defined()
+    assert error(got[seen], case.attention()[seen]) < tolerance(dtype)
+    # rows of length 0 are left as they are
+    assert np.isnan(got[np.repeat(case.seq_lens == 0, num_queries)]).all()
+
+
+def test_plan_of_many_rows() -> None:
+    seq_lens = np.random.default_rng(1).integers(0, 1000, 75).astype(np.int32)
+    gpu = Emulator(1 << 16)
+    plan = gpu.put(np.zeros(76, np.int32))
+    gpu.launch(attention.plan_spec(8), 1, gpu.put(seq_lens), plan, 75, 8)
+    cost = (-(-seq_lens // 128) + attention.SEGMENT_COST) * 8 * (seq_lens > 0)
+    expected = np.concatenate(([0], np.cumsum(cost)))
+    np.testing.assert_array_equal(gpu.get(plan, (76,), np.int32), expected)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+@pytest.mark.parametrize(
+    ("num_rows", "in_size", "bias"), [(1, 128, False), (3, 2176, True), (8, 256, False), (13, 640, True)]
+)
+def test_skinny_linear(dtype: str, num_rows: int, in_size: int, bias: bool) -> None:
+    rng, num_tiles = np.random.default_rng(2), 3
+    x, w = random(rng, num_rows, in_size, dtype=dtype), random(rng, num_tiles * TILE_ROWS, in_size, dtype=dtype)
+    b = random(rng, num_tiles * TILE_ROWS, dtype=dtype)
+    gpu = Emulator()
+    # one element more to each row: what is past the rows of y stays as it is
+    y = gpu.put(np.full((num_rows, num_tiles * TILE_ROWS + 2), 7, np.uint16))
+    b_address = gpu.put(to_bits(b, dtype)) if bias else 0
+    addresses = (gpu.put(to_bits(w, dtype)), gpu.put(to_bits(x, dtype)), b_address, y)
+    strides = (2 * in_size, 2 * in_size, 2 * (num_tiles * TILE_ROWS + 2))
+    gpu.launch(skinny_spec(dtype, -(-num_rows // 8)), 2, *addresses, num_rows, num_tiles, *strides)
+    got = gpu.get(y, (num_rows, num_tiles * TILE_ROWS + 2), np.uint16)
+    expected = x.astype(np.float64) @ w.T.astype(np.float64) + bias * b
+    assert error(to_values(got[:, :-2], dtype), expected) < tolerance(dtype)
+    assert (got[:, -2:] == 7).all()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+@pytest.mark.parametrize("add", [False, True])
+def test_norm(dtype: str, add: bool) -> None:
+    rng, shape = np.random.default_rng(3), (2, 2304)
+    x, residual, weight = (
+        random(rng, *shape, dtype=dtype),
+        random(rng, *shape, dtype=dtype),
+        random(rng, 2304, dtype=dtype),
+    )
+    gpu = Emulator()
+    total, out = gpu.put(to_bits(residual, dtype)), gpu.put(np.zeros(shape, np.uint16))
+    x_address, weights = gpu.put(to_bits(x, dtype)), gpu.put(to_bits(weight, dtype))
+    gpu.launch(elementwise.norm_spec(dtype), 2, x_address, total if add else 0, weights, out, 2304 // 8, 1e-5)
+    expected = to_values(to_bits(x + residual, dtype), dtype) if add else x
+    np.testing.assert_array_equal(gpu.get(total, shape, np.uint16), to_bits(expected if add else residual, dtype))
+    got = to_values(gpu.get(out, shape, np.uint16), dtype)
+    assert error(got, ref.rms_norm(expected, weight, 1e-5)) < tolerance(dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_silu_and_mul(dtype: str) -> None:
+    gate_up = random(np.random.default_rng(4), 3, 2 * 512, dtype=dtype)
+    gpu = Emulator()
+    out = gpu.put(np.zeros((3, 512), np.uint16))
+    gpu.launch(elementwise.silu_spec(dtype), 1, gpu.put(to_bits(gate_up, dtype)), out, 3, 512 // 8)
+    assert error(to_values(gpu.get(out, (3, 512), np.uint16), dtype), ref.silu_and_mul(gate_up)) < tolerance(dtype)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+@pytest.mark.parametrize(("norm", "heads_per_warp"), [(False, 1), (True, 3)])
+def test_rotary_and_store(head_dim: int, dtype: str, norm: bool, heads_per_warp: int) -> None:
+    rng, (num_tokens, num_heads, num_kv_heads, block_size) = np.random.default_rng(5), (5, 3, 2, 16)
+    qkv = random(rng, num_tokens, num_heads + 2 * num_kv_heads, head_dim, dtype=dtype)
+    norms = [random(rng, head_dim, dtype=dtype) for _ in range(2)]
+    positions, slots = rng.integers(0, 50, num_tokens), rng.permutation(4 * block_size)[:num_tokens]
+    cos_sin = ref.cosines_and_sines(50, head_dim)
+    gpu = Emulator()
+    kv_shape = (4, 2, num_kv_heads, block_size, head_dim)
+    kv, q = gpu.put(np.zeros(kv_shape, np.uint16)), gpu.put(np.zeros((num_tokens, num_heads, head_dim), np.uint16))
+    norm_addresses = [gpu.put(to_bits(x, dtype)) if norm else 0 for x in norms]
+    inputs = gpu.put(to_bits(qkv, dtype)), gpu.put(positions), gpu.put(slots), gpu.put(cos_sin)
+    side = 2 * num_kv_heads * block_size * head_dim
+    sizes = (num_tokens, num_heads, num_kv_heads, block_size, heads_per_warp)
+    strides = (2 * side, 2 * block_size * head_dim, side)
+    gpu.launch(elementwise.rotary_spec(head_dim, dtype), 5, *inputs, kv, *norm_addresses, q, *strides, *sizes, 1e-6)
+    parts = np.split(qkv, [num_heads, num_heads + num_kv_heads], axis=1)
+    normed = [ref.rms_norm(x, w, 1e-6) if norm else x for x, w in zip(parts, norms)]
+    expected_q, expected_k = (ref.rotate(x, cos_sin[positions]) for x in normed)
+    got_q = to_values(gpu.get(q, (num_tokens, num_heads, head_dim), np.uint16), dtype)
+    cache = to_values(gpu.get(kv, kv_shape, np.uint16), dtype)
+    stored = cache[slots // block_size, :, :, slots % block_size]  # [num_tokens, 2, num_kv_heads, head_dim]
+    assert error(got_q, expected_q) < tolerance(dtype)
+    assert error(stored[:, 0], expected_k) < tolerance(dtype)
+    np.testing.assert_array_equal(stored[:, 1], parts[2])
+    assert np.count_nonzero(cache.any(-1)) == 2 * num_tokens * num_kv_heads
+
+
+@pytest.mark.parametrize("id_type", [np.int32, np.int64])
+@pytest.mark.parametrize("block_bytes", [512, 33 * 1024])
+def test_move_blocks(id_type: type, block_bytes: int) -> None:
+    rng = np.random.default_rng(6)
+    src, dst = rng.integers(0, 1 << 30, (7, block_bytes // 4)), np.zeros((5, block_bytes // 4), np.int32)
+    src_ids, dst_ids = np.array([6, 0, 3], id_type), np.array([1, 4, 2], id_type)
+    gpu = Emulator()
+    src_address, to, ids = gpu.put(src.astype(np.int32)), gpu.put(dst), (gpu.put(src_ids), gpu.put(dst_ids))
+    sizes = (block_bytes, block_bytes, src_ids.itemsize, dst_ids.itemsize, 3, block_bytes)
+    gpu.launch(blocks.move_spec(), 2, src_address, to, *ids, *sizes)
+    dst[dst_ids] = src[src_ids]
+    np.testing.assert_array_equal(gpu.get(to, dst.shape, np.int32), dst)
+    gpu.launch(blocks.move_spec(), 4, src_address, to, ids[0], 0, *sizes)  # gather
+    dst[:3] = src[src_ids]
+    np.testing.assert_array_equal(gpu.get(to, dst.shape, np.int32), dst)
