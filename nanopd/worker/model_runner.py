@@ -67,9 +67,17 @@ class ModelRunner:
         self._sampler = Sampler(num_slots, model.vocab_size, kv.device)
         self._upload = Uploader(kv.device, MAX_STEPS_IN_FLIGHT + 1)
         self._graphs: DecodeGraphs | None = None
-        if kv.device.type == "cuda":
-            with torch.inference_mode():
+        with torch.inference_mode():
+            self._warm_up()
+            if kv.device.type == "cuda":
                 self._graphs = DecodeGraphs(decoder, kv, self._tables, self._last_tokens, config.max_num_seqs)
+
+    def _warm_up(self) -> None:
+        """A decode row and a chunk of two tokens in the null block: kernels compile now, not at the first request."""
+        zeros = np.zeros(3, np.int64)
+        positions = np.array([0, 0, 1])
+        chunk = ChunkInputs(start=1, end=3, num_cached=0, slot=0)
+        self._run(StepInputs(zeros, zeros, positions, positions, 1, [chunk], zeros[:1], zeros[:1], zeros[:1]))
 
     @torch.inference_mode()
     def launch(self, batch: StepBatch) -> LaunchedStep:
