@@ -44,7 +44,7 @@ from nanopd.wire import decode, encode, encoded_size
 WORKER_ENTRY = "nanopd.worker.main"  # a module with a function main
 SHUTDOWN_TIMEOUT_S = 5.0
 NUM_RING_MESSAGES = 4
-SPIN_COUNT = "3000"  # OpenMP's own 300,000 waste whole time slices on shared cores (measured: 0.2 s became 18 s)
+SPIN_COUNT = "3000"  # OpenMP's own 300,000 waste whole time slices on shared cores: 26 tokens/s instead of 128
 LOADING_HINT = ' while loading; does the script that made the LLM have its `if __name__ == "__main__":`?'
 
 

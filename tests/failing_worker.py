@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from nanopd.messages import StepBatch, StepResult, TransferAck, TransferPlan
+from nanopd.messages import StepBatch, TransferPlan
 from nanopd.worker import main as real
-from nanopd.worker.worker import Worker
+from nanopd.worker.worker import Launched, Worker
 
 UNLUCKY = 13
 
 
 class FailingWorker(Worker):
-    def execute(self, message: StepBatch | TransferPlan) -> StepResult | TransferAck:
+    def launch(self, message: StepBatch | TransferPlan) -> Launched:
         if isinstance(message, StepBatch) and UNLUCKY in message.token_ids:
             raise ValueError("an unlucky token")
-        return super().execute(message)
+        return super().launch(message)
 
 
 def main(*args: object) -> None:

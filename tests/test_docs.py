@@ -1,4 +1,5 @@
-"""The docs: the same sections in both languages, links that resolve, Python that compiles, every key's default."""
+"""The docs: the same sections in both languages, links that resolve, Python that compiles, every key's default, and
+the same figures wherever they stand."""
 
 from __future__ import annotations
 
@@ -35,10 +36,24 @@ def tables_of_keys(language: str) -> tuple[dict[str, str], dict[str, str]]:
     return dict(next(cells)), dict(next(cells))
 
 
+def numbers_of_tables(language: str) -> list[list[str]]:
+    """The numbers in each row of the tables of performance.md."""
+    text = (DOCS / language / "performance.md").read_text(encoding="utf-8")
+    return [re.findall(r"\d[\d.]*", row) for row in re.findall(r"^\|.*\|$", text, re.MULTILINE)]
+
+
+def references_of_bench() -> set[tuple[object, ...]]:
+    """Floor and vLLM's figure of every row that bench/engine.py measures."""
+    tree = ast.parse((DOCS.parent / "bench" / "engine.py").read_text(encoding="utf-8"))
+    named = {node.targets[0].id: node.value for node in tree.body if isinstance(node, ast.Assign)}
+    tables = [ast.literal_eval(named[f"{kind}_FLOORS"]) for kind in ("DECODE", "PREFILL", "OFFLINE")]
+    return {(key, *pair) for table in tables for key, pair in table.items()}
+
+
 def test_both_languages_have_the_same_pages() -> None:
     english, chinese = ({page.name for page in (DOCS / language).iterdir()} for language in LANGUAGES)
     assert english == chinese
-    assert len(english) >= 5
+    assert len(english) >= 6
 
 
 @pytest.mark.parametrize("name", [page.name for page in PAGES if page.parent.name == "en"])
@@ -46,6 +61,21 @@ def test_both_languages_have_the_same_sections(name: str) -> None:
     levels = heading_levels(DOCS / "en" / name)
     assert len(levels) > 3
     assert levels == heading_levels(DOCS / "zh" / name)
+
+
+def test_both_languages_give_the_same_figures() -> None:
+    assert numbers_of_tables("en") == numbers_of_tables("zh")
+
+
+@each_language
+def test_floors_are_those_of_the_bench(language: str) -> None:
+    text = (DOCS / language / "performance.md").read_text(encoding="utf-8")
+    found = set()
+    for name, cells in re.findall(r"^\| (?:decode step|prefill|offline), ([^|]+) \|(.*)\|$", text, re.MULTILINE):
+        key = tuple(map(int, re.findall(r"\d+", name)))
+        floor, peer = (None if cell == "-" else float(cell) for cell in map(str.strip, cells.split("|")[-2:]))
+        found.add((key if len(key) > 1 else key[0], floor, peer))
+    assert found == references_of_bench()
 
 
 @each_page

@@ -165,7 +165,8 @@ any_of_cta = function(
 # Waits for the kernels before; nothing that they wrote may be read earlier, and nothing written.
 wait_for_predecessor = function(Instruction("griddepcontrol.wait;", effect=True))
 # Lets the next kernel start as soon as there is room. To be called after the wait, so that what that kernel reads
-# before its own wait can have come from any kernel but this one.
+# before its own wait can have come from any kernel but this one. (Tried: before the wait, in the small kernels between
+# matrix products. A decode step of an 8B model then took 5.85 ms instead of 4.33 on an H200.)
 let_successor_start = function(Instruction("griddepcontrol.launch_dependents;", effect=True))
 
 

@@ -32,7 +32,7 @@ class Decoder:
         """Computes the step's tokens, stores their K and V, and returns the wanted logits.
 
         kv [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim], the model's dtype.
-        Returns [num_samples, vocab] float32, rows in the order of `batch.logit_indices`.
+        Returns [num_samples, vocab] in the model's dtype, rows in the order of `batch.logit_indices`.
         """
         ops, weights, eps = self.ops, self.weights, self.config.rms_norm_eps
         ops.begin_step(batch.decode_seq_lens, is_decode_only=not batch.prefill_rows)
@@ -46,7 +46,7 @@ class Decoder:
             x = ops.add_rms_norm(x, residual, next_norm, eps)
         if batch.logit_indices is not None:
             x = x.index_select(0, batch.logit_indices)
-        return ops.linear(x, weights.lm_head).float()
+        return ops.linear(x, weights.lm_head)
 
     def _attention(self, x: Tensor, layer: LayerWeights, index: int, batch: InputBatch, kv: Tensor) -> Tensor:
         """x [T, hidden] -> [T, num_heads * head_dim], before the output projection."""

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 @dataclass(slots=True)
 class _Graph:
     graph: torch.cuda.CUDAGraph
-    logits: Tensor  # [size, vocab_size] float32
+    logits: Tensor  # [size, vocab_size], the model's dtype
     tokens: Tensor  # [size] int64
 
 
@@ -65,9 +65,9 @@ class DecodeGraphs:
         return not inputs.chunks and len(inputs.logit_indices) == num_rows <= self._sizes[-1]
 
     def run(self, inputs: StepInputs, upload: Uploader) -> tuple[Tensor, Tensor]:
-        """Logits [num_rows, vocab_size] float32, and greedy tokens [num_rows] int64, also written to last_tokens.
+        """Logits [num_rows, vocab_size] in the model's dtype, and greedy tokens [num_rows] int64.
 
-        Both are overwritten by a later step, on the same stream.
+        The tokens are written to last_tokens too. Both results are overwritten by a later step, on the same stream.
         """
         num_rows = len(inputs.token_ids)
         size = self._sizes[bisect_left(self._sizes, num_rows)]

@@ -90,7 +90,10 @@ class ModelRunner:
         else:
             logits, tokens = self._run(inputs), None
         host_slots, host_positions = map(torch.from_numpy, (inputs.sampled_slots, inputs.sampled_positions))
-        if tokens is None or not self._sampler.is_plain_argmax(host_slots, host_positions):
+        is_chosen = tokens is not None and self._sampler.is_plain_argmax(host_slots, host_positions)
+        if not is_chosen or self._sampler.wants_logprobs(host_slots):
+            logits = logits.float()
+        if tokens is None or not is_chosen:
             tokens = self._sampler.sample(logits, host_slots, host_positions)
             (slots,) = self._upload([inputs.sampled_slots])
             self._last_tokens.index_copy_(0, slots, tokens)
@@ -112,7 +115,7 @@ class ModelRunner:
             self._kv[dst] = self._kv[src]  # gathered first: a block may be source and destination
 
     def _run(self, inputs: StepInputs) -> Tensor:
-        """Logits [num_samples, vocab_size] of any step."""
+        """Logits [num_samples, vocab_size] of any step, in the model's dtype."""
         n = inputs.num_decode_rows
         token_ids, slots, positions, slot_mapping, logit_indices = self._upload(
             [inputs.token_ids, inputs.token_slots, inputs.positions, inputs.slot_mapping, inputs.logit_indices]

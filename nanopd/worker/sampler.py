@@ -120,6 +120,10 @@ class Sampler:
         is_masked = (positions.numpy() < params["min_len"]) & (params["num_stop_ids"] > 0)
         return not bool((is_masked | (params["temperature"] >= GREEDY_BELOW)).any())
 
+    def wants_logprobs(self, slots: Tensor) -> bool:
+        """Whether any of `slots` ([*] int64, on the CPU) asks for logprobs."""
+        return bool((self._slots["num_logprobs"][slots.numpy()] >= 0).any())
+
     def _mask_stop_ids(self, logits: Tensor, params: np.ndarray, positions: np.ndarray) -> Tensor:
         """The logits, with -inf at the stop ids of rows that are still below their min_len."""
         rows = np.flatnonzero((positions < params["min_len"]) & (params["num_stop_ids"] > 0))
