@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
+from nanopd.core.tables import format_table
+
 PACKAGES = ("numpy", "numba", "numba-cuda", "torch", "transformers")
 
 Row = Mapping[str, object]
@@ -27,7 +29,8 @@ def emit(
     The table has `columns` (None: the first row's keys), the JSON line everything.
     `device` names what was measured (None: the CPU). The command and the commit are added to `config`.
     """
-    print(_table(rows, columns or list(rows[0])))
+    columns = columns or list(rows[0])
+    print(format_table(columns, [[row.get(column) for column in columns] for row in rows]))
     report = {
         "bench": bench,
         "device": device or cpu_name(),
@@ -44,16 +47,6 @@ def cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"{names[0]}, {len(names)} cores" if names else platform.processor() or platform.machine()
-
-
-def _table(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    cells = [list(columns)] + [[_cell(row.get(column, "")) for column in columns] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in cells)
-
-
-def _cell(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _versions() -> dict[str, str]:

@@ -233,6 +233,7 @@ class Engine:
             batch = scheduler.schedule()
             for seq in scheduler.admitted:
                 seq.log_event(self.clock(), EventKind.SCHEDULED, worker)
+                self.handovers.start(seq)
             for seq in scheduler.preempted:
                 self._requeue(seq, scheduler)
                 has_left |= seq.worker != worker

@@ -1,7 +1,8 @@
 """`LLM`: nanopd as a library. Owns a background thread that runs the engine and its worker processes.
 
-Any thread may submit, abort and wait. Nothing global is changed: no signal handlers, and the environment only while
-workers are spawned; several LLMs may live side by side. Worker processes are spawned, so a script that makes an LLM needs the usual guard:
+Any thread may submit, abort and wait. Nothing global is changed: no signal handlers, and the environment only for the
+moment in which workers are spawned; several LLMs may live side by side. Worker processes are spawned, so a script that
+makes an LLM needs the usual guard:
 
     if __name__ == "__main__":
         main()

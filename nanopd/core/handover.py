@@ -6,7 +6,7 @@ of the sequence. A sequence that finds no room in time goes to another decode wo
 if that worker may decode. On a pure prefill worker it goes on waiting: nothing waits for room there in order to leave
 a decode worker, so no workers can wait for each other in a circle.
 
-    routed ─ begin ─▶ (reserve as soon as the prefill has started; complete blocks move after each chunk)
+    routed ─ begin ─▶ start ─▶ (reserve as soon as there is room; complete blocks move after each chunk)
            ─ prefilled ─▶ (the rest moves) ─ every plan acknowledged ─▶ decodes at the destination
                      └─ no room within the time-out ─▶ another decode worker | stays | goes on waiting
 
@@ -55,12 +55,10 @@ class Handovers:
         self._schedulers = schedulers
         self._send = send  # gives a plan to the worker that executes it: the destination, which pulls
         self._timeout_s = timeout_s
-        self._by_seq: dict[int, _Handover] = {}  # in the order of routing
+        self._by_seq: dict[int, _Handover] = {}  # from routing on
+        self._roomless: dict[int, _Handover] = {}  # those of started sequences without a reservation, oldest first
         self._plans: dict[int, _PlanOut] = {}
         self._num_plans = 0
-
-    def __len__(self) -> int:
-        return len(self._by_seq)
 
     @property
     def has_plans_out(self) -> bool:
@@ -71,6 +69,12 @@ class Handovers:
         src, dst = self._schedulers[seq.route.prefill_worker], self._schedulers[seq.route.decode_worker]
         self._by_seq[seq.seq_id] = _Handover(seq, src, dst)
         dst.num_expected += 1
+
+    def start(self, seq: Sequence) -> None:
+        """The prefill has started: from now on a reservation is worth its blocks."""
+        handover = self._by_seq.get(seq.seq_id)
+        if handover is not None:
+            self._roomless[seq.seq_id] = handover
 
     def advance(self, seq: Sequence, num_computed: int) -> None:
         """The first `num_computed` tokens have their KV entries: whole blocks of them may move."""
@@ -107,15 +111,13 @@ class Handovers:
 
     def tick(self, now_s: float) -> None:
         """Try to reserve what could not be reserved; redirect what has waited too long."""
-        for handover in list(self._by_seq.values()):
-            if handover.dst_table is None and handover.seq.slot is not None:
-                self._try_reserve(handover, handover.dst)
-                if handover.dst_table is None and now_s >= self._due_s(handover):
-                    self._redirect(handover, now_s)
+        for handover in list(self._roomless.values()):
+            if not self._try_reserve(handover, handover.dst) and now_s >= self._due_s(handover):
+                self._redirect(handover, now_s)
 
     def next_due_s(self) -> float:
         """When `tick` has to redirect a sequence, if no room is found before; inf: never."""
-        return min((self._due_s(h) for h in self._by_seq.values() if h.dst_table is None), default=math.inf)
+        return min(map(self._due_s, self._roomless.values()), default=math.inf)
 
     def _due_s(self, handover: _Handover) -> float:
         return math.inf if handover.prefilled_s is None else handover.prefilled_s + self._timeout_s
@@ -149,6 +151,7 @@ class Handovers:
         if table is not None:
             self._set_destination(handover, dst)
             handover.dst_table, handover.num_planned = table, 0
+            self._roomless.pop(handover.seq.seq_id, None)
             self._move_blocks(handover)
         return table is not None
 
@@ -200,6 +203,8 @@ class Handovers:
         elif not dst.is_dead or others:
             self._set_destination(handover, others[0] if dst.is_dead else dst)
             handover.prefilled_s = None if handover.prefilled_s is None else now_s
+            if seq.slot is not None:
+                self._roomless[seq.seq_id] = handover
         else:
             self._end(handover)
             src.remove(seq)
@@ -216,6 +221,7 @@ class Handovers:
     def _end(self, handover: _Handover) -> None:
         handover.dst.num_expected -= 1
         del self._by_seq[handover.seq.seq_id]
+        self._roomless.pop(handover.seq.seq_id, None)
 
     def _set_destination(self, handover: _Handover, dst: Scheduler) -> None:
         handover.dst.num_expected -= 1
