@@ -11,6 +11,7 @@ from local_worker import local_engine, run_to_end
 from model_zoo import demo_model_path, make_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from nanopd import LLM
 from nanopd.config import EngineConfig
 from nanopd.core.sequence import Sequence
 from nanopd.engine import Engine
@@ -160,3 +161,13 @@ def test_demo_model(demo: Reference, way: str, steps_in_flight: int) -> None:
     seqs = demo.submit(engine)
     run_to_end(engine)
     demo.check(seqs)
+
+
+@pytest.mark.slow
+def test_demo_model_in_processes(demo: Reference) -> None:
+    """The shipped configuration as a user runs it: two worker processes, every route in turn."""
+    params = SamplingParams(temperature=0, max_tokens=demo.num_tokens, ignore_eos=True)
+    with LLM(config="cpu-demo") as llm:
+        outputs = llm.generate(demo.prompts, params, use_tqdm=False)
+    assert [output.outputs[0].token_ids for output in outputs] == demo.answers
+    assert {str(output.route) for output in outputs} == {"0->0", "0->1", "1->0", "1->1"}
