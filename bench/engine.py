@@ -1,9 +1,9 @@
-"""One worker on one GPU through `LLM`: decode steps, prefill and offline throughput, each beside its floor.
+"""A collocated worker on each GPU through `LLM`: decode steps, prefill and offline throughput, beside their floors.
 
 Random weights of the model's shape cost the same time as trained ones. A decode step is the median gap between tokens
 while all sequences decode; prefill is the time to the first token of one prompt on an idle engine, the best of five.
 Floors and vLLM's figures were measured for Qwen3-8B in bfloat16 on one H200 (docs/en/performance.md); rows of another
-model or device have none.
+model or device have none. With several devices only the offline rows are measured, with as many times the requests.
 """
 
 from __future__ import annotations
@@ -73,10 +73,26 @@ def row(what: str, value: float, unit: str, reference: tuple[float | None, float
     return {"what": what, "value": round(value, 2), "unit": unit, "floor": floor, "of_floor": better, "vLLM 0.26": peer}
 
 
+def latency_rows(llm: LLM, quick: bool) -> list[Row]:
+    rows = []
+    for batch, context in [(1, 512), (64, 512)] if quick else DECODE_FLOORS:
+        value = decode_step(llm, batch, context)
+        rows.append(row(f"decode step, {batch} x {context}", value, "ms", DECODE_FLOORS[batch, context]))
+    for length, reference in PREFILL_FLOORS.items():
+        rows.append(row(f"prefill, {length}", prefill(llm, length), "ms", reference))
+    return rows
+
+
+def gpu_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="Qwen3-8B")
-    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--devices", nargs="+", default=["cuda:0"])
     parser.add_argument("--quick", action="store_true", help="a few rows")
     parser.add_argument("--json", type=Path, help="write the report here too")
     args = parser.parse_args()
@@ -85,25 +101,20 @@ def main() -> None:
     with LLM(
         args.model,
         load_format="dummy",
-        workers=[{"device": args.device}],
+        workers=[{"device": device} for device in args.devices],
         max_model_len=8448,
         max_num_seqs=256,
         max_num_batched_tokens=8192,
     ) as llm:
         rows = [row("start", time.perf_counter() - start, "s", none)]
-        offline(llm, 8, 512, 16)  # warm-up
-        decodes = [(1, 512), (64, 512)] if args.quick else DECODE_FLOORS
-        for batch, context in decodes:
-            value = decode_step(llm, batch, context)
-            rows.append(
-                row(f"decode step, {batch} x {context}", value, "ms", DECODE_FLOORS.get((batch, context), none))
-            )
-        for length in PREFILL_FLOORS:
-            rows.append(row(f"prefill, {length}", prefill(llm, length), "ms", PREFILL_FLOORS[length]))
-        for work in [(256, 512, 128)] if args.quick else OFFLINE_FLOORS:
-            name = "offline, {} x {}/{}".format(*work)
-            rows.append(row(name, offline(llm, *work), "tok/s", OFFLINE_FLOORS[work]))
-    report = emit("engine", {"model": args.model}, rows, device=args.device)
+        num_devices = len(args.devices)
+        offline(llm, 8 * num_devices, 512, 16)  # warm-up
+        rows += latency_rows(llm, args.quick) if num_devices == 1 else []
+        for count, num_in, num_out in [(256, 512, 128)] if args.quick else OFFLINE_FLOORS:
+            value = offline(llm, count * num_devices, num_in, num_out)
+            reference = OFFLINE_FLOORS[count, num_in, num_out] if num_devices == 1 else none
+            rows.append(row(f"offline, {count * num_devices} x {num_in}/{num_out}", value, "tok/s", reference))
+    report = emit("engine", {"model": args.model, "devices": args.devices}, rows, device=gpu_name())
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
 
