@@ -124,8 +124,8 @@ class EngineConfig:
 
     @property
     def num_slots(self) -> int:
-        """Slots of a worker: twice what may run, as steps in flight still name those of ended sequences."""
-        return 2 * self.max_num_seqs
+        """Slots of a worker: what may run, and as many again for each step in flight, as that may name ended ones."""
+        return (1 + self.steps_in_flight) * self.max_num_seqs
 
     def _check_names(self) -> None:
         if not (isinstance(self.model, str) and self.model):

@@ -214,7 +214,7 @@ class Scheduler:
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Let `child` go on from the tokens of `parent`, which decodes here, sharing its blocks (copy-on-write)."""
         assert parent in self.decoding and child.token_ids == parent.token_ids
-        assert self.num_seqs < self.max_num_seqs and self.slots.num_free
+        assert self.num_seqs < self.max_num_seqs
         child.block_table = self.blocks.fork(parent.block_table)
         self.slots.acquire(child, child.num_tokens - 1)
         self._start_decoding(child)
@@ -330,8 +330,8 @@ class Scheduler:
             self._add_chunk(batch, seq)
 
     def _admit_waiting(self, batch: _BatchBuilder) -> None:
-        """Start waiting sequences, the oldest first, while there is budget, a place, a slot and blocks."""
-        while self.waiting and batch.budget and self.num_seqs < self.max_num_seqs and self.slots.num_free:
+        """Start waiting sequences, the oldest first, while there is budget, a place and blocks."""
+        while self.waiting and batch.budget and self.num_seqs < self.max_num_seqs:
             seq = self.waiting[0]
             num_blocks = self.blocks.blocks_for(seq.num_tokens + 1)
             if not self._has_room(num_blocks):
