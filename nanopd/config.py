@@ -122,6 +122,10 @@ class EngineConfig:
     def roles(self) -> list[Role]:
         return [worker.role for worker in self.workers]
 
+    def max_len_of(self, model: ModelConfig) -> int:
+        """The most tokens a sequence may have, prompt and output: what is configured, or else the model's own limit."""
+        return self.max_model_len or model.max_position_embeddings
+
     @property
     def num_slots(self) -> int:
         """Slots of a worker: what may run, and as many again for each step in flight, as that may name ended ones."""

@@ -63,7 +63,7 @@ class Engine:
         """`make_text(prompt_token_ids, stop)` gives what makes text of tokens; None: there is no tokenizer."""
         self.config = config
         self.model = model
-        self.max_model_len = config.max_model_len or model.max_position_embeddings
+        self.max_model_len = config.max_len_of(model)
         self.workers = workers
         self.clock = clock
         self.seqs: dict[str, Sequence] = {}  # unfinished, by request_id

@@ -270,7 +270,7 @@ def _await_ready(
 
 def _max_message_nbytes(config: EngineConfig, model: ModelConfig) -> int:
     """An upper bound: each running sequence's whole block table and parameters anew, a full chunk budget, the rows."""
-    max_len = config.max_model_len or model.max_position_embeddings
+    max_len = config.max_len_of(model)
     blocks_per_seq = -(-max_len // config.block_size) + 1
     per_seq = (
         blocks_per_seq * TABLE_UPDATE.itemsize

@@ -4,9 +4,9 @@ Owns what belongs to one request wherever it is: tokens, parameters, status, rou
 needs of it every step stands in that scheduler's `SlotTable` while the sequence holds a slot there.
 Parent process only; knows neither workers nor blocks beyond the ids in its table.
 
-    WAITING -> PREFILL -> MOVING -> RUNNING -> FINISHED_(STOPPED | LENGTH | ABORTED | ERROR)
-       ^          |    \\________/^   |          (a collocated sequence skips MOVING)
-       └──────────┴── PREEMPTED ─────┘
+    WAITING ─▶ PREFILL ─▶ MOVING ─▶ RUNNING ─▶ FINISHED_(STOPPED | LENGTH | ABORTED | ERROR)
+       ▲          │          │         │         a collocated sequence skips MOVING;
+       └──────────┴──────────┴─────────┘         the way back is PREEMPTED
 """
 
 from __future__ import annotations

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from nanopd.cuda.attention import PagedDecodeAttention
+from nanopd.cuda.blocks import copy_blocks
 from nanopd.cuda.elementwise import add_rms_norm, rms_norm, rotary_and_store, silu_and_mul
 from nanopd.cuda.linear import linear
 
@@ -29,20 +29,9 @@ BACKENDS = [
 class Operations:
     """Signatures are those of `nanopd.cpu`."""
 
-    def __init__(
-        self,
-        max_rows: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        block_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self._decode_attention = PagedDecodeAttention(
-            max_rows, num_heads, num_kv_heads, head_dim, block_size, dtype, device
-        )
-        self.begin_step(torch.empty(0, device=device), is_decode_only=False)
+    def __init__(self, decode_attention: PagedDecodeAttention) -> None:
+        self._decode_attention = decode_attention
+        self.copy_blocks = copy_blocks
 
     def begin_step(self, decode_seq_lens: Tensor, is_decode_only: bool) -> None:
         """Before the first operation of a step; decode_seq_lens [num_rows] int32."""

@@ -35,7 +35,7 @@ def derive_num_blocks(decoder: Decoder, config: EngineConfig, model: ModelConfig
     """
     if config.num_blocks is not None:
         return config.num_blocks
-    max_len = config.max_model_len or model.max_position_embeddings
+    max_len = config.max_len_of(model)
     blocks_per_seq = -(-max_len // config.block_size)
     budget = _cpu_budget(config) if decoder.device.type == "cpu" else _cuda_budget(decoder, config, model)
     affordable = int(budget // (model.kv_bytes_per_token() * config.block_size))
@@ -67,7 +67,7 @@ def _cuda_budget(decoder: Decoder, config: EngineConfig, model: ModelConfig) -> 
 
 def _run_largest_prefill(decoder: Decoder, config: EngineConfig, model: ModelConfig) -> None:
     """A step of `max_num_batched_tokens` tokens in the null block, which is all the cache there is."""
-    max_len = config.max_model_len or model.max_position_embeddings
+    max_len = config.max_len_of(model)
     num_tokens = config.max_num_batched_tokens
     kv = torch.zeros(kv_shape(1, config, model), dtype=getattr(torch, model.dtype), device=decoder.device)
     positions = torch.arange(num_tokens, device=decoder.device) % max_len

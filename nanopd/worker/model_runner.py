@@ -56,7 +56,7 @@ class ModelRunner:
     """One model on one device, with its KV cache and its slots."""
 
     def __init__(self, decoder: Decoder, kv: Tensor, config: EngineConfig, model: ModelConfig) -> None:
-        max_len = config.max_model_len or model.max_position_embeddings
+        max_len = config.max_len_of(model)
         num_slots = config.num_slots + 1  # the last one is for rows that only fill up a graph
         self._decoder = decoder
         self._kv = kv  # [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]
@@ -112,7 +112,7 @@ class ModelRunner:
                 self._tables.index_put_((slots, indices), block_ids.int())
         if len(batch.copies):
             src, dst = self._upload([batch.copies[name].astype(np.int64) for name in ("src", "dst")])
-            self._kv[dst] = self._kv[src]  # gathered first: a block may be source and destination
+            self._decoder.ops.copy_blocks(self._kv, src, dst)
 
     def _run(self, inputs: StepInputs) -> Tensor:
         """Logits [num_samples, vocab_size] of any step, in the model's dtype."""

@@ -58,7 +58,7 @@ class Worker:
     ) -> None:
         """`kv_memories`: of all workers, by index; `on_progress(done_bytes, total_bytes)` hears of loaded weights."""
         self._config, self._model, self._kv_memories = config, model, kv_memories
-        max_len = config.max_model_len or model.max_position_embeddings
+        max_len = config.max_len_of(model)
         device = torch.device(config.workers[index].device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -84,8 +84,17 @@ class Worker:
 
 
 def cuda_operations(config: EngineConfig, model: ModelConfig, device: torch.device) -> Any:
-    from nanopd.cuda.operations import Operations  # numba's CUDA side is needed by GPU workers only
+    from nanopd.cuda import PagedDecodeAttention  # not at the top: numba's CUDA side is needed by GPU workers only
+    from nanopd.cuda.operations import Operations
 
-    dtype = getattr(torch, model.dtype)
-    max_rows = ladder(config.max_num_seqs)[-1]
-    return Operations(max_rows, model.num_heads, model.num_kv_heads, model.head_dim, config.block_size, dtype, device)
+    return Operations(
+        PagedDecodeAttention(
+            ladder(config.max_num_seqs)[-1],
+            model.num_heads,
+            model.num_kv_heads,
+            model.head_dim,
+            config.block_size,
+            getattr(torch, model.dtype),
+            device,
+        )
+    )
