@@ -4,19 +4,24 @@ Random weights of the model's shape cost the same time as trained ones. A decode
 while all sequences decode; prefill is the time to the first token of one prompt on an idle engine, the best of five.
 Floors and vLLM's figures were measured for Qwen3-8B in bfloat16 on one H200 (docs/en/performance.md); rows of another
 model or device have none. With several devices only the offline rows are measured, with as many times the requests.
+`idle` is the share of a second of steady decoding in which the GPU had nothing to do, by the worker's events.
+`--peer transformers` runs the first offline row through its continuous batching too, before, in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from report import Row, emit
 
 from nanopd import LLM, SamplingParams
+from nanopd.model_files import resolve
 
 # batch, context -> floor ms, vLLM 0.26 ms
 DECODE_FLOORS = {
@@ -31,22 +36,30 @@ DECODE_FLOORS = {
     (32, 4096): (8.79, 9.84),
 }
 PREFILL_FLOORS = {512: (12.7, 14.8), 2048: (48.6, 51.6), 8192: (212, 219)}  # tokens -> floor ms, vLLM ms
+PEER_WORK = (256, 512, 128)
+MANY_PROMPTS = (32, 2048, 42_400, 42_400)  # count, tokens, floor and vLLM in tokens/s
 OFFLINE_FLOORS = {(256, 512, 128): (7200, 6656), (256, 1024, 512): (8400, 7775), (64, 4096, 256): (1660, 1591)}
 NUM_STEPS = 48
+SAMPLED = {
+    "top-k 50, top-p 0.95": {"temperature": 0.8, "top_k": 50, "top_p": 0.95},
+    "the same and 5 logprobs": {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "logprobs": 5},
+}
+NONE = (None, None)
 
 
 def prompts(count: int, length: int, vocab_size: int) -> list[list[int]]:
     return np.random.default_rng(count + length).integers(10, vocab_size, (count, length)).tolist()
 
 
-def greedy(max_tokens: int) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+def greedy(max_tokens: int, **params: Any) -> SamplingParams:
+    return SamplingParams(**{"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True, **params})
 
 
-def decode_step(llm: LLM, batch: int, context: int) -> float:
+def decode_step(llm: LLM, batch: int, context: int, **params: Any) -> float:
     """Milliseconds of a step while `batch` sequences of about `context` tokens decode."""
     llm.stats(reset=True)
-    llm.generate(prompts(batch, context - NUM_STEPS // 2, llm.model_config.vocab_size), greedy(NUM_STEPS + 64), False)
+    work = prompts(batch, context - NUM_STEPS // 2, llm.model_config.vocab_size)
+    llm.generate(work, greedy(NUM_STEPS + 64, **params), False)
     logs = llm.stats().logs
     start = max(log.token_times_s[0] for log in logs)  # all are prefilled
     gaps = [np.diff(log.token_times_s[log.token_times_s > start]) for log in logs]
@@ -57,6 +70,57 @@ def prefill(llm: LLM, length: int) -> float:
     """Milliseconds to the first token of one prompt."""
     tokens = prompts(5, length, llm.model_config.vocab_size)
     return min(llm.generate([ids], greedy(1), False)[0].metrics.ttft_ms or 0.0 for ids in tokens)
+
+
+def idle(llm: LLM, batch: int, context: int) -> float:
+    """Share of a second in which the GPU did nothing, while `batch` sequences of about `context` tokens decode."""
+    work = prompts(batch, context, llm.model_config.vocab_size)
+    handles = [llm.submit(ids, greedy(1024), stream=True) for ids in work]
+    for handle in handles:
+        next(iter(handle))
+    llm.stats(reset=True)
+    start = time.perf_counter()
+    time.sleep(1.0)
+    stats, seconds = llm.stats(), time.perf_counter() - start
+    for handle in handles:
+        handle.abort()
+    for handle in handles:
+        handle.result()
+    return 1 - stats.busy_s[0] / seconds
+
+
+def many_prompts(llm: LLM, count: int, length: int) -> float:
+    """Prompt tokens per second."""
+    work = prompts(count, length, llm.model_config.vocab_size)
+    start = time.perf_counter()
+    llm.generate(work, greedy(1), False)
+    return count * length / (time.perf_counter() - start)
+
+
+def peer_transformers(model: str, count: int, num_in: int, num_out: int, out: Any) -> None:
+    """Puts output tokens per second of `generate_batch` with random weights into the queue `out`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    config = AutoConfig.from_pretrained(resolve(model, load_format="dummy"))
+    with torch.device("cuda"):
+        peer = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+    settings = GenerationConfig(max_new_tokens=num_out, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    peer.generate_batch(prompts(8, num_in, config.vocab_size), generation_config=settings)
+    start = time.perf_counter()
+    done = peer.generate_batch(prompts(count, num_in, config.vocab_size), generation_config=settings)
+    seconds = time.perf_counter() - start
+    out.put(sum(len(output.generated_tokens) for output in done.values()) / seconds)
+
+
+def run_peer(*args: Any) -> float:
+    context = multiprocessing.get_context("spawn")
+    out = context.Queue()
+    process = context.Process(target=peer_transformers, args=(*args, out))
+    process.start()
+    value: float = out.get(timeout=600)
+    process.join()
+    return value
 
 
 def offline(llm: LLM, count: int, num_in: int, num_out: int) -> float:
@@ -78,8 +142,14 @@ def latency_rows(llm: LLM, quick: bool) -> list[Row]:
     for batch, context in [(1, 512), (64, 512)] if quick else DECODE_FLOORS:
         value = decode_step(llm, batch, context)
         rows.append(row(f"decode step, {batch} x {context}", value, "ms", DECODE_FLOORS[batch, context]))
+    for batch in () if quick else (1, 64):
+        rows.append(row(f"idle, {batch} x 512", 100 * idle(llm, batch, 512), "%", NONE))
+    for name, params in {} if quick else SAMPLED.items():
+        rows.append(row(f"decode step, 64 x 512, {name}", decode_step(llm, 64, 512, **params), "ms", NONE))
     for length, reference in PREFILL_FLOORS.items():
         rows.append(row(f"prefill, {length}", prefill(llm, length), "ms", reference))
+    count, length, *reference = MANY_PROMPTS
+    rows.append(row(f"prefill, {count} x {length}", many_prompts(llm, count, length), "tok/s", tuple(reference)))
     return rows
 
 
@@ -94,9 +164,11 @@ def main() -> None:
     parser.add_argument("--model", default="Qwen3-8B")
     parser.add_argument("--devices", nargs="+", default=["cuda:0"])
     parser.add_argument("--quick", action="store_true", help="a few rows")
+    parser.add_argument("--peer", choices=["transformers"])
     parser.add_argument("--json", type=Path, help="write the report here too")
     args = parser.parse_args()
-    none = (None, None)
+    num_devices = len(args.devices)
+    peer = run_peer(args.model, *PEER_WORK) if args.peer else None
     start = time.perf_counter()
     with LLM(
         args.model,
@@ -106,14 +178,16 @@ def main() -> None:
         max_num_seqs=256,
         max_num_batched_tokens=8192,
     ) as llm:
-        rows = [row("start", time.perf_counter() - start, "s", none)]
-        num_devices = len(args.devices)
+        rows = [row("start", time.perf_counter() - start, "s", NONE)]
         offline(llm, 8 * num_devices, 512, 16)  # warm-up
         rows += latency_rows(llm, args.quick) if num_devices == 1 else []
         for count, num_in, num_out in [(256, 512, 128)] if args.quick else OFFLINE_FLOORS:
             value = offline(llm, count * num_devices, num_in, num_out)
-            reference = OFFLINE_FLOORS[count, num_in, num_out] if num_devices == 1 else none
+            reference = OFFLINE_FLOORS[count, num_in, num_out] if num_devices == 1 else NONE
             rows.append(row(f"offline, {count * num_devices} x {num_in}/{num_out}", value, "tok/s", reference))
+    if peer is not None:
+        count, num_in, num_out = PEER_WORK
+        rows.append(row(f"transformers, offline, {count} x {num_in}/{num_out}", peer, "tok/s", NONE))
     report = emit("engine", {"model": args.model, "devices": args.devices}, rows, device=gpu_name())
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")

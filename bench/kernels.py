@@ -25,9 +25,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanopd import cuda
+from nanopd.cuda import linear
 from nanopd.cuda.elementwise import norm_spec
 from nanopd.cuda.launch import kernel_for
-from nanopd.cuda.linear import linear
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
 HIDDEN, INTERMEDIATE, VOCAB, NUM_LAYERS = 4096, 12288, 151936, 36
@@ -195,7 +195,7 @@ def bench_attention(report: Report, block_size: int) -> None:
     report.add("decode plan", "256 rows", 2048, time_graph([case.plan] * 20))
 
 
-# ---- matrix products of few rows
+# ---- matrix products of few rows, with the norm before them, and the sum or SiLU behind them
 
 
 def bench_linear(report: Report) -> None:
@@ -203,36 +203,55 @@ def bench_linear(report: Report) -> None:
         name: [random(*shape) * shape[1] ** -0.5 for _ in range(1 if name == "lm_head" else 12)]
         for name, shape in LINEARS.items()
     }
+    norm = random(HIDDEN)
     for num_rows in (1, 4, 8, 16):
         for name, matrices in weights.items():
-            bench_product(report, name, random(num_rows, LINEARS[name][1]), matrices)
-    bench_linears_of_a_step(report, weights)
+            bench_product(report, name, random(num_rows, LINEARS[name][1]), norm, matrices)
+    bench_linears_of_a_step(report, weights, norm)
 
 
-def bench_product(report: Report, name: str, x: Tensor, matrices: list[Tensor]) -> None:
+def product_of(name: str, x: Tensor, norm: Tensor, weight: Tensor, **keys: bool) -> Tensor:
+    """The product called `name` as a decoder has it."""
+    if name in ("o_proj", "down"):
+        residual = x.new_zeros(x.shape[0], HIDDEN)
+        linear.add_linear(x, weight, residual, **keys)
+        return residual
+    product = linear.norm_gated_linear if name == "gate_up" else linear.norm_linear
+    return product(x, norm, 1e-6, weight, **keys)
+
+
+def product_in_torch(name: str, x: Tensor, norm: Tensor, weight: Tensor) -> Tensor:
+    if name in ("o_proj", "down"):
+        return F.linear(x, weight)
+    y = F.linear(F.rms_norm(x, norm.shape, norm, 1e-6), weight)
+    return silu_and_mul_in_torch(y) if name == "gate_up" else y
+
+
+def bench_product(report: Report, name: str, x: Tensor, norm: Tensor, matrices: list[Tensor]) -> None:
     cold = matrices * (4 if len(matrices) == 1 else 1)
-    times = [time_graph([partial(linear, x, w, overlap=overlap) for w in cold]) for overlap in (False, True)]
-    error = relative_error(linear(x, matrices[0]), x.double() @ matrices[0].double().T)
-    peers = peers_of({"cublas": [partial(F.linear, x, w) for w in cold]})
-    report.add("linear", f"{x.shape[0]} x {name}", matrices[0].nbytes, *times, error=error, **peers)
+    times = [time_graph([partial(product_of, name, x, norm, w, overlap=o) for w in cold]) for o in (False, True)]
+    expected = product_in_torch(name, x.double(), norm.double(), matrices[0].double())
+    error = relative_error(product_of(name, x, norm, matrices[0]), expected)
+    peers = peers_of({"torch": [partial(product_in_torch, name, x, norm, w) for w in cold]})
+    report.add("products", f"{x.shape[0]} x {name}", matrices[0].nbytes, *times, error=error, **peers)
 
 
-def bench_linears_of_a_step(report: Report, weights: dict[str, list[Tensor]]) -> None:
+def bench_linears_of_a_step(report: Report, weights: dict[str, list[Tensor]], norm: Tensor) -> None:
     """12 layers of products and the last one, each reading the output of the one before."""
 
-    def step(x: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def step(x: Tensor, product: Callable[..., Tensor]) -> Tensor:
         for qkv, o_proj, gate_up, down in zip(*(weights[name] for name in ("qkv", "o_proj", "gate_up", "down"))):
-            x = product(product(x, qkv)[:, :HIDDEN], o_proj)
-            x = product(product(x, gate_up)[:, :INTERMEDIATE], down)
-        return product(x, weights["lm_head"][0])
+            x = product("o_proj", product("qkv", x, norm, qkv)[:, :HIDDEN].contiguous(), norm, o_proj)
+            x = product("down", product("gate_up", x, norm, gate_up), norm, down)
+        return product("lm_head", x, norm, weights["lm_head"][0])
 
     num_bytes = sum(w.nbytes for matrices in weights.values() for w in matrices)
     for num_rows in (1, 4, 8, 16):
         x = random(num_rows, HIDDEN)
-        ways = (linear, partial(linear, overlap=True), F.linear)
-        plain, overlapped, cublas = (time_graph([partial(step, x, way)]) for way in ways)
-        peers = {"peers": f"cublas {cublas * 1e6:.1f}", "peers_us": {"cublas": cublas * 1e6}}
-        report.add("linears of a step", f"{num_rows} rows, 12 layers", num_bytes, plain, overlapped, **peers)
+        ways = (product_of, partial(product_of, overlap=True), product_in_torch)
+        plain, overlapped, peer = (time_graph([partial(step, x, way)]) for way in ways)
+        peers = {"peers": f"torch {peer * 1e6:.1f}", "peers_us": {"torch": peer * 1e6}}
+        report.add("products of a step", f"{num_rows} rows, 12 layers", num_bytes, plain, overlapped, **peers)
 
 
 # ---- what lies between
@@ -244,13 +263,13 @@ def bench_elementwise(report: Report) -> None:
     norm, head_norm = random(HIDDEN), random(HEAD_DIM)
     for num_rows in (1, 64, 8192):
         copies = 4 if num_rows > 1000 else 20
-        x, residual = random(copies, num_rows, HIDDEN), random(copies, num_rows, HIDDEN)
+        x = random(copies, num_rows, HIDDEN)
         bench_each(
             report,
-            f"add + RMS norm, {num_rows} rows",
-            4 * x[0].nbytes,
-            [partial(cuda.add_rms_norm, a, b, norm, 1e-6) for a, b in zip(x, residual)],
-            [partial(add_rms_norm_in_torch, a, b, norm) for a, b in zip(x, residual)],
+            f"RMS norm, {num_rows} rows",
+            2 * x[0].nbytes,
+            [partial(cuda.rms_norm, a, norm, 1e-6) for a in x],
+            [partial(F.rms_norm, a, norm.shape, norm, 1e-6) for a in x],
         )
         gate_up = random(copies, num_rows, 2 * INTERMEDIATE)
         bench_each(
@@ -278,10 +297,6 @@ def bench_each(
     times = [time_graph([partial(call, overlap=overlap) for call in calls]) for overlap in (False, True)]
     kernel, _, shape = name.rpartition(", ")
     report.add(kernel, shape, num_bytes, *times, **(peers_of({"torch": peer}) if peer else {}))
-
-
-def add_rms_norm_in_torch(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
-    return F.rms_norm(residual.add_(x), weight.shape, weight, 1e-6)
 
 
 def silu_and_mul_in_torch(gate_up: Tensor) -> Tensor:

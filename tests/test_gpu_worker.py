@@ -10,6 +10,7 @@ import torch
 from model_zoo import load_hf, make_tiny_model
 
 from nanopd import LLM, SamplingParams
+from nanopd.worker.sampler import random_numbers
 
 MODELS = {
     "llama": {"num_heads": 3, "num_kv_heads": 1, "tie_word_embeddings": True},
@@ -20,6 +21,7 @@ PROMPT_LENGTHS = (1, 5, 16, 17, 40, 100, 300)
 NUM_TOKENS = 24
 MAX_GAP = 0.1  # of a row's standard deviation: how far below the best a chosen token may be
 MAX_LOGPROB_ERROR = 0.5  # seen: 0.30, with logits of standard deviation 10
+MAX_SHIFT = 0.15  # of a cumulative probability, by rounding
 
 pytestmark = pytest.mark.gpu
 
@@ -50,3 +52,32 @@ def test_greedy_and_seeded(architecture: str, tmp_path: Path) -> None:
         expected = logits.log_softmax(-1).gather(-1, chosen)[:, 0]
         reported = torch.tensor([values[i] for values, i in zip(output.logprobs, output.token_ids, strict=True)])
         assert (expected - reported).abs().max() < MAX_LOGPROB_ERROR
+
+
+def test_seeded_tokens_in_batches_of_1_and_32(tmp_path: Path) -> None:
+    """Equal where the number drawn is further from the borders of the token's share than rounding moves them."""
+    path, num_tokens = make_tiny_model(tmp_path, "llama", **MODELS["llama"]), 12
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(4, 512, length).tolist() for length in rng.integers(1, 60, 32)]
+    params = [SamplingParams(temperature=1, seed=2**63 + i, max_tokens=num_tokens, ignore_eos=True) for i in range(32)]
+    keys = {"dtype": "bfloat16", "num_blocks": 400, "max_num_seqs": 32, "max_num_batched_tokens": 4096}
+    with LLM(str(path), workers=[{"device": "cuda:0"}], **keys) as llm:
+        among = [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+        alone = [llm.generate(p, s, use_tqdm=False)[0].outputs[0].token_ids for p, s in zip(prompts, params)]
+    model, num_equal = load_hf(path), 0
+    for prompt, param, ids, others in zip(prompts, params, alone, among, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].double()
+        shares = torch.softmax(logits, -1)
+        chosen = torch.tensor(ids)[:, None]
+        ends = shares.cumsum(-1).gather(-1, chosen)[:, 0].numpy()
+        starts = ends - shares.gather(-1, chosen)[:, 0].numpy()
+        positions = len(prompt) + np.arange(num_tokens)
+        uniforms = random_numbers(np.full(num_tokens, param.seed, np.uint64), positions) / 2.0**64
+        margins = np.minimum(uniforms - starts, ends - uniforms)
+        assert margins.min() > -MAX_SHIFT
+        is_same = np.cumprod(np.equal(ids, others))  # the texts are comparable up to their first difference
+        num_equal += is_same.sum()
+        if not is_same.all():
+            assert margins[is_same.sum()] < MAX_SHIFT
+    assert num_equal > 0.5 * 32 * num_tokens

@@ -58,15 +58,6 @@ def rms_norm(x, weight, eps, out):
 
 
 @njit(**OPTIONS)
-def add_rms_norm(x, residual, weight, eps, out):
-    """residual += x, in place; then out = rms_norm(residual). All [num_tokens, hidden]; weight [hidden]."""
-    for t in range(x.shape[0]):
-        for i in range(x.shape[1]):
-            residual[t, i] += x[t, i]
-    rms_norm(residual, weight, eps, out)
-
-
-@njit(**OPTIONS)
 def silu_and_mul(gate_up, out):
     """out [num_tokens, size] = silu(gate_up[:, :size]) * gate_up[:, size:]."""
     size = out.shape[1]

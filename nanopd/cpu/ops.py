@@ -9,6 +9,9 @@ block `block_table[i // block_size]` at offset `i % block_size`; a slot is `bloc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numba
 import numpy as np
 import torch
@@ -22,7 +25,7 @@ def prepare_thread() -> None:
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
 
 
-def begin_step(decode_seq_lens: Tensor, is_decode_only: bool) -> None:
+def begin_step(decode_seq_lens: Tensor, slot_mapping: Tensor, is_decode_only: bool) -> None:
     """Before the first operation of a step. What a GPU wants to know of it makes no difference here."""
     prepare_thread()
 
@@ -51,15 +54,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Adds x [T, hidden] to residual [T, hidden] in place and returns the sum's RMS norm."""
-    if x.dtype != torch.float32:
-        return low_precision.rms_norm(residual.add_(x), weight, eps)
-    out = torch.empty_like(x)
-    kernels.add_rms_norm(x.numpy(), residual.numpy(), weight.numpy(), np.float32(eps), out.numpy())
-    return out
-
-
 def silu_and_mul(gate_up: Tensor) -> Tensor:
     """gate_up [T, 2 * size] -> silu(gate_up[:, :size]) * gate_up[:, size:]."""
     if gate_up.dtype != torch.float32:
@@ -67,6 +61,21 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
     kernels.silu_and_mul(gate_up.numpy(), out.numpy())
     return out
+
+
+def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """RMS norm of x [T, in] with weights norm [in], times weight [out, in], plus bias [out] -> [T, out]."""
+    return linear(rms_norm(x, norm, eps), weight, bias)
+
+
+def norm_gated_linear(x: Tensor, norm: Tensor, eps: float, gate_up: Tensor) -> Tensor:
+    """RMS norm of x [T, in], times gate_up [2 * size, in]: silu(gate) * up [T, size] (SwiGLU, arXiv:2002.05202)."""
+    return silu_and_mul(linear(rms_norm(x, norm, eps), gate_up))
+
+
+def add_linear(x: Tensor, weight: Tensor, residual: Tensor) -> None:
+    """residual [T, out] += x [T, in] times weight [out, in]."""
+    residual.add_(linear(x, weight))
 
 
 def rotary_and_store(
@@ -117,16 +126,21 @@ def paged_decode_attention(
 
 
 def prefill_attention(
-    q: Tensor,  # [num_tokens, num_heads, head_dim], a chunk of one sequence
+    q: Tensor,  # [T, num_heads, head_dim], all tokens of the step
     kv: Tensor,  # KV storage
     layer: int,
-    block_table: Tensor,  # [>= blocks of the sequence] int32
-    num_cached: int,  # tokens of the sequence before the chunk
-    out: Tensor,  # [num_tokens, num_heads, head_dim]
-) -> None:
-    """Causal attention of a chunk over its history and itself, both already stored in the cache."""
-    context_lens = torch.arange(num_cached + 1, num_cached + 1 + q.shape[0], dtype=torch.int32)
-    _paged_attention(q, kv, layer, block_table.unsqueeze(0), context_lens, out)
+    rows: Sequence[Any],  # chunks, with the attributes of `nanopd.models.batch.PrefillRow`
+) -> Tensor:
+    """Causal attention of the rows over their histories and themselves, all already stored in the cache.
+
+    Returns [T, num_heads, head_dim]; what it holds for tokens of no row is undefined.
+    """
+    out = torch.empty_like(q)
+    for row in rows:
+        tokens, first = slice(row.start, row.end), row.num_cached + 1
+        context_lens = torch.arange(first, first + row.end - row.start, dtype=torch.int32)
+        _paged_attention(q[tokens], kv, layer, row.block_table.unsqueeze(0), context_lens, out[tokens])
+    return out
 
 
 def _paged_attention(

@@ -26,18 +26,17 @@ NUM_WARPS = THREADS // 32
 LOG2_E = 1.4426950408889634
 HEAD_DIMS = (64, 128)
 MANY_TOKENS = 512
-NORM_ARGUMENTS = "llllrf"
+NORM_ARGUMENTS = "lllrf"
 SILU_ARGUMENTS = "llrr"
 ROTARY_ARGUMENTS = "llllllll" + "lll" + "rrrrr" + "f"
 
 
 def norm_kernel(dtype: str) -> Callable[..., None]:
-    """One CTA per row: out = weight * v / rms(v), where v = x, or residual += x."""
-    ADD, SQUARE, FACTOR = _eight_at_a_time(dtype)
+    """One CTA per row: out = weight * x / rms(x)."""
+    SQUARE, SCALE = eight_at_a_time(dtype)
 
     def kernel(  # type: ignore[no-untyped-def]
         x,  # [num_rows, hidden]
-        residual,  # [num_rows, hidden] or address 0
         weight,  # [hidden]
         out,  # [num_rows, hidden]
         num_chunks,  # of 8 elements, in a row
@@ -51,12 +50,7 @@ def norm_kernel(dtype: str) -> Callable[..., None]:
         squares = f32(0.0)
         chunk = thread
         while chunk < num_chunks:
-            at = row + 16 * chunk
-            values = warp.load_16_bytes(x + at)
-            if residual != 0:
-                values = ADD(values, warp.load_16_bytes(residual + at))
-                warp.store_16_bytes(residual + at, values[0], values[1], values[2], values[3])
-            squares = SQUARE(squares, values)
+            squares = SQUARE(squares, warp.load_16_bytes(x + row + 16 * chunk))
             chunk = i32(chunk + THREADS)
         warp.store_f32_of_cta_if(shared + 4 * (thread >> 5), warp.warp_sum(squares), thread & 31 == 0)
         warp.sync_cta()
@@ -64,27 +58,19 @@ def norm_kernel(dtype: str) -> Callable[..., None]:
         for w in range(NUM_WARPS):
             squares = squares + warp.load_f32_of_cta(shared + 4 * w)
         factor = warp.rsqrt(squares / f32(8 * num_chunks) + eps)
-        source = x
-        if residual != 0:
-            source = residual
         chunk = thread
         while chunk < num_chunks:
             at = row + 16 * chunk
-            values = FACTOR(warp.load_16_bytes(source + at), warp.load_16_bytes(weight + 16 * chunk), factor)
+            values = SCALE(warp.load_16_bytes(x + at), warp.load_16_bytes(weight + 16 * chunk), factor)
             warp.store_16_bytes(out + at, values[0], values[1], values[2], values[3])
             chunk = i32(chunk + THREADS)
 
     return kernel
 
 
-def _eight_at_a_time(dtype: str) -> tuple[Any, Any, Any]:
-    """Functions of 8 elements in four registers: rounded sum; sum of squares added up; a * weights * factor."""
+def eight_at_a_time(dtype: str) -> tuple[Any, Any]:
+    """Functions of 8 elements in four registers: the sum of squares added to a total; a * weights * factor."""
     PACK, UNPACK = warp.PACK[dtype], warp.UNPACK[dtype]
-
-    @macro
-    def add(emit: Any, a: Any, b: Any) -> list[Any]:
-        pairs = [(emit(UNPACK, x), emit(UNPACK, y)) for x, y in zip(a, b)]
-        return [emit(PACK, emit(warp.ADD_F32, x[0], y[0]), emit(warp.ADD_F32, x[1], y[1])) for x, y in pairs]
 
     @macro
     def square(emit: Any, total: Any, a: Any) -> Any:
@@ -100,7 +86,7 @@ def _eight_at_a_time(dtype: str) -> tuple[Any, Any, Any]:
             out.append(emit(PACK, *[emit(warp.MUL_F32, emit(warp.MUL_F32, x, factor), w) for x, w in pairs]))
         return out
 
-    return add, square, scale
+    return square, scale
 
 
 def silu_kernel(dtype: str) -> Callable[..., None]:
@@ -192,8 +178,8 @@ def rotary_kernel(head_dim: int, dtype: str) -> Callable[..., None]:
         sin1 = warp.load_f32(angles + 2 * head_dim + 4)
         block = warp.div_u32(slot, block_size)
         to_k = kv + warp.wide(block) * block_stride + 2 * (slot - block * block_size) * head_dim
+        warp.let_successor_start()  # so early, as attention reads nothing of the predecessor before its own wait
         warp.wait_for_predecessor()
-        warp.let_successor_start()
         if first * TOKENS >= num_tokens:
             end = head
         source = qkv + 2 * (warp.wide(token) * heads + head) * head_dim + 4 * pair
@@ -250,32 +236,12 @@ def rotary_spec(head_dim: int, dtype: str) -> Spec:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, overlap: bool = False) -> Tensor:
     """x [T, hidden], weight [hidden] -> weight * x / sqrt(mean(x**2) + eps)."""
-    return _norm(x, None, weight, eps, overlap)
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, overlap: bool = False) -> Tensor:
-    """Adds x [T, hidden] to residual [T, hidden] in place and returns the sum's RMS norm."""
-    return _norm(x, residual, weight, eps, overlap)
-
-
-def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, overlap: bool) -> Tensor:
     if x.dtype not in warp.NAMES or x.shape[1] % 8:
-        total = x if residual is None else residual.add_(x)
-        return torch.nn.functional.rms_norm(total.float(), weight.shape, weight.float(), eps).to(x.dtype)
+        return torch.nn.functional.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
     out = torch.empty_like(x)
     if x.shape[0]:
-        address = 0 if residual is None else residual.data_ptr()
-        kernel = _kernel(norm_spec, x.dtype, x.get_device())
-        kernel(
-            x.shape[0],
-            x.data_ptr(),
-            address,
-            weight.data_ptr(),
-            out.data_ptr(),
-            x.shape[1] // 8,
-            eps,
-            overlap=overlap,
-        )
+        kernel, addresses = _kernel(norm_spec, x.dtype, x.get_device()), (x.data_ptr(), weight.data_ptr())
+        kernel(x.shape[0], *addresses, out.data_ptr(), x.shape[1] // 8, eps, overlap=overlap)
     return out
 
 

@@ -25,7 +25,8 @@ ENTRY = "kernel"  # numba's mangled names would make file names of our functions
 COMPILERS = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-nvjitlink", "nvidia-cuda-nvrtc")
 SIGNATURE = {"r": "int32", "l": "int64", "f": "float32"}
 STATIC_SHARED_BYTES = 48 * 1024  # more has to be asked for
-MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
+MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute, as the next one
+PREFERRED_SHARED_MEMORY_CARVEOUT = 9
 PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 
 Capability = tuple[int, int]
@@ -41,6 +42,7 @@ class Spec:
     threads: int
     shared_bytes: int = 0
     min_ctas: int = 1  # per multiprocessor: bounds the registers
+    shared_percent: int = 100  # of what a multiprocessor can have as shared memory rather than L1
 
     @property
     def name(self) -> str:
@@ -210,6 +212,8 @@ class Kernel:
         if self.spec.shared_bytes > STATIC_SHARED_BYTES:
             size = self.spec.shared_bytes
             self._check(self._driver.cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED_SIZE_BYTES, size))
+        percent = self.spec.shared_percent
+        self._check(self._driver.cuFuncSetAttribute(function, PREFERRED_SHARED_MEMORY_CARVEOUT, percent))
         return function
 
     def _check(self, error: int) -> None:

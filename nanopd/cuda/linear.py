@@ -1,9 +1,11 @@
-"""Products of up to 16 rows with a weight matrix, which cost what reading the weights costs: y = x W^T + bias.
+"""Products with a weight matrix, and the small things before and after them: norm, bias, residual, SiLU.
 
-W [out, in] streams from global memory straight into operand registers of the tensor cores: y^T [16 rows of W, 8 rows
-of x] += W x^T, where the order of the contraction index is free as long as both operands agree. The warps of a CTA
-split the contraction and add up in shared memory, so that x is read once per CTA, through L1. A launch that overlaps
-its predecessor has its first weights under way before it waits for x. More rows go to torch.
+For up to 16 rows one kernel does all of it and costs what reading the weights costs. W [out, in] streams from global
+memory straight into operand registers of the tensor cores: y^T [16 rows of W, 8 rows of x] += W x^T, where the order
+of the contraction index is free as long as both operands agree. The warps of a CTA split the contraction and add up in
+shared memory, so that x is read once per CTA, through L1. A launch that overlaps its predecessor has its first weights
+under way before it waits for x; they arrive while each CTA computes the norms of all rows of x for itself, which is
+less than another launch would take. More rows go to torch.
 """
 
 from __future__ import annotations
@@ -19,33 +21,43 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nanopd.cuda import warp
+from nanopd.cuda.elementwise import LOG2_E, eight_at_a_time, rms_norm, silu_and_mul
 from nanopd.cuda.launch import Kernel, Spec, kernel_for
-from nanopd.cuda.ptx import macro, shared_memory
+from nanopd.cuda.ptx import inlined, macro, shared_memory
 
-ROW_TILES = 2  # mma tiles of 16 rows of W in a CTA
-TILE_ROWS = 16 * ROW_TILES
+MMA_ROWS = 16  # of W in an mma tile
+ROW_TILES = 2  # mma tiles in a CTA: neighbours, or rows of the gate and the same rows of the up projection
+TILE_ROWS = MMA_ROWS * ROW_TILES
 NUM_WARPS = 16
+THREADS = 32 * NUM_WARPS
 PITCH = TILE_ROWS + 4  # of the sums of one row of x in shared memory: spreads a warp over all banks
-SKINNY_ARGUMENTS = "llllrrrrr"
+SKINNY_ARGUMENTS = "lllllrrrrrrf"
+PLAIN, ADD, GATE = 0, 1, 2  # what becomes of a product: y = it, y += it, y = silu(first tile's) * second tile's
 MAX_ROWS = 16
+# What a CTA needs. Loads under way take room in L1: after attention, whose shared memory leaves L1 little, and without
+# this hint, which makes a multiprocessor change over, products took twice as long.
+SHARED_PERCENT = 20
 
 
 def skinny_kernel(dtype: str, x_tiles: int) -> Callable[..., None]:
     """For up to 8 * x_tiles rows of x; rows past the last repeat it and are not stored."""
+    ROWS = 8 * x_tiles
     UNROLL = 4 // x_tiles  # keeps what is in flight within the registers
     UNIT = 64 * UNROLL  # bytes of a row of W that a warp takes at a time
-    SUMS_OF_WARP = 4 * 8 * x_tiles * PITCH
-    PAIRS = 8 * x_tiles * TILE_ROWS // 2
+    SUMS_OF_WARP = 4 * ROWS * PITCH
+    WARPS_OF_ROW = NUM_WARPS // ROWS  # that compute the norm of a row of x
+    SQUARES = NUM_WARPS * SUMS_OF_WARP  # in shared memory, [ROWS, WARPS_OF_ROW] float32
     MMA = warp.MMA[dtype]
-    pack, unpack = warp.function(warp.PACK[dtype]), warp.function(warp.UNPACK[dtype])
+    PACK, UNPACK = warp.PACK[dtype], warp.UNPACK[dtype]
+    pack, unpack = warp.function(PACK), warp.function(UNPACK)
     no_sums = warp.zeros(4 * ROW_TILES * x_tiles)
+    SQUARE, SCALE = eight_at_a_time(dtype)
 
     @macro
-    def load_weights(emit: Any, address: Any, eight_rows: Any) -> list[Any]:
-        """[UNROLL][rows g, g + 8, g + 16, ...] 16 bytes each; `eight_rows` in bytes."""
-        rows = [address]
-        for _ in range(2 * ROW_TILES - 1):
-            rows.append(emit(warp.MAD_WIDE, rows[-1], eight_rows, 1))
+    def load_weights(emit: Any, address: Any, eight_rows: Any, second_tile: Any) -> list[Any]:
+        """[UNROLL][rows g and g + 8 of each mma tile] 16 bytes each; distances in bytes."""
+        tiles = [address, emit(warp.MAD_WIDE, address, second_tile, 1)]
+        rows = [row for tile in tiles for row in (tile, emit(warp.MAD_WIDE, tile, eight_rows, 1))]
         return [r for u in range(UNROLL) for row in rows for r in emit(warp.LOAD_WEIGHTS.at(64 * u), row)]
 
     @macro
@@ -53,6 +65,40 @@ def skinny_kernel(dtype: str, x_tiles: int) -> Callable[..., None]:
         """[UNROLL][x tile] 16 bytes of this lane's rows g and g + 8."""
         rows = (row0, row1)[:x_tiles]
         return [r for u in range(UNROLL) for row in rows for r in emit(warp.LOAD_X.at(64 * u), row)]
+
+    @macro
+    def load_norm(emit: Any, address: Any) -> list[Any]:
+        """[UNROLL] 16 bytes: the weights of the norm for what `load_x` loads of a row."""
+        return [r for u in range(UNROLL) for r in emit(warp.LOAD_X.at(64 * u), address)]
+
+    @macro
+    def normalize(emit: Any, x: Any, weights: Any, factor0: Any, factor1: Any) -> list[Any]:
+        out = []
+        for u in range(UNROLL):
+            for x_tile in range(x_tiles):
+                at = 4 * (u * x_tiles + x_tile)
+                factor = factor1 if x_tile else factor0
+                out += SCALE.body(emit, x[at : at + 4], weights[4 * u : 4 * u + 4], factor)
+        return out
+
+    @macro
+    def add_squares(emit: Any, total: Any, row: Any, at: Any, row_bytes: Any) -> Any:
+        """total += squares of the 16 bytes at `at`, and at the next 7 places of this warp, where the row has them."""
+        end = emit(warp.ADD_I32, row_bytes, -16)
+        places = [emit(warp.ADD_I32, at, 512 * WARPS_OF_ROW * i) for i in range(8)]
+        loaded = [emit(warp.LOAD_X, emit(warp.MAD_WIDE, row, emit(warp.MIN_I32, place, end), 1)) for place in places]
+        for place, values in zip(places, loaded):
+            rest = emit(warp.MAD_I32, place, -1, end)  # negative past the end of the row
+            total = emit(warp.SELECT, SQUARE.body(emit, total, values), total, rest)
+        return total
+
+    @inlined
+    def factor_of(squares, row_bytes, eps):  # type: ignore[no-untyped-def]
+        """1 / rms of a row, from its warps' sums of squares."""
+        total = f32(0.0)
+        for w in range(WARPS_OF_ROW):
+            total = total + warp.load_f32_of_cta(squares + 4 * w)
+        return warp.rsqrt(total / f32(row_bytes // 2) + eps)
 
     @macro
     def multiply(emit: Any, sums: Any, w: Any, x: Any) -> list[Any]:
@@ -76,16 +122,33 @@ def skinny_kernel(dtype: str, x_tiles: int) -> Callable[..., None]:
             offset = 4 * ((8 * x_tile + column) * PITCH + 16 * tile + 8 * high)
             emit(warp.STORE_F32_OF_CTA.at(offset), address, value)
 
+    @inlined
+    def sum_of_warps(shared, row, column):  # type: ignore[no-untyped-def]
+        """Two neighbours in a row of the tile's product."""
+        y0 = y1 = f32(0.0)
+        for w in range(NUM_WARPS):
+            place = i32(shared + w * SUMS_OF_WARP + 4 * (row * PITCH + column))
+            y0 = y0 + warp.load_f32_of_cta(place)
+            y1 = y1 + warp.load_f32_of_cta(place + 4)
+        return y0, y1
+
+    @inlined
+    def silu(x):  # type: ignore[no-untyped-def]
+        return x * warp.reciprocal(f32(1.0) + warp.exp2(x * f32(-LOG2_E)))
+
     def kernel(  # type: ignore[no-untyped-def]
         weights,  # [num_tiles * TILE_ROWS, in]
         x,  # [num_rows, in]
+        norm,  # [in], or address 0: x is taken as it is
         bias,  # [num_tiles * TILE_ROWS] or address 0
-        y,  # [num_rows, num_tiles * TILE_ROWS]
+        y,  # [num_rows, num_tiles * (MMA_ROWS for GATE, else TILE_ROWS)]
         num_rows,
         num_tiles,
-        w_stride,  # bytes of a row, here and below
-        x_stride,
-        y_stride,
+        row_bytes,  # of W and x
+        y_stride,  # bytes
+        second_tile,  # bytes from the first mma tile of a CTA to its second
+        result,  # PLAIN, ADD or GATE
+        eps,
     ):
         thread = warp.thread_index()
         lane = thread & 31
@@ -95,51 +158,74 @@ def skinny_kernel(dtype: str, x_tiles: int) -> Callable[..., None]:
         shared = shared_memory()
         tile = warp.cta_index()
         last_row = i32(num_rows - 1)
-        lane_w = weights + (warp.wide(g) * w_stride + 16 * t)
-        row0 = x + warp.wide(warp.min_i32(g, last_row)) * x_stride + 16 * t
-        row1 = x + warp.wide(warp.min_i32(g + 8, last_row)) * x_stride + 16 * t
-        eight_rows = i32(8 * w_stride)
+        columns = i32(TILE_ROWS)  # of y that a tile has
+        if result == GATE:
+            columns = i32(MMA_ROWS)
+        tile_bytes = warp.wide(columns) * row_bytes
+        lane_w = weights + (warp.wide(g) * row_bytes + 16 * t)
+        row0 = x + warp.wide(warp.min_i32(g, last_row)) * row_bytes + 16 * t
+        row1 = x + warp.wide(warp.min_i32(g + 8, last_row)) * row_bytes + 16 * t
+        lane_norm = norm + 16 * t
+        eight_rows = i32(8 * row_bytes)
         begin = i32(wid * UNIT)  # of this warp's part of a row; then every NUM_WARPS-th
-        start = warp.min_i32(begin, w_stride - UNIT)  # a warp without a part loads, and does not add
-        address = lane_w + warp.wide(tile) * TILE_ROWS * w_stride + start
-        w = load_weights(address, eight_rows)
+        start = warp.min_i32(begin, row_bytes - UNIT)  # a warp without a part loads, and does not add
+        address = lane_w + warp.wide(tile) * tile_bytes + start
+        w = load_weights(address, eight_rows, second_tile)
         if num_rows > 0:  # always; but ptxas would move the loads behind a wait in the same basic block
             warp.wait_for_predecessor()
         warp.let_successor_start()
+        factor0 = factor1 = f32(1.0)
+        if norm != 0:
+            row = x + warp.wide(warp.min_i32(wid // WARPS_OF_ROW, last_row)) * row_bytes
+            at = i32(512 * (wid % WARPS_OF_ROW) + 16 * lane)
+            squares = f32(0.0)
+            while at - 16 * lane < row_bytes:
+                squares = add_squares(squares, row, at, row_bytes)
+                at = i32(at + 512 * WARPS_OF_ROW * 8)
+            warp.store_f32_of_cta_if(shared + SQUARES + 4 * wid, warp.warp_sum(squares), lane == 0)
+            warp.sync_cta()
+            factor0 = factor_of(shared + SQUARES + 4 * WARPS_OF_ROW * g, row_bytes, eps)
+            factor1 = factor_of(shared + SQUARES + 4 * WARPS_OF_ROW * (g + ROWS - 8), row_bytes, eps)
         xs = load_x(row0 + start, row1 + start)
         while tile < num_tiles:
             sums = no_sums()
             at = begin
             next_tile = i32(tile + warp.num_ctas())
-            while at < w_stride:
+            while at < row_bytes:
+                if norm != 0:
+                    xs = normalize(xs, load_norm(lane_norm + at), factor0, factor1)
                 sums = multiply(sums, w, xs)
                 at = i32(at + NUM_WARPS * UNIT)
-                if at < w_stride:
+                if at < row_bytes:
                     address = address + NUM_WARPS * UNIT
-                    w = load_weights(address, eight_rows)
+                    w = load_weights(address, eight_rows, second_tile)
                     xs = load_x(row0 + at, row1 + at)
             if next_tile < num_tiles:  # loads stay in flight while this tile is added up
-                address = lane_w + warp.wide(next_tile) * TILE_ROWS * w_stride + start
-                w = load_weights(address, eight_rows)
+                address = lane_w + warp.wide(next_tile) * tile_bytes + start
+                w = load_weights(address, eight_rows, second_tile)
                 xs = load_x(row0 + start, row1 + start)
             store_sums(shared + wid * SUMS_OF_WARP + 4 * (2 * t * PITCH + g), sums)
             warp.sync_cta()
             pair = thread  # of neighbours in y
-            while pair < PAIRS:
-                row = i32(pair // (TILE_ROWS // 2))
-                column = i32(pair % (TILE_ROWS // 2) * 2)
-                y0 = y1 = f32(0.0)
-                for other in range(NUM_WARPS):
-                    place = i32(shared + other * SUMS_OF_WARP + 4 * (row * PITCH + column))
-                    y0 = y0 + warp.load_f32_of_cta(place)
-                    y1 = y1 + warp.load_f32_of_cta(place + 4)
-                column = i32(tile * TILE_ROWS + column)
+            while pair < ROWS * columns // 2:
+                row = warp.div_u32(pair, columns // 2)
+                column = i32(2 * (pair - row * (columns // 2)))
+                to = y + warp.wide(warp.min_i32(row, last_row)) * y_stride + 2 * warp.wide(tile * columns + column)
+                y0, y1 = sum_of_warps(shared, row, column)
                 if bias != 0:
-                    b0, b1 = unpack(warp.load_constant_i32(bias + 2 * warp.wide(column)))
+                    b0, b1 = unpack(warp.load_constant_i32(bias + 2 * warp.wide(tile * columns + column)))
                     y0 = y0 + b0
                     y1 = y1 + b1
-                warp.store_i32_if(y + warp.wide(row) * y_stride + 2 * column, pack(y0, y1), row < num_rows)
-                pair = i32(pair + 32 * NUM_WARPS)
+                if result == ADD:
+                    r0, r1 = unpack(warp.load_i32(to))
+                    y0 = y0 + r0
+                    y1 = y1 + r1
+                if result == GATE:
+                    up0, up1 = sum_of_warps(shared, row, column + MMA_ROWS)
+                    y0 = silu(y0) * up0
+                    y1 = silu(y1) * up1
+                warp.store_i32_if(to, pack(y0, y1), row < num_rows)
+                pair = i32(pair + THREADS)
             warp.sync_cta()
             tile = next_tile
 
@@ -147,37 +233,73 @@ def skinny_kernel(dtype: str, x_tiles: int) -> Callable[..., None]:
 
 
 def skinny_spec(dtype: str, x_tiles: int) -> Spec:
-    shared_bytes = NUM_WARPS * 4 * 8 * x_tiles * PITCH
-    return Spec(skinny_kernel, (dtype, x_tiles), SKINNY_ARGUMENTS, 32 * NUM_WARPS, shared_bytes)
+    shared_bytes = 4 * NUM_WARPS * (8 * x_tiles * PITCH + 1)
+    return Spec(skinny_kernel, (dtype, x_tiles), SKINNY_ARGUMENTS, THREADS, shared_bytes, shared_percent=SHARED_PERCENT)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, overlap: bool = False) -> Tensor:
-    """x [T, in], weight [out, in], bias [out] -> [T, out]."""
+def norm_linear(
+    x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None, overlap: bool = False
+) -> Tensor:
+    """RMS norm of x [T, in] with weights norm [in], times weight [out, in], plus bias [out] -> [T, out]."""
     if not is_skinny(x, weight):
-        return F.linear(x, weight, bias)
+        return F.linear(rms_norm(x, norm, eps, overlap), weight, bias)
     y = x.new_empty(x.shape[0], weight.shape[0])
+    _skinny(x, norm, eps, weight, bias, y, PLAIN, overlap)
+    return y
+
+
+def norm_gated_linear(x: Tensor, norm: Tensor, eps: float, gate_up: Tensor, overlap: bool = False) -> Tensor:
+    """RMS norm of x [T, in], times gate_up [2 * size, in]: silu(gate) * up [T, size] (SwiGLU, arXiv:2002.05202)."""
+    if not is_skinny(x, gate_up):
+        return silu_and_mul(F.linear(rms_norm(x, norm, eps, overlap), gate_up), overlap)
+    y = x.new_empty(x.shape[0], gate_up.shape[0] // 2)
+    _skinny(x, norm, eps, gate_up, None, y, GATE, overlap)
+    return y
+
+
+def add_linear(x: Tensor, weight: Tensor, residual: Tensor, overlap: bool = False) -> None:
+    """residual [T, out] += x [T, in] times weight [out, in]."""
+    if is_skinny(x, weight):
+        _skinny(x, None, 0.0, weight, None, residual, ADD, overlap)
+    else:
+        residual.addmm_(x, weight.T)
+
+
+def _skinny(
+    x: Tensor,
+    norm: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    result: int,
+    overlap: bool,
+) -> None:
     kernel, num_sms = _kernel(x.dtype, -(-x.shape[0] // 8), x.get_device())
     num_tiles = weight.shape[0] // TILE_ROWS
+    row_bytes = 2 * weight.shape[1]
     kernel(
         min(num_tiles, num_sms),
         weight.data_ptr(),
         x.data_ptr(),
+        0 if norm is None else norm.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
         x.shape[0],
         num_tiles,
-        2 * weight.stride(0),
-        2 * x.stride(0),
+        row_bytes,
         2 * y.stride(0),
+        row_bytes * (weight.shape[0] // 2 if result == GATE else MMA_ROWS),
+        result,
+        eps,
         overlap=overlap,
     )
-    return y
 
 
 def is_skinny(x: Tensor, weight: Tensor) -> bool:
-    """Whether `linear` has a kernel for it."""
+    """Whether there is a kernel for it."""
     fits = 0 < x.shape[0] <= MAX_ROWS and weight.shape[0] % TILE_ROWS == 0 and weight.shape[1] % 128 == 0
-    return fits and x.dtype in warp.NAMES and x.stride(1) == 1 and weight.is_contiguous()
+    return fits and x.dtype in warp.NAMES and x.is_contiguous() and weight.is_contiguous()
 
 
 @functools.cache

@@ -23,6 +23,10 @@ num_ctas = function(Instruction("mov.u32 $0, %nctaid.x;", "r"))
 # ---- integers, 32 bits: Python's operators give 64 bits and guard against division by zero
 ADD_I32 = Instruction("add.s32 $0, $1, $2;", "r", "rr")
 MIN_I32 = Instruction("min.s32 $0, $1, $2;", "r", "rr")
+SUB_I32 = Instruction("sub.s32 $0, $1, $2;", "r", "rr")
+MAX_I32 = Instruction("max.s32 $0, $1, $2;", "r", "rr")
+SHIFT_RIGHT = Instruction("shr.u32 $0, $1, $2;", "r", "rr")
+IS_BELOW_U32 = Instruction("set.lt.u32.u32 $0, $1, $2;", "r", "rr")  # -1 or 0
 MAD_I32 = Instruction("mad.lo.s32 $0, $1, $2, $3;", "r", "rrr")
 XOR_B32 = Instruction("xor.b32 $0, $1, $2;", "r", "rr")
 # a + int64(b) * c
@@ -30,7 +34,7 @@ MAD_WIDE = Instruction("mad.wide.s32 $0, $2, $3, $1;", "l", "lrr")
 PERMUTE_LOW = Instruction("prmt.b32 $0, $1, $2, 0x5410;", "r", "rr")  # low halves of two registers
 PERMUTE_HIGH = Instruction("prmt.b32 $0, $1, $2, 0x7632;", "r", "rr")  # high halves
 min_i32 = function(MIN_I32)
-max_i32 = function(Instruction("max.s32 $0, $1, $2;", "r", "rr"))
+max_i32 = function(MAX_I32)
 div_u32 = function(Instruction("div.u32 $0, $1, $2;", "r", "rr"))
 wide = function(Instruction("cvt.s64.s32 $0, $1;", "l", "r"))  # to 64 bits
 # x * y // z, not negative, with 64 bits in between
@@ -40,14 +44,24 @@ mul_div = function(
     )
 )
 
+# ---- integers, 64 bits
+ADD_I64 = Instruction("add.s64 $0, $1, $2;", "l", "ll")
+SELECT_I64 = Instruction("slct.b64.s32 $0, $1, $2, $3;", "l", "llr")  # c >= 0 ? a : b
+IS_AT_MOST_I64 = Instruction("set.le.s32.s64 $0, $1, $2;", "r", "ll")  # -1 or 0
+mul_high_u64 = function(Instruction("mul.hi.u64 $0, $1, $2;", "l", "ll"))  # the upper half of the product
+
 # ---- float32
 ADD_F32 = Instruction("add.f32 $0, $1, $2;", "f", "ff")
 MUL_F32 = Instruction("mul.f32 $0, $1, $2;", "f", "ff")
 FMA_F32 = Instruction("fma.rn.f32 $0, $1, $2, $3;", "f", "fff")
+SUB_F32 = Instruction("sub.f32 $0, $1, $2;", "f", "ff")
+MIN_F32 = Instruction("min.f32 $0, $1, $2;", "f", "ff")
 MAX_F32 = Instruction("max.f32 $0, $1, $2;", "f", "ff")
 EXP2 = Instruction("ex2.approx.ftz.f32 $0, $1;", "f", "f")
 RECIPROCAL = Instruction("rcp.approx.ftz.f32 $0, $1;", "f", "f")
 SELECT = Instruction("slct.f32.s32 $0, $1, $2, $3;", "f", "ffr")  # c >= 0 ? a : b
+BITS_OF_F32 = Instruction("mov.b32 $0, $1;", "r", "f")
+F32_OF_BITS = Instruction("mov.b32 $0, $1;", "f", "r")
 max_f32 = function(MAX_F32)
 exp2 = function(EXP2)
 log2 = function(Instruction("lg2.approx.ftz.f32 $0, $1;", "f", "f"))
@@ -90,6 +104,7 @@ LOAD_16_BYTES = Instruction("ld.global.v4.b32 {$0,$1,$2,$3}, [$4];", "rrrr", "l"
 LOAD_X = Instruction("ld.global.L1::evict_last.v4.b32 {$0,$1,$2,$3}, [$4];", "rrrr", "l", effect=True)  # read again
 load_16_bytes = function(LOAD_16_BYTES)
 load_i32 = function(Instruction("ld.global.b32 $0, [$1];", "r", "l", effect=True))
+load_i64 = function(Instruction("ld.global.b64 $0, [$1];", "l", "l", effect=True))
 load_f32 = function(Instruction("ld.global.f32 $0, [$1];", "f", "l", effect=True))
 # Past L1, which does not see what other CTAs write.
 LOAD_SHARED_F32 = Instruction("ld.global.cg.f32 $0, [$1];", "f", "l", effect=True)
@@ -115,6 +130,18 @@ load_f32_of_cta = function(Instruction("ld.shared.f32 $0, [$1];", "f", "r", effe
 STORE_F32_OF_CTA = Instruction("st.shared.f32 [$0], $1;", "", "rf", effect=True)
 STORE_F32_OF_CTA_IF = Instruction("st.shared.f32 [$0], $1;", "", "rfr", effect=True, predicated=True)
 store_f32_of_cta_if = function(STORE_F32_OF_CTA_IF)
+load_i64_of_cta = function(Instruction("ld.shared.b64 $0, [$1];", "l", "r", effect=True))
+store_i64_of_cta = function(Instruction("st.shared.b64 [$0], $1;", "", "rl", effect=True))
+store_i64_of_cta_if = function(Instruction("st.shared.b64 [$0], $1;", "", "rlr", effect=True, predicated=True))
+# Where the third is not 0, adds atomically: as two words, as 64 bits at once are a loop of compare-and-swap.
+ADD_TO_I64_OF_CTA_IF = Instruction(
+    "{.reg .pred p, q; .reg .b32 low, high, old, next; mov.b64 {low, high}, $1; setp.ne.s32 p, $2, 0; mov.b32 old, 0; "
+    "@p atom.shared.add.u32 old, [$0], low; add.cc.u32 old, old, low; addc.u32 high, high, 0; add.u32 next, $0, 4; "
+    "setp.ne.and.u32 q, high, 0, p; @q red.shared.add.u32 [next], high;}",
+    "",
+    "rlr",
+    effect=True,
+)
 # 16 bytes from global to shared memory without passing through registers
 COPY_ASYNC = Instruction("cp.async.cg.shared.global [$0], [$1], 16;", "", "rl", effect=True)
 copies_issued = function(Instruction("cp.async.commit_group;", effect=True))
@@ -135,10 +162,29 @@ ADD_SHUFFLED_UP = Instruction(
     effect=True,
     warp=True,
 )
+ADD_SHUFFLED_UP_I64 = Instruction(
+    "{.reg .pred p; .reg .b32 low, high; .reg .b64 y; mov.b64 {low, high}, $1; "
+    "shfl.sync.up.b32 low|p, low, $2, 0x0, 0xffffffff; shfl.sync.up.b32 high, high, $2, 0x0, 0xffffffff; "
+    "mov.b64 y, {low, high}; mov.b64 $0, $1; @p add.s64 $0, $0, y;}",
+    "l",
+    "lr",
+    effect=True,
+    warp=True,
+)
 SHUFFLE_INDEX = Instruction("shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;", "r", "rr", effect=True, warp=True)
 TRANSPOSE_8X8 = Instruction("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "r", "r", warp=True)
 transpose_8x8 = function(TRANSPOSE_8X8)  # of 16-bit elements: lane 4g + t has (g, 2t) and (g, 2t + 1)
 lane_value = function(SHUFFLE_INDEX)
+lane_value_i64 = function(
+    Instruction(
+        "{.reg .b32 low, high; mov.b64 {low, high}, $1; shfl.sync.idx.b32 low, low, $2, 0x1f, 0xffffffff; "
+        "shfl.sync.idx.b32 high, high, $2, 0x1f, 0xffffffff; mov.b64 $0, {low, high};}",
+        "l",
+        "lr",
+        effect=True,
+        warp=True,
+    )
+)
 count_lanes = function(
     Instruction(
         "{.reg .pred p; .reg .b32 x; setp.ne.s32 p, $1, 0; vote.sync.ballot.b32 x, p, 0xffffffff; popc.b32 $0, x;}",
@@ -165,8 +211,7 @@ any_of_cta = function(
 # Waits for the kernels before; nothing that they wrote may be read earlier, and nothing written.
 wait_for_predecessor = function(Instruction("griddepcontrol.wait;", effect=True))
 # Lets the next kernel start as soon as there is room. To be called after the wait, so that what that kernel reads
-# before its own wait can have come from any kernel but this one. (Tried: before the wait, in the small kernels between
-# matrix products. A decode step of an 8B model then took 5.85 ms instead of 4.33 on an H200.)
+# before its own wait can have come from any kernel but this one.
 let_successor_start = function(Instruction("griddepcontrol.launch_dependents;", effect=True))
 
 
@@ -174,6 +219,13 @@ let_successor_start = function(Instruction("griddepcontrol.launch_dependents;", 
 def warp_sum(emit: Any, x: Any) -> Any:
     for lanes in (16, 8, 4, 2, 1):
         x = emit(ADD_F32, x, emit(SHUFFLE_XOR, x, lanes))
+    return x
+
+
+@macro
+def warp_max(emit: Any, x: Any) -> Any:
+    for lanes in (16, 8, 4, 2, 1):
+        x = emit(MAX_F32, x, emit(SHUFFLE_XOR, x, lanes))
     return x
 
 
@@ -197,6 +249,13 @@ def prefix_sum(emit: Any, x: Any) -> Any:
     """Of the lanes up to and including this one."""
     for lanes in (1, 2, 4, 8, 16):
         x = emit(ADD_SHUFFLED_UP, x, lanes)
+    return x
+
+
+@macro
+def prefix_sum_i64(emit: Any, x: Any) -> Any:
+    for lanes in (1, 2, 4, 8, 16):
+        x = emit(ADD_SHUFFLED_UP_I64, x, lanes)
     return x
 
 

@@ -35,23 +35,20 @@ class Decoder:
         Returns [num_samples, vocab] in the model's dtype, rows in the order of `batch.logit_indices`.
         """
         ops, weights, eps = self.ops, self.weights, self.config.rms_norm_eps
-        ops.begin_step(batch.decode_seq_lens, is_decode_only=not batch.prefill_rows)
-        residual = ops.embedding(batch.token_ids, weights.embedding)  # [T, hidden]
-        x = ops.rms_norm(residual, weights.layers[0].input_norm, eps)
-        next_norms = [*(layer.input_norm for layer in weights.layers[1:]), weights.norm]
-        for index, (layer, next_norm) in enumerate(zip(weights.layers, next_norms, strict=True)):
-            x = ops.linear(self._attention(x, layer, index, batch, kv), layer.o_proj)
-            x = ops.add_rms_norm(x, residual, layer.post_attention_norm, eps)
-            x = ops.linear(ops.silu_and_mul(ops.linear(x, layer.gate_up)), layer.down)
-            x = ops.add_rms_norm(x, residual, next_norm, eps)
+        ops.begin_step(batch.decode_seq_lens, batch.slot_mapping, is_decode_only=not batch.prefill_rows)
+        x = ops.embedding(batch.token_ids, weights.embedding)  # [T, hidden], the residual stream
+        for index, layer in enumerate(weights.layers):
+            ops.add_linear(self._attention(x, layer, index, batch, kv), layer.o_proj, x)
+            gated = ops.norm_gated_linear(x, layer.post_attention_norm, eps, layer.gate_up)  # [T, intermediate]
+            ops.add_linear(gated, layer.down, x)
         if batch.logit_indices is not None:
             x = x.index_select(0, batch.logit_indices)
-        return ops.linear(x, weights.lm_head)
+        return ops.norm_linear(x, weights.norm, eps, weights.lm_head)
 
     def _attention(self, x: Tensor, layer: LayerWeights, index: int, batch: InputBatch, kv: Tensor) -> Tensor:
         """x [T, hidden] -> [T, num_heads * head_dim], before the output projection."""
         ops = self.ops
-        qkv = ops.linear(x, layer.qkv, layer.qkv_bias)
+        qkv = ops.norm_linear(x, layer.input_norm, self.config.rms_norm_eps, layer.qkv, layer.qkv_bias)
         q = ops.rotary_and_store(
             qkv,
             batch.positions,
@@ -63,11 +60,8 @@ class Decoder:
             layer.k_norm,
             self.config.rms_norm_eps,
         )
-        out = torch.empty_like(q)
-        n = batch.num_decode_rows
+        rows, n = batch.prefill_rows, batch.num_decode_rows
+        out = ops.prefill_attention(q, kv, index, rows) if rows else torch.empty_like(q)
         if n:
             ops.paged_decode_attention(q[:n], kv, index, batch.decode_block_tables, batch.decode_seq_lens, out[:n])
-        for row in batch.prefill_rows:
-            tokens = slice(row.start, row.end)
-            ops.prefill_attention(q[tokens], kv, index, row.block_table, row.num_cached, out[tokens])
         return out.flatten(1)

@@ -66,7 +66,7 @@ def _cuda_budget(decoder: Decoder, config: EngineConfig, model: ModelConfig) -> 
 
 
 def _run_largest_prefill(decoder: Decoder, config: EngineConfig, model: ModelConfig) -> None:
-    """A step of `max_num_batched_tokens` tokens in the null block, which is all the cache there is."""
+    """A step of `max_num_batched_tokens` tokens with the longest histories, all in the null block."""
     max_len = config.max_len_of(model)
     num_tokens = config.max_num_batched_tokens
     kv = torch.zeros(kv_shape(1, config, model), dtype=getattr(torch, model.dtype), device=decoder.device)
@@ -74,10 +74,7 @@ def _run_largest_prefill(decoder: Decoder, config: EngineConfig, model: ModelCon
     starts = range(0, num_tokens, max_len)
     ends = [min(start + max_len, num_tokens) for start in starts]
     table = torch.zeros(-(-max_len // config.block_size), dtype=torch.int32, device=decoder.device)
-    rows = [
-        PrefillRow(start, end, 0, table[: -(-(end - start) // config.block_size)])
-        for start, end in zip(starts, ends, strict=True)
-    ]
+    rows = [PrefillRow(start, end, max_len - (end - start), table) for start, end in zip(starts, ends, strict=True)]
     zeros = torch.zeros_like(positions)
     last = torch.tensor(ends, device=decoder.device)[: config.max_num_seqs] - 1
     decoder.forward(InputBatch(zeros, positions, zeros, 0, table[None, :0], table[:0], tuple(rows), last), kv)

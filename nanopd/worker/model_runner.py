@@ -77,25 +77,23 @@ class ModelRunner:
         zeros = np.zeros(3, np.int64)
         positions = np.array([0, 0, 1])
         chunk = ChunkInputs(start=1, end=3, num_cached=0, slot=0)
-        self._run(StepInputs(zeros, zeros, positions, positions, 1, [chunk], zeros[:1], zeros[:1], zeros[:1]))
+        logits = self._run(StepInputs(zeros, zeros, positions, positions, 1, [chunk], zeros[:1], zeros[:1], zeros[:1]))
+        self._sampler.sample(logits, zeros[:1], zeros[:1])
 
     @torch.inference_mode()
     def launch(self, batch: StepBatch) -> LaunchedStep:
         """Queue a step on the device; on the CPU, execute it."""
-        step = LaunchedStep(batch.step_id, self._kv.device)
         self._apply_changes(batch)
         inputs = step_inputs(batch, self._host_tables, self._block_size)
+        step = LaunchedStep(batch.step_id, self._kv.device)  # its time begins when its work is there to be started
         if self._graphs is not None and self._graphs.can_run(inputs):
             logits, tokens = self._graphs.run(inputs, self._upload)
         else:
             logits, tokens = self._run(inputs), None
-        host_slots, host_positions = map(torch.from_numpy, (inputs.sampled_slots, inputs.sampled_positions))
-        is_chosen = tokens is not None and self._sampler.is_plain_argmax(host_slots, host_positions)
-        if not is_chosen or self._sampler.wants_logprobs(host_slots):
-            logits = logits.float()
-        if tokens is None or not is_chosen:
-            tokens = self._sampler.sample(logits, host_slots, host_positions)
-            (slots,) = self._upload([inputs.sampled_slots])
+        host_slots, positions = inputs.sampled_slots, inputs.sampled_positions
+        if tokens is None or not self._sampler.is_plain_argmax(host_slots, positions):
+            tokens = self._sampler.sample(logits, host_slots, positions)
+            (slots,) = self._upload([host_slots])
             self._last_tokens.index_copy_(0, slots, tokens)
         step.set_outputs(tokens, self._sampler.logprobs(logits, host_slots, tokens))
         return step

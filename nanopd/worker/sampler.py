@@ -2,11 +2,12 @@
 
 Owns what each slot asked for (temperature, top-k, top-p, seed, stop ids) and the arithmetic from logits to token ids
 and logprobs. Knows nothing of sequences, blocks or models. What a slot asked for stays on the host, so the path is
-chosen without reading the device.
+chosen without reading the device, and on a GPU nothing here waits for it.
 
 A row's token depends on its logits, its seed and its position, never on the other rows: one Philox number per
-(seed, position) is looked up in the row's cumulative distribution, whose probabilities are fixed-point integers, so
-that their sums are exact in any order.
+(seed, position) is looked up in the row's cumulative distribution. A token's likelihood is relative to the best
+token's, and is summed as a fixed-point integer, so that sums are exact in any order. `draw_token` here and the kernel
+of `nanopd.cuda.sampling` are the same rule.
 """
 
 from __future__ import annotations
@@ -17,12 +18,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanopd.config import MAX_STEPS_IN_FLIGHT
 from nanopd.messages import MAX_LOGPROBS, SLOT_INIT
+from nanopd.worker.upload import Uploader
 
 GREEDY_BELOW = 1e-5  # temperatures below are greedy, as in vLLM
-PROBABILITY_ONE = 2.0**40  # fixed point: a token less likely than 2**-40 is never drawn
+ONE = 2.0**40  # fixed point: a token less likely than 2**-40 of the best one is never drawn
+LOG2_E = 1.4426950408889634
 NUM_CANDIDATES = 256  # best tokens looked at first for top-p
 GROWTH = 16  # times as many where these do not reach it
+
+# What a row's token is drawn by; uniform and top_p in multiples of 2**-64. The kernel reads these records.
+DRAW = np.dtype(
+    [
+        ("uniform", "<u8"),
+        ("top_p", "<u8"),  # 0: off
+        ("top_k", "<i4"),  # 0: off
+        ("scale", "<f4"),  # log2(e) / temperature
+    ]
+)
+MIN_SCALE = 1e-30  # -inf times it is -inf
+GREEDY = (0, 0, 0, 1e30)  # the first of the best tokens: all others have no likelihood
 
 PHILOX_MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], np.uint64)
 PHILOX_WEYL = np.array([[0x9E3779B9], [0xBB67AE85]], np.uint64)
@@ -42,9 +58,9 @@ class TokenLogprobs(NamedTuple):
 class Sampler:
     """Sampling parameters of every slot, and the choice of tokens by them."""
 
-    def __init__(self, max_slots: int, vocab_size: int, device: torch.device | str) -> None:
+    def __init__(self, max_slots: int, vocab_size: int, device: torch.device) -> None:
         self.vocab_size = vocab_size
-        self.device = torch.device(device)
+        self._upload = Uploader(device, MAX_STEPS_IN_FLIGHT + 1)
         self._slots = np.zeros(max_slots, SLOT_INIT)  # row s: the record that last entered slot s
         self._stop_ids = [np.empty(0, np.int32)] * max_slots
 
@@ -60,69 +76,60 @@ class Sampler:
         for slot, ids in zip(slot_inits["slot"].tolist(), np.split(stop_ids, ends[:-1]), strict=False):
             self._stop_ids[slot] = ids.copy()  # the message's memory is used again
 
-    def sample(self, logits: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+    def sample(self, logits: Tensor, slots: np.ndarray, positions: np.ndarray) -> Tensor:
         """The next token of every row.
 
         Args:
-            logits: [num_rows, vocab_size] float32, on the sampler's device; left as they are
-            slots: [num_rows] int64, on the CPU
-            positions: [num_rows] int64, on the CPU; index in its sequence, prompt included, of the token to choose
+            logits: [num_rows, vocab_size], float32 or a 16-bit type, contiguous; left as they are
+            slots: [num_rows] int64
+            positions: [num_rows] int64, index in its sequence, prompt included, of the token to choose
 
         Returns:
-            [num_rows] int64, on the sampler's device
+            [num_rows] int64, on the logits' device
         """
-        params, host_positions = self._slots[slots.numpy()], positions.numpy()
-        logits = self._mask_stop_ids(logits, params, host_positions)
-        is_random = params["temperature"] >= GREEDY_BELOW
-        if not is_random.any():
-            return logits.argmax(-1)
-        token_ids = torch.empty(len(params), dtype=torch.int64, device=self.device)
-        if not is_random.all():
-            greedy_rows = self._to_device(np.flatnonzero(~is_random))
-            token_ids[greedy_rows] = logits[greedy_rows].argmax(-1)
-        rows = np.flatnonzero(is_random)
-        chosen = params[rows]
-        uniforms = uniform_numbers(chosen["seed"], host_positions[rows])
+        params = self._slots[slots]
+        logits = self._mask_stop_ids(logits, params, positions)
+        draws = draws_of(params, positions)
+        if logits.is_cuda:
+            from nanopd.cuda.sampling import draw_tokens  # not at the top: numba's CUDA side is for GPU workers only
+
+            return draw_tokens(logits, *self._upload([draws.view(np.int64)]))
+        token_ids = logits.argmax(-1)
         # A row at a time: the temporaries stay in the cache (measured: a batch's take up to six times as long).
-        for row, param, uniform in zip(rows.tolist(), chosen, uniforms.tolist(), strict=True):
-            temperature, top_k, top_p = param[["temperature", "top_k", "top_p"]].item()
-            token_ids[row] = draw_token(logits[row], temperature, top_k, top_p, uniform)
+        for row in np.flatnonzero(params["temperature"] >= GREEDY_BELOW).tolist():
+            token_ids[row] = draw_token(logits[row].float(), *draws[row].item())
         return token_ids
 
-    def logprobs(self, logits: Tensor, slots: Tensor, token_ids: Tensor) -> TokenLogprobs:
+    def logprobs(self, logits: Tensor, slots: np.ndarray, token_ids: Tensor) -> TokenLogprobs:
         """Log-softmax of the logits as the model gave them, for the rows whose slots ask for it.
 
         Args:
-            logits: [num_rows, vocab_size] float32
-            slots: [num_rows] int64, on the CPU
+            logits: [num_rows, vocab_size], as for `sample`
+            slots: [num_rows] int64
             token_ids: [num_rows] int64, the chosen tokens
         """
-        num_logprobs = self._slots["num_logprobs"][slots.numpy()]
+        num_logprobs = self._slots["num_logprobs"][slots].astype(np.int64)
         host_rows = np.flatnonzero(num_logprobs >= 0)
         ids = torch.full((len(host_rows), 1 + MAX_LOGPROBS), -1, dtype=torch.int64, device=logits.device)
         values = torch.full(ids.shape, -torch.inf, device=logits.device)
         if len(host_rows):
-            rows = self._to_device(host_rows)
-            wanted = self._to_device(num_logprobs[host_rows])[:, None]  # [num_logprob_rows, 1]
+            rows, wanted = self._upload([host_rows, num_logprobs[host_rows]])
             num_best = min(int(num_logprobs.max()), self.vocab_size)
-            log_probs = torch.log_softmax(logits[rows], -1)
-            ids[:, :1] = token_ids[rows, None]
-            values[:, :1] = log_probs.gather(-1, ids[:, :1])
-            best = log_probs.topk(num_best)
-            unwanted = torch.arange(num_best, device=logits.device) >= wanted
+            logits = logits.index_select(0, rows)
+            log_total = logits.float().logsumexp(-1, keepdim=True)  # [num_logprob_rows, 1]
+            ids[:, 0] = token_ids.index_select(0, rows)
+            values[:, :1] = logits.gather(-1, ids[:, :1]) - log_total
+            best = logits.topk(num_best)
+            unwanted = torch.arange(num_best, device=logits.device) >= wanted[:, None]
             ids[:, 1 : 1 + num_best] = best.indices.masked_fill(unwanted, -1)
-            values[:, 1 : 1 + num_best] = best.values.masked_fill(unwanted, -torch.inf)
+            values[:, 1 : 1 + num_best] = (best.values - log_total).masked_fill(unwanted, -torch.inf)
         return TokenLogprobs(host_rows.astype(np.int32), ids.int().flatten(), values.flatten())
 
-    def is_plain_argmax(self, slots: Tensor, positions: Tensor) -> bool:
+    def is_plain_argmax(self, slots: np.ndarray, positions: np.ndarray) -> bool:
         """Whether `sample` would choose the largest logit in every row; arguments as for `sample`."""
-        params = self._slots[slots.numpy()]
-        is_masked = (positions.numpy() < params["min_len"]) & (params["num_stop_ids"] > 0)
+        params = self._slots[slots]
+        is_masked = (positions < params["min_len"]) & (params["num_stop_ids"] > 0)
         return not bool((is_masked | (params["temperature"] >= GREEDY_BELOW)).any())
-
-    def wants_logprobs(self, slots: Tensor) -> bool:
-        """Whether any of `slots` ([*] int64, on the CPU) asks for logprobs."""
-        return bool((self._slots["num_logprobs"][slots.numpy()] >= 0).any())
 
     def _mask_stop_ids(self, logits: Tensor, params: np.ndarray, positions: np.ndarray) -> Tensor:
         """The logits, with -inf at the stop ids of rows that are still below their min_len."""
@@ -130,65 +137,78 @@ class Sampler:
         if len(rows) == 0:
             return logits
         ids = np.concatenate([self._stop_ids[slot] for slot in params["slot"][rows]])
-        index = np.repeat(rows, params["num_stop_ids"][rows]), ids.astype(np.int64)
-        minus_inf = torch.tensor(-torch.inf, device=logits.device)
-        return logits.index_put((self._to_device(index[0]), self._to_device(index[1])), minus_inf)
-
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+        (index,) = self._upload([np.repeat(rows, params["num_stop_ids"][rows]) * self.vocab_size + ids])
+        return logits.flatten().index_fill(0, index, -torch.inf).view_as(logits)
 
 
-def fixed_point(probs: Tensor) -> Tensor:
-    """Probabilities (float32) as int64 multiples of 2**-40; sums of a row are exact, and exact in float64."""
-    return (probs * PROBABILITY_ONE).long()
+def draws_of(params: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """What the rows' tokens are drawn by.
+
+    Args:
+        params: [num_rows] SLOT_INIT
+        positions: [num_rows] int64
+
+    Returns:
+        [num_rows] DRAW
+    """
+    draws = np.empty(len(params), DRAW)
+    is_random = params["temperature"] >= GREEDY_BELOW
+    draws["uniform"] = random_numbers(params["seed"], positions)
+    draws["top_p"] = np.where(params["top_p"] < 1.0, np.ceil(params["top_p"] * 2.0**64), 0)
+    draws["top_k"] = params["top_k"]
+    draws["scale"] = np.maximum(LOG2_E / np.where(is_random, params["temperature"], 1.0), MIN_SCALE)
+    draws[~is_random] = GREEDY
+    return draws
 
 
-def draw_token(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform: float) -> Tensor:
+def fixed_point(likelihood: Tensor) -> Tensor:
+    """Likelihoods (float32, at most 1) as int64 multiples of 2**-40."""
+    return (likelihood * ONE).long()
+
+
+def draw_token(logits: Tensor, uniform: int, top_p: int, top_k: int, scale: float) -> int:
     """The token at which the cumulative distribution, in the order of the vocabulary, passes `uniform`.
 
     Args:
         logits: [vocab_size] float32
-        temperature: > 0
-        top_k: 0: off
-        top_p: 1: off
-        uniform: 0 <= uniform < 1
-
-    Returns:
-        [] int64
+        uniform, top_p, top_k, scale: fields of a DRAW
     """
-    probs = torch.softmax(logits / temperature, -1)
-    weights = fixed_point(probs)
-    if top_k > 0 or top_p < 1.0:
-        weights = weights.where(probs >= keep_threshold(probs, weights.sum(), top_k, top_p), 0)
-    cdf = weights.cumsum(-1)
-    target = (cdf[-1].double() * uniform).long()  # below the total, as uniform is below 1
-    return torch.searchsorted(cdf, target, right=True)
+    cdf = kept_weights(((logits - logits.max()) * scale).exp2_(), top_k, top_p).numpy().cumsum()
+    return int(np.searchsorted(cdf, int(cdf[-1]) * uniform >> 64, side="right"))
 
 
-def keep_threshold(probs: Tensor, total: Tensor, top_k: int, top_p: float) -> Tensor:
-    """The smallest probability that top-k, and then top-p of what top-k has left, keep.
+def kept_weights(likelihood: Tensor, top_k: int, top_p: int) -> Tensor:
+    """The weights of the tokens that top-k, and then top-p of what top-k has left, keep; 0 for the others.
 
-    Top-p keeps the smallest set of best tokens that reaches `top_p` of the mass. A threshold keeps all tokens that are
-    as likely as the last one, so the kept set does not depend on the order of ties.
+    Top-p keeps the smallest set of best tokens that reaches `top_p` of the mass. All tokens as likely as the last one
+    kept are kept, so the set does not depend on the order of ties.
 
     Args:
-        probs: [vocab_size] float32
-        total: [] int64, the sum of their fixed-point weights
+        likelihood: [vocab_size] float32, at most 1
         top_k: 0: off
-        top_p: 1: off
+        top_p: in multiples of 2**-64; 0: off
 
     Returns:
-        [] float32
+        [vocab_size] int64
     """
-    vocab_size = len(probs)
-    num_candidates = min(top_k or NUM_CANDIDATES, vocab_size)
+    if 0 < top_k < len(likelihood):
+        likelihood = likelihood.where(likelihood >= likelihood.topk(top_k).values[-1], 0)
+    weights = fixed_point(likelihood)
+    if top_p > 0:
+        mass = -(-int(weights.sum()) * top_p >> 64)  # rounded up
+        weights = weights.where(likelihood >= _last_of_mass(likelihood, mass), 0)
+    return weights
+
+
+def _last_of_mass(likelihood: Tensor, mass: int) -> Tensor:
+    """The least likely of the best tokens whose weights reach `mass`: [] float32."""
+    num_candidates = min(NUM_CANDIDATES, len(likelihood))
     while True:
-        best = probs.topk(num_candidates).values  # descending
-        mass = fixed_point(best).cumsum(-1)
-        target = ((mass[-1] if top_k > 0 else total).double() * top_p).ceil().long()
-        if mass[-1] >= target:
-            return best[torch.searchsorted(mass, target)]
-        num_candidates = min(GROWTH * num_candidates, vocab_size)
+        best = likelihood.topk(num_candidates).values  # descending
+        sums = fixed_point(best).cumsum(-1)
+        if sums[-1] >= mass:
+            return best[torch.searchsorted(sums, mass)]
+        num_candidates = min(GROWTH * num_candidates, len(likelihood))
 
 
 def philox4x32(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
@@ -209,17 +229,17 @@ def philox4x32(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
     return np.stack((even[0], odd[0], even[1], odd[1]))
 
 
-def uniform_numbers(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """One uniform number in [0, 1) with 53 bits for each (seed, position).
+def random_numbers(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """One number of 64 random bits for each (seed, position).
 
     Args:
         seeds: [n] uint64
         positions: [n] int64, >= 0
 
     Returns:
-        [n] float64
+        [n] uint64
     """
     counter = np.zeros((4, len(seeds)), np.uint64)
     counter[0] = positions
     words = philox4x32(counter, np.stack((seeds & LOW_32, seeds >> SHIFT_32)))
-    return ((words[0] << SHIFT_32 | words[1]) >> np.uint64(11)) * 2.0**-53
+    return words[0] << SHIFT_32 | words[1]

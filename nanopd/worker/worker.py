@@ -96,5 +96,6 @@ def cuda_operations(config: EngineConfig, model: ModelConfig, device: torch.devi
             config.block_size,
             getattr(torch, model.dtype),
             device,
-        )
+        ),
+        config.max_num_batched_tokens,
     )

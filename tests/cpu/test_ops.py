@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nanopd import cpu
+from nanopd.cpu import ops
+from nanopd.models import PrefillRow
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}  # of the largest value
@@ -46,21 +48,25 @@ def test_linear(dtype: torch.dtype, num_tokens: int, in_features: int, out_featu
     bias = normal(out_features, dtype=dtype, seed=2) if has_bias else None
     expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     if num_tokens:
-        assert_close(cpu.linear(x, weight, bias), expected)
+        assert_close(ops.linear(x, weight, bias), expected)
     else:
-        assert cpu.linear(x, weight, bias).shape == (0, out_features)
+        assert ops.linear(x, weight, bias).shape == (0, out_features)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_tokens", "hidden"), [(1, 576), (3, 64), (20, 100)])
-def test_norms(dtype: torch.dtype, num_tokens: int, hidden: int) -> None:
-    x, residual = normal(num_tokens, hidden, dtype=dtype), normal(num_tokens, hidden, dtype=dtype, seed=1)
-    weight = normal(hidden, dtype=dtype, seed=2)
-    assert_close(cpu.rms_norm(x, weight, 1e-5), rms_norm_reference(x, weight, 1e-5))
-    total = x.double() + residual.double()
-    out = cpu.add_rms_norm(x, residual, weight, 1e-5)
-    assert_close(residual, total)
-    assert_close(out, rms_norm_reference(total, weight, 1e-5))
+def test_norms_and_products(dtype: torch.dtype, num_tokens: int, hidden: int) -> None:
+    x, weight = normal(num_tokens, hidden, dtype=dtype), normal(hidden, dtype=dtype, seed=2)
+    normed = rms_norm_reference(x, weight, 1e-5)
+    assert_close(ops.rms_norm(x, weight, 1e-5), normed)
+    matrix, residual = normal(2 * hidden, hidden, dtype=dtype, seed=3), normal(num_tokens, 2 * hidden, dtype=dtype)
+    product = normed.to(dtype).double() @ matrix.double().T
+    assert_close(cpu.norm_linear(x, weight, 1e-5, matrix), product)
+    gate, up = product.to(dtype).double().chunk(2, dim=1)
+    assert_close(cpu.norm_gated_linear(x, weight, 1e-5, matrix), gate * torch.sigmoid(gate) * up)
+    expected = residual.double() + x.double() @ matrix.double().T
+    cpu.add_linear(x, matrix, residual)
+    assert_close(residual, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -68,12 +74,12 @@ def test_norms(dtype: torch.dtype, num_tokens: int, hidden: int) -> None:
 def test_silu_and_mul(dtype: torch.dtype, scale: float) -> None:
     gate_up = scale * normal(5, 2 * 333, dtype=dtype)
     gate, up = gate_up.double().chunk(2, dim=1)
-    assert_close(cpu.silu_and_mul(gate_up), gate * torch.sigmoid(gate) * up)
+    assert_close(ops.silu_and_mul(gate_up), gate * torch.sigmoid(gate) * up)
 
 
 def test_silu_of_extremes_is_finite_and_nan_stays() -> None:
     gate_up = torch.tensor([[-1e4, -200.0, -88.0, 88.0, 200.0, 1e4, torch.nan] + [1.0] * 7])
-    out = cpu.silu_and_mul(gate_up)[0]
+    out = ops.silu_and_mul(gate_up)[0]
     assert_close(out[:6], torch.tensor([0.0, 0.0, 0.0, 88.0, 200.0, 1e4], dtype=torch.float64))
     assert out[6].isnan()
 
@@ -170,7 +176,8 @@ def test_prefill_attention(
         for i in range(cached, end):
             block = int(block_table[i // block_size])
             kv[block, LAYER, :, :, i % block_size] = full.kv[block, LAYER, :, :, i % block_size]
-        cpu.prefill_attention(q[cached:end], kv, LAYER, block_table, cached, out[cached:end])
+        row = PrefillRow(0, chunk, cached, block_table)
+        out[cached:end] = cpu.prefill_attention(q[cached:end], kv, LAYER, [row])
         cached = end
     keys, values = full.keys[0], full.values[0]
     expected = [attention_reference(q[i], keys[: i + 1], values[: i + 1]) for i in range(total)]

@@ -7,6 +7,7 @@ they are waited for. CTAs run one after the other, so races between CTAs go unse
 
 from __future__ import annotations
 
+import functools
 import re
 import threading
 import types
@@ -101,6 +102,10 @@ class Memory:
         for i, value in enumerate(values):
             self.bytes.view(np.uint32)[index[mask] + i] = words_of(value)[mask]
 
+    def add_i64(self, address: Any, amounts: np.ndarray, mask: np.ndarray) -> None:
+        index = self._index(np.where(mask, address, self.base), 2) // 2
+        np.add.at(self.bytes.view(np.int64), index[mask], amounts[mask])
+
     def _index(self, address: Any, words: int) -> np.ndarray:
         offset = np.broadcast_to(np.asarray(address, np.int64), (32,)) - self.base
         assert (offset % (4 * words) == 0).all(), f"misaligned for {words} words: {offset}"
@@ -116,6 +121,7 @@ class Cta:
         self.shared = Memory(SHARED_BASE, shared_bytes)
         self.barrier = threading.Barrier(num_warps)
         self.votes: dict[int, bool] = {}
+        self.atomic = threading.Lock()
 
 
 class Warp:
@@ -137,10 +143,8 @@ class Warp:
             operands = (np.asarray(operands[0]) + int(offset[1]), *operands[1:])
         kinds = instruction.operands
         values = [lanes(x, np.float32 if kind == "f" else np.int64) for x, kind in zip(operands, kinds)]
-        for pattern, emulate in RULES:
-            if found := re.search(pattern, instruction.text):
-                return emulate(self, found, instruction, mask, *values)
-        raise NotImplementedError(instruction.text)
+        emulate, found = _rule(instruction.text)
+        return emulate(self, found, instruction, mask, *values)
 
     def bind(self, item: Any) -> Any:
         """`item`, a global or a closure variable of a kernel, for this warp."""
@@ -174,13 +178,24 @@ class Warp:
 
     def load(self, found: re.Match[str], instruction: Instruction, _mask: np.ndarray, address: Any) -> Any:
         memory = self._cta.shared if found[1] == "shared" else self._cta.memory
+        if instruction.results == "l":
+            return lanes(np.ascontiguousarray(memory.load(address, 2)).view(np.int64)[:, 0])
         words = memory.load(address, len(instruction.results))
         convert = floats if instruction.results[0] == "f" else ints
         return _one_or_list([convert(words[:, i]) for i in range(words.shape[1])])
 
-    def store(self, found: re.Match[str], _: Instruction, mask: np.ndarray, address: Any, *values: Any) -> None:
+    def store(self, found: re.Match[str], what: Instruction, mask: np.ndarray, address: Any, *values: Any) -> None:
         memory = self._cta.shared if found[1] == "shared" else self._cta.memory
+        if what.operands[1] == "l":
+            values = values[0], values[0] >> 32
         memory.store(address, list(values), mask)
+
+    def add_i64(self, _found: Any, _: Instruction, _mask: np.ndarray, address: Any, amount: Any, vote: Any) -> None:
+        with self._cta.atomic:
+            self._cta.shared.add_i64(address, np.asarray(amount), np.asarray(vote) != 0)
+
+    def reinterpret(self, _found: Any, instruction: Instruction, _mask: np.ndarray, x: Any) -> Lanes:
+        return ints(words_of(x)) if instruction.results == "r" else floats(words_of(x))
 
     def count(self, _found: Any, _: Instruction, mask: np.ndarray, address: Any) -> Lanes:
         assert mask.sum() <= 1
@@ -252,6 +267,14 @@ def _unpack(dtype: str) -> Callable[..., Any]:
     return lambda _warp, _found, _instruction, _mask, x: [lanes(half, np.float32) for half in halves(x, dtype)]
 
 
+def _float_of(bits: np.ndarray) -> np.ndarray:
+    return bits.astype(np.int32).view(np.float32).astype(np.float64)
+
+
+def _unsigned(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.int64).view(np.uint64)
+
+
 def _nothing(*_: Any) -> None:
     pass
 
@@ -268,6 +291,7 @@ RULES: list[tuple[str, Callable[..., Any]]] = [
     (r"^cp\.async\.wait_group (\d+)", Warp.wait),
     (r"^ld\.(global|shared)", Warp.load),
     (r"^st\.(global|shared)", Warp.store),
+    (r"atom\.shared\.add\.u32.*red\.shared\.add", Warp.add_i64),
     (r"^atom\.acq_rel\.gpu\.global\.add", Warp.count),
     (r"^bar\.sync 0", Warp.sync),
     (r"bar\.red\.or", Warp.any_of_cta),
@@ -280,10 +304,19 @@ RULES: list[tuple[str, Callable[..., Any]]] = [
     (r"mov\.b32 \{x, y\}", _unpack("f16")),
     (r"vote\.sync\.ballot", _simple(lambda x: (x != 0).sum())),
     (r"^shfl\.sync\.bfly", _float(lambda x, mask: _shuffled(x, LANE ^ mask))),
-    (r"^shfl\.sync\.idx", _simple(_shuffled)),
+    (r"shfl\.sync\.idx", _simple(_shuffled)),
     (r"shfl\.sync\.up", _simple(lambda x, n: x + np.where(n <= LANE, _shuffled(x, LANE - n), 0))),
     (r"add\.u32 x, \$1, 1", _simple(lambda x, n, total: ((x + 1) * n - 1) // total)),
     (r"mul\.wide\.u32 a, \$1", _simple(lambda x, y, z: x * y // z)),
+    (r"shr\.u64 y, y, x", _simple(lambda key, floor: np.where(key >= floor, 2.0**40 * _float_of(key), 0))),
+    (r"^mul\.hi\.u64", _simple(lambda x, y: [int(a) * int(b) >> 64 for a, b in zip(_unsigned(x), _unsigned(y))])),
+    (r"^slct\.b64\.s32", _simple(lambda a, b, c: np.where(c >= 0, a, b))),
+    (r"^set\.lt\.u32", _simple(lambda x, y: -(words_of(x) < words_of(y)).astype(int))),
+    (r"^set\.le\.s32\.s64", _simple(lambda x, y: -(x <= y).astype(int))),
+    (r"^mov\.b32 \$0, \$1;", Warp.reinterpret),
+    (r"^add\.s64", _simple(np.add)),
+    (r"^sub\.s32", _simple(np.subtract)),
+    (r"^shr\.u32", _simple(lambda x, n: words_of(x) >> n)),
     (r"^add\.s32", _simple(np.add)),
     (r"^min\.s32", _simple(np.minimum)),
     (r"^max\.s32", _simple(np.maximum)),
@@ -293,15 +326,25 @@ RULES: list[tuple[str, Callable[..., Any]]] = [
     (r"^mad\.lo\.s32", _simple(lambda a, b, c: a * b + c)),
     (r"^cvt\.s64\.s32", _simple(lambda x: x)),
     (r"^add\.f32", _float(np.add)),
+    (r"^sub\.f32", _float(np.subtract)),
     (r"^mul\.f32", _float(np.multiply)),
     (r"^fma\.rn\.f32", _float(lambda a, b, c: a * b + c)),
-    (r"^max\.f32", _float(np.maximum)),
+    (r"^min\.f32", _float(np.fmin)),  # of a number and a NaN, the number
+    (r"^max\.f32", _float(np.fmax)),
     (r"^ex2", _float(np.exp2)),
     (r"^lg2", _float(np.log2)),
     (r"^rsqrt", _float(lambda x: 1 / np.sqrt(x))),
     (r"^rcp", _float(np.reciprocal)),
     (r"^slct\.f32\.s32", _float(lambda a, b, c: np.where(c >= 0, a, b))),
 ]
+
+
+@functools.cache
+def _rule(text: str) -> tuple[Callable[..., Any], re.Match[str]]:
+    for pattern, emulate in RULES:
+        if found := re.search(pattern, text):
+            return emulate, found
+    raise NotImplementedError(text)
 
 
 class _Namespace:

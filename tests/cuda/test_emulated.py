@@ -13,9 +13,10 @@ import references as ref
 from emulator import Emulator, to_bits, to_values
 from references import PagedCase, error, random, tolerance
 
-from nanopd.cuda import attention, blocks, elementwise
+from nanopd.cuda import attention, blocks, elementwise, sampling
 from nanopd.cuda.launch import Spec
-from nanopd.cuda.linear import TILE_ROWS, skinny_spec
+from nanopd.cuda.linear import ADD, GATE, MMA_ROWS, PLAIN, TILE_ROWS, skinny_spec
+from nanopd.worker.sampler import DRAW
 
 
 def run_decode(case: PagedCase, dtype: str, num_warps: int, num_stages: int, num_ctas: int) -> np.ndarray:
@@ -88,42 +89,53 @@ def test_plan_of_many_rows() -> None:
 
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
 @pytest.mark.parametrize(
-    ("num_rows", "in_size", "bias"), [(1, 128, False), (3, 2176, True), (8, 256, False), (13, 640, True)]
+    ("num_rows", "in_size", "result", "norm", "bias"),
+    [
+        (1, 128, PLAIN, False, False),
+        (3, 2176, PLAIN, True, True),
+        (8, 256, ADD, False, False),
+        (13, 640, PLAIN, False, True),
+        (11, 4224, GATE, True, False),
+        (2, 384, GATE, False, False),
+    ],
 )
-def test_skinny_linear(dtype: str, num_rows: int, in_size: int, bias: bool) -> None:
+def test_skinny_linear(dtype: str, num_rows: int, in_size: int, result: int, norm: bool, bias: bool) -> None:
     rng, num_tiles = np.random.default_rng(2), 3
-    x, w = random(rng, num_rows, in_size, dtype=dtype), random(rng, num_tiles * TILE_ROWS, in_size, dtype=dtype)
-    b = random(rng, num_tiles * TILE_ROWS, dtype=dtype)
+    out_size = num_tiles * (MMA_ROWS if result == GATE else TILE_ROWS)
+    x = random(rng, num_rows, in_size, dtype=dtype)
+    b, norm_weight = random(rng, num_tiles * TILE_ROWS, dtype=dtype), random(rng, in_size, dtype=dtype)
+    w = random(rng, num_tiles * TILE_ROWS, in_size, dtype=dtype) / 16
     gpu = Emulator()
-    # one element more to each row: what is past the rows of y stays as it is
-    y = gpu.put(np.full((num_rows, num_tiles * TILE_ROWS + 2), 7, np.uint16))
+    # two elements more to each row: what is past the rows of y stays as it is
+    before = random(rng, num_rows, out_size + 2, dtype=dtype)
+    y = gpu.put(to_bits(before, dtype))
+    norm_address = gpu.put(to_bits(norm_weight, dtype)) if norm else 0
     b_address = gpu.put(to_bits(b, dtype)) if bias else 0
-    addresses = (gpu.put(to_bits(w, dtype)), gpu.put(to_bits(x, dtype)), b_address, y)
-    strides = (2 * in_size, 2 * in_size, 2 * (num_tiles * TILE_ROWS + 2))
-    gpu.launch(skinny_spec(dtype, -(-num_rows // 8)), 2, *addresses, num_rows, num_tiles, *strides)
-    got = gpu.get(y, (num_rows, num_tiles * TILE_ROWS + 2), np.uint16)
-    expected = x.astype(np.float64) @ w.T.astype(np.float64) + bias * b
-    assert error(to_values(got[:, :-2], dtype), expected) < tolerance(dtype)
-    assert (got[:, -2:] == 7).all()
+    addresses = (gpu.put(to_bits(w, dtype)), gpu.put(to_bits(x, dtype)), norm_address, b_address, y)
+    second_tile = 2 * in_size * (num_tiles if result == GATE else 1) * MMA_ROWS
+    sizes = (num_rows, num_tiles, 2 * in_size, 2 * (out_size + 2), second_tile, result)
+    gpu.launch(skinny_spec(dtype, -(-num_rows // 8)), 2, *addresses, *sizes, 1e-5)
+    got = to_values(gpu.get(y, before.shape, np.uint16), dtype)
+    rows = to_values(to_bits(ref.rms_norm(x, norm_weight, 1e-5), dtype), dtype) if norm else x
+    expected = rows.astype(np.float64) @ w.T.astype(np.float64) + bias * b
+    if result == GATE:
+        expected = ref.silu_and_mul(expected)
+    if result == ADD:
+        expected = expected + before[:, :-2]
+    assert error(got[:, :-2], expected) < tolerance(dtype)
+    np.testing.assert_array_equal(got[:, -2:], before[:, -2:])
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
-@pytest.mark.parametrize("add", [False, True])
-def test_norm(dtype: str, add: bool) -> None:
+def test_norm(dtype: str) -> None:
     rng, shape = np.random.default_rng(3), (2, 2304)
-    x, residual, weight = (
-        random(rng, *shape, dtype=dtype),
-        random(rng, *shape, dtype=dtype),
-        random(rng, 2304, dtype=dtype),
-    )
+    x, weight = random(rng, *shape, dtype=dtype), random(rng, 2304, dtype=dtype)
     gpu = Emulator()
-    total, out = gpu.put(to_bits(residual, dtype)), gpu.put(np.zeros(shape, np.uint16))
-    x_address, weights = gpu.put(to_bits(x, dtype)), gpu.put(to_bits(weight, dtype))
-    gpu.launch(elementwise.norm_spec(dtype), 2, x_address, total if add else 0, weights, out, 2304 // 8, 1e-5)
-    expected = to_values(to_bits(x + residual, dtype), dtype) if add else x
-    np.testing.assert_array_equal(gpu.get(total, shape, np.uint16), to_bits(expected if add else residual, dtype))
+    out = gpu.put(np.zeros(shape, np.uint16))
+    addresses = gpu.put(to_bits(x, dtype)), gpu.put(to_bits(weight, dtype))
+    gpu.launch(elementwise.norm_spec(dtype), 2, *addresses, out, 2304 // 8, 1e-5)
     got = to_values(gpu.get(out, shape, np.uint16), dtype)
-    assert error(got, ref.rms_norm(expected, weight, 1e-5)) < tolerance(dtype)
+    assert error(got, ref.rms_norm(x, weight, 1e-5)) < tolerance(dtype)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
@@ -180,3 +192,74 @@ def test_move_blocks(id_type: type, block_bytes: int) -> None:
     gpu.launch(blocks.move_spec(), 4, src_address, to, ids[0], 0, *sizes)  # gather
     dst[:3] = src[src_ids]
     np.testing.assert_array_equal(gpu.get(to, dst.shape, np.int32), dst)
+
+
+def cumulative(logits: np.ndarray, top_k: int, top_p: float, scale: float) -> np.ndarray:
+    """[vocab_size] float64: the distribution that a token is drawn from, by sorting."""
+    likelihood = np.exp2((logits - logits.max()).astype(np.float64) * scale)
+    if top_k:
+        likelihood[likelihood < np.sort(likelihood)[-top_k]] = 0
+    best = np.sort(likelihood)[::-1]
+    last = np.searchsorted(best.cumsum(), top_p * best.sum())
+    likelihood[likelihood < best[min(last, len(best) - 1)]] = 0
+    return likelihood.cumsum() / likelihood.sum()
+
+
+@pytest.mark.parametrize(("dtype", "vocab_size"), [("bf16", 2000), ("f16", 24), ("f32", 3001)])
+def test_sampling(dtype: str, vocab_size: int) -> None:
+    rng = np.random.default_rng(7)
+    rows = [(0, 1.0, 1e30), (0, 1.0, 1.8), (10, 1.0, 0.5), (0, 0.9, 0.1), (20, 0.7, 1.2), (10**6, 0.2, 1.4)]
+    padded = -(-vocab_size // 8) * 8
+    logits = np.full((len(rows), padded), -np.inf, np.float32)
+    logits[:, :vocab_size] = 3 * rng.standard_normal((len(rows), vocab_size))
+    if dtype != "f32":  # many are equal
+        logits = to_values(to_bits(logits, dtype), dtype).reshape(logits.shape)
+    draws = np.zeros(len(rows), DRAW)
+    expected = []
+    for i, (x, (top_k, top_p, scale)) in enumerate(zip(logits, rows)):
+        cdf = cumulative(x[:vocab_size], min(top_k, vocab_size), top_p, scale)
+        shares = np.diff(cdf, prepend=0)
+        token = rng.choice(np.flatnonzero(shares > 0.2 * shares.max()))  # drawn by the middle of its interval
+        uniform = cdf[token] - shares[token] / 2
+        draws[i] = int(uniform * 2.0**64), int(top_p * 2.0**64) % 2**64, top_k, scale
+        expected.append(token)
+    gpu = Emulator()
+    source = logits if dtype == "f32" else to_bits(logits, dtype)
+    tokens = gpu.put(np.full(len(rows), -1, np.int64))
+    num_chunks = padded * source.itemsize // 16
+    addresses = gpu.put(source), gpu.put(draws), tokens
+    gpu.launch(sampling.sampling_spec(dtype), len(rows), *addresses, num_chunks, vocab_size)
+    assert gpu.get(tokens, (len(rows),), np.int64).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("log2_likelihoods", "uniform", "top_p", "top_k", "expected"),
+    [
+        ((-1, 0, -1), 2**62 - 1, 0, 0, 0),
+        ((-1, 0, -1), 2**62, 0, 0, 1),  # a token's share is without its end
+        ((-1, 0, -1), 3 * 2**62, 0, 0, 2),
+        ((-1, 0, -1), 2**64 - 1, 2**63, 0, 1),  # the best alone reaches half of the mass
+        ((-1, 0, -1), 2**64 - 1, 2**63 + 1, 0, 2),
+        ((-(2**-24), 0, -1.4 * 2**-24), 2**64 - 1, 0, 1, 1),  # 1 and the float32 before it
+        ((-1, 0, -1), 2**64 - 1, 0, 2, 2),  # as likely as the second best
+        ((0, 0, -1), 0, 0, 1, 0),
+    ],
+)
+def test_sampling_at_the_border(
+    log2_likelihoods: tuple[float, ...], uniform: int, top_p: int, top_k: int, expected: int
+) -> None:
+    gpu, logits = Emulator(), np.full(12, -np.inf, np.float32)
+    logits[[0, 5, 9]] = log2_likelihoods
+    tokens, draw = gpu.put(np.full(1, -1, np.int64)), gpu.put(np.array((uniform, top_p, top_k, 1.0), DRAW))
+    gpu.launch(sampling.sampling_spec("f32"), 1, gpu.put(logits), draw, tokens, 3, 12)
+    assert gpu.get(tokens, (1,), np.int64)[0] == (0, 5, 9)[expected]
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf, np.inf])
+def test_sampling_of_what_is_no_number(value: float) -> None:
+    """Some token of the vocabulary: what is wrong with a model must not become a wrong address."""
+    gpu = Emulator()
+    tokens = gpu.put(np.full(1, -1, np.int64))
+    logits, draw = gpu.put(np.full(64, value, np.float32)), gpu.put(np.array((2**64 - 1, 2**63, 30, 1.0), DRAW))
+    gpu.launch(sampling.sampling_spec("f32"), 1, logits, draw, tokens, 16, 61)
+    assert 0 <= gpu.get(tokens, (1,), np.int64)[0] < 61

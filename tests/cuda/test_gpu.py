@@ -13,9 +13,12 @@ import references as ref
 from references import PagedCase, error, tolerance
 
 from nanopd import cuda
+from nanopd.cuda import linear
 from nanopd.cuda.attention import gathered_attention
-from nanopd.cuda.linear import linear
+from nanopd.cuda.sampling import draw_tokens
 from nanopd.cuda.warp import NAMES
+from nanopd.messages import SLOT_INIT
+from nanopd.worker.sampler import draws_of, kept_weights
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.bfloat16, torch.float16)
@@ -126,29 +129,30 @@ def _rest(case: PagedCase) -> tuple:
 @pytest.mark.parametrize(
     ("in_size", "out_size"), [(1024, 4096), (2560, 64), (3584, 4608), (4096, 12288), (18944, 3584)]
 )
-@pytest.mark.parametrize("bias", [False, True])
-def test_linear(dtype: torch.dtype, in_size: int, out_size: int, bias: bool) -> None:
-    weight = torch.randn(out_size, in_size, device="cuda", dtype=dtype)
-    b = torch.randn(out_size, device="cuda", dtype=dtype) if bias else None
+def test_linear(dtype: torch.dtype, in_size: int, out_size: int) -> None:
+    weight = torch.randn(out_size, in_size, device="cuda", dtype=dtype) / in_size**0.5
+    norm, bias = torch.randn(in_size, device="cuda", dtype=dtype), torch.randn(out_size, device="cuda", dtype=dtype)
+    limit = tolerance(NAMES[dtype])
     for num_rows in (1, 2, 7, 8, 9, 16, 17):
         x = torch.randn(num_rows, in_size, device="cuda", dtype=dtype)
-        expected = x.double() @ weight.double().T + (0 if b is None else b.double())
-        got = linear(x, weight, b)
-        assert error(as_numpy(got), as_numpy(expected)) < tolerance(NAMES[dtype])
-        assert torch.equal(linear(x, weight, b), got), "the order of the sums is fixed"
+        normed = ref.rms_norm(as_numpy(x), as_numpy(norm), 1e-6) @ as_numpy(weight).T
+        got = linear.norm_linear(x, norm, 1e-6, weight, bias)
+        assert error(as_numpy(got), normed + as_numpy(bias)) < limit
+        assert torch.equal(linear.norm_linear(x, norm, 1e-6, weight, bias), got), "the order of the sums is fixed"
+        gated = linear.norm_gated_linear(x, norm, 1e-6, weight)
+        assert error(as_numpy(gated), ref.silu_and_mul(normed)) < 2 * limit
+        residual = torch.randn(num_rows, out_size, device="cuda", dtype=dtype)
+        expected = as_numpy(residual) + as_numpy(x) @ as_numpy(weight).T
+        linear.add_linear(x, weight, residual)
+        assert error(as_numpy(residual), expected) < limit
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 64), (3, 4096), (500, 5120)])
 def test_norm(dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    x, residual = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(2))
-    weight = torch.randn(shape[1], device="cuda", dtype=dtype)
+    x, weight = torch.randn(shape, device="cuda", dtype=dtype), torch.randn(shape[1], device="cuda", dtype=dtype)
     expected = ref.rms_norm(as_numpy(x), as_numpy(weight), 1e-6)
     assert error(as_numpy(cuda.rms_norm(x, weight, 1e-6)), expected) < tolerance(NAMES[dtype])
-    total = x + residual
-    got = cuda.add_rms_norm(x, residual, weight, 1e-6)
-    assert torch.equal(residual, total)
-    assert error(as_numpy(got), ref.rms_norm(as_numpy(total), as_numpy(weight), 1e-6)) < tolerance(NAMES[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -202,3 +206,29 @@ def test_gather_and_scatter(max_ctas: int) -> None:
     cuda.move_blocks(cuda.Side.of(buffer), cuda.Side.of(other, ids.flip(0)), 5, block_bytes, 0, max_ctas)
     assert torch.equal(other[ids.flip(0).long()], buffer)
     assert other.flatten(1).any(1).sum() == len(ids)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
+@pytest.mark.parametrize("vocab_size", [151936, 50257, 1000])
+def test_sampling_agrees_with_its_cpu_twin(dtype: torch.dtype, vocab_size: int) -> None:
+    rng, num_rows = np.random.default_rng(8), 60
+    params = np.zeros(num_rows, SLOT_INIT)
+    params["seed"] = rng.integers(0, 2**63, num_rows)
+    params["temperature"] = rng.choice([0.0, 0.01, 0.3, 0.8, 1.0, 5.0, 100.0], num_rows)
+    params["top_p"] = rng.choice([1.0, 0.95, 0.5, 0.05], num_rows)
+    params["top_k"] = rng.choice([0, 1, 50, 1000, 10**9], num_rows)
+    logits = (3 * torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(9))).to(dtype)
+    logits[::3, 17:900] = -torch.inf
+    draws, on_device = draws_of(params, np.arange(num_rows)), logits.cuda()
+    tokens = draw_tokens(on_device, on_gpu(draws.view(np.int64)))
+    num_equal = 0
+    for row, (uniform, top_p, top_k, scale) in enumerate(draws.tolist()):
+        alone = draw_tokens(on_device[row : row + 1].clone(), on_gpu(draws[row : row + 1].view(np.int64)))
+        assert tokens[row] == alone, "other rows do not matter"
+        x = logits[row].float()
+        cdf = kept_weights(((x - x.max()) * scale).exp2(), top_k, top_p).numpy().cumsum()
+        token, target, rounding = int(tokens[row]), int(cdf[-1]) * uniform >> 64, int(1e-5 * cdf[-1])
+        num_equal += token == np.searchsorted(cdf, target, side="right")
+        assert cdf[token] + rounding > target
+        assert token == 0 or cdf[token - 1] - rounding <= target
+    assert num_equal >= 0.9 * num_rows

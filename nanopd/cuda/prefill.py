@@ -1,0 +1,227 @@
+"""Attention of chunks of prompts: all rows of a step together, in torch's kernels.
+
+K and V of the rows' contexts are gathered from the cache, token after token. Flash attention takes all rows in one
+call, packed. Where cuDNN is faster (on Hopper twice as fast; measured at the first step), it takes the long prompts.
+It makes a plan for each new shape, which takes 36 ms, and its causal mask knows no history. So it gets the head of a
+prompt's first chunk, a multiple of GRAIN tokens; the rest is a packed row with the head as its history.
+Knows no model; `rows` are objects with the attributes of `nanopd.models.batch.PrefillRow`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LONG = 1024  # tokens of a first chunk from which on its head is worth a call of its own
+GRAIN = 256
+FLASH_DTYPES = (torch.bfloat16, torch.float16)
+MEASURED_TOKENS = 2048
+MEASURED_RUNS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """Prompts of equal length without history, or the head of one, causal on themselves."""
+
+    start: int  # of the step's tokens
+    count: int
+    length: int
+    context: int  # where theirs starts in the gathered contexts
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Segments that follow each other in Q and in K: the last query of each sees all of its keys. Some have no keys."""
+
+    q_lens: list[int]
+    k_lens: list[int]
+    starts: Tensor  # [2 (Q, K), num_segments + 1] int32
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a step's attention is made of, the same in each layer."""
+
+    blocks: Tensor  # [num_context] int64, the block of each token of the contexts
+    offsets: Tensor  # [num_context] int64, its place there
+    dense: list[Dense]
+    packed: Packed | None
+
+
+@dataclass(frozen=True, slots=True)
+class Backends:
+    packed: Callable[[Tensor, Tensor, Tensor, Packed], Tensor]  # as `flash_attention`
+    dense: Callable[[Tensor, Tensor, Tensor], Tensor] | None  # as `cudnn_attention`; None: no faster than packed
+
+
+class PrefillAttention:
+    """`begin_step` comes before the first layer of a step, then each layer calls the object."""
+
+    def __init__(self, max_tokens: int, backends: Backends | None = None) -> None:
+        """`max_tokens` of a step; `backends`: by default what is fastest on the device."""
+        self._max_tokens = max_tokens
+        self._backends = backends
+        self._plan: Plan | None = None
+
+    def begin_step(self, slot_mapping: Tensor) -> None:
+        """slot_mapping [T] int64, of the step's tokens."""
+        self._slot_mapping, self._plan = slot_mapping, None
+
+    def __call__(
+        self,
+        q: Tensor,  # [T, num_heads, head_dim], all tokens of the step
+        kv: Tensor,  # KV storage
+        layer: int,
+        rows: Sequence[Any],  # the same in each layer, in the order of their tokens, which are the step's last ones
+    ) -> Tensor:
+        """Causal attention of the rows over their histories and themselves, all already stored in the cache.
+
+        Returns [T, num_heads, head_dim]; what it holds for tokens of no row is undefined.
+        """
+        if self._backends is None:
+            self._backends = fastest_backends(q, kv.shape[3])
+            self._warm_up(q, kv.shape[3])
+        if self._plan is None:
+            self._plan = make_plan(rows, self._slot_mapping, kv.shape[4], self._backends.dense is not None)
+        return attend(q, gather(kv, layer, self._plan), self._plan, self._backends)
+
+    def _warm_up(self, q: Tensor, num_kv_heads: int) -> None:
+        """Lets the dense backend make its plans for the heads of all lengths now: 1 s for 8,192 tokens on an H200."""
+        assert self._backends
+        if self._backends.dense is None:
+            return
+        queries = q.new_zeros(self._max_tokens, *q.shape[1:])
+        context = q.new_zeros(self._max_tokens, 2, num_kv_heads, q.shape[2])
+        nowhere = torch.empty(0, dtype=torch.int64)
+        for length in range(LONG, self._max_tokens + 1, GRAIN):
+            attend(queries, context, Plan(nowhere, nowhere, [Dense(0, 1, length, 0)], None), self._backends)
+
+
+def make_plan(rows: Sequence[Any], slot_mapping: Tensor, block_size: int, has_dense: bool) -> Plan:
+    """Decides which tokens go where."""
+    lengths = [row.end - row.start for row in rows]
+    is_fresh = [has_dense and not row.num_cached for row in rows]
+    are_alike = all(is_fresh) and len(set(lengths)) == 1 and lengths[0] % GRAIN == 0
+    is_long = [fresh and (length >= LONG or are_alike) for fresh, length in zip(is_fresh, lengths, strict=True)]
+    heads = [length // GRAIN * GRAIN if long else 0 for length, long in zip(lengths, is_long, strict=True)]
+    has_rest = [head < length for head, length in zip(heads, lengths, strict=True)]
+    segments = [(rows[0].start, 0)]  # the decode rows, then each row's head: they have no keys here
+    for row, length, head in zip(rows, lengths, heads, strict=True):
+        segments += [(head, 0), (length - head, row.num_cached + length)]
+    # contexts of packed rows first, so that they follow each other
+    order = sorted(range(len(rows)), key=lambda i: not has_rest[i])
+    contexts = [rows[i].num_cached + lengths[i] for i in order]
+    where = dict(zip(order, accumulate(contexts, initial=0), strict=False))
+    dense = [Dense(row.start, 1, heads[i], where[i]) for i, row in enumerate(rows) if heads[i]]
+    if are_alike:
+        dense = [Dense(rows[0].start, len(rows), lengths[0], 0)]
+    slots = torch.cat([_slots(rows[i], slot_mapping, block_size) for i in order])
+    packed = _pack([s for s in segments if s[0]], slots.device) if any(has_rest) else None
+    return Plan(slots // block_size, slots % block_size, dense, packed)
+
+
+def _slots(row: Any, slot_mapping: Tensor, block_size: int) -> Tensor:
+    """[num_cached + length] int64, where K and V of the row's context lie."""
+    if not row.num_cached:
+        return slot_mapping[row.start : row.end]
+    offsets = torch.arange(block_size, device=slot_mapping.device)
+    slots = row.block_table.long()[:, None] * block_size + offsets
+    return slots.view(-1)[: row.num_cached + row.end - row.start]
+
+
+def _pack(segments: list[tuple[int, int]], device: torch.device) -> Packed:
+    q_lens, k_lens = ([s[i] for s in segments] for i in range(2))
+    starts = [list(accumulate(lens, initial=0)) for lens in (q_lens, k_lens)]
+    on_host = torch.tensor(starts, dtype=torch.int32, pin_memory=device.type == "cuda")
+    return Packed(q_lens, k_lens, on_host.to(device, non_blocking=True))
+
+
+def gather(kv: Tensor, layer: int, plan: Plan) -> Tensor:
+    """K and V of the contexts, [num_context, 2, num_kv_heads, head_dim]: strides do not depend on their number."""
+    is_wide = kv.shape[5] * kv.element_size() % 16 == 0
+    source = kv.view(torch.complex128) if is_wide else kv  # 16 bytes at a time
+    return source[:, layer][plan.blocks, :, :, plan.offsets].view(kv.dtype)
+
+
+def attend(q: Tensor, context: Tensor, plan: Plan, backends: Backends) -> Tensor:
+    """One layer; context as from `gather`. Returns [T, num_heads, head_dim]."""
+    keys, values = context.unbind(1)
+    out = None if plan.packed is None else backends.packed(q, keys, values, plan.packed)
+    for part in plan.dense:
+        assert backends.dense
+        size = part.count * part.length
+        tokens, places = slice(part.start, part.start + size), slice(part.context, part.context + size)
+        batch = (x.unflatten(0, (part.count, part.length)) for x in (q[tokens], keys[places], values[places]))
+        y = backends.dense(*(x.transpose(1, 2) for x in batch)).transpose(1, 2).flatten(0, 1)
+        if size == len(q):
+            return y
+        out = torch.empty_like(q) if out is None else out
+        out[tokens] = y
+    assert out is not None
+    return out
+
+
+def flash_attention(
+    q: Tensor,  # [T, num_heads, head_dim]
+    keys: Tensor,  # [>= sum of k_lens, num_kv_heads, head_dim]
+    values: Tensor,  # as keys
+    packed: Packed,
+) -> Tensor:
+    """As q; undefined where there are no keys."""
+    seen = [q_len for q_len, k_len in zip(packed.q_lens, packed.k_lens, strict=True) if k_len]
+    max_q = max(2, *seen)  # 1 would mean that each segment has one query
+    lens = packed.starts[0], packed.starts[1], max_q, max(packed.k_lens)
+    return torch.ops.aten._flash_attention_forward(q, keys, values, *lens, 0.0, True, False)[0]
+
+
+def cudnn_attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Causal; q [count, num_heads, length, head_dim], keys and values [count, num_kv_heads, length, head_dim]."""
+    return torch.ops.aten._scaled_dot_product_cudnn_attention(q, keys, values, None, False, 0.0, True)[0]
+
+
+def attention_of_any_type(q: Tensor, keys: Tensor, values: Tensor, packed: Packed) -> Tensor:
+    """As `flash_attention`, segment by segment."""
+    out, q_end, k_end = torch.empty_like(q), 0, 0
+    for q_len, k_len in zip(packed.q_lens, packed.k_lens, strict=True):
+        q_end, k_end = q_end + q_len, k_end + k_len
+        tokens, places = slice(q_end - q_len, q_end), slice(k_end - k_len, k_end)
+        if k_len:
+            mask = torch.ones(q_len, k_len, dtype=torch.bool, device=q.device).tril(k_len - q_len)
+            heads, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q[tokens], keys[places], values[places]))
+            y = F.scaled_dot_product_attention(heads, k, v, attn_mask=mask, enable_gqa=True)
+            out[tokens] = y[0].transpose(0, 1)
+    return out
+
+
+def fastest_backends(q: Tensor, num_kv_heads: int) -> Backends:
+    """For queries like q [T, num_heads, head_dim]; measures on the current stream."""
+    head_dim = q.shape[2]
+    if not q.is_cuda or q.dtype not in FLASH_DTYPES or head_dim % 8 or head_dim > 256:
+        return Backends(attention_of_any_type, None)
+    queries = q.new_zeros(MEASURED_TOKENS, *q.shape[1:])
+    keys = q.new_zeros(MEASURED_TOKENS, num_kv_heads, head_dim)
+    packed = _pack([(MEASURED_TOKENS, MEASURED_TOKENS)], q.device)
+    batch = [x.transpose(0, 1).unsqueeze(0) for x in (queries, keys, keys)]
+    flash_ms = _milliseconds(lambda: flash_attention(queries, keys, keys, packed))
+    try:
+        cudnn_ms = _milliseconds(lambda: cudnn_attention(*batch))
+    except RuntimeError:  # not for this device or type
+        return Backends(flash_attention, None)
+    return Backends(flash_attention, cudnn_attention if cudnn_ms < flash_ms else None)
+
+
+def _milliseconds(run: Callable[[], Tensor]) -> float:
+    run()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(MEASURED_RUNS):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / MEASURED_RUNS

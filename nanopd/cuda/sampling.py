@@ -1,0 +1,264 @@
+"""The next token of every row, drawn from its logits by temperature, top-k and top-p: one launch, no sort, no sync.
+
+A token's likelihood is exp(logit / temperature) relative to the best token's: a float32 in [0, 1], whose bits, read as
+an integer, are its *key*. Its weight is the likelihood in multiples of 2**-40, so that sums are exact in any order and
+a row's token depends on nothing but the row. Thresholds are found by radix select: a histogram of the keys' upper bits,
+then of the next bits within the bin that holds the threshold. All tokens as likely as the last one kept are kept.
+
+One CTA takes a row and reads it several times, from L2 but for the first time. Logits are bfloat16, float16 or float32.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from numba.cuda.types import float32 as f32
+from numba.cuda.types import int32 as i32
+from numba.cuda.types import int64 as i64
+from torch import Tensor
+
+from nanopd.cuda import warp
+from nanopd.cuda.launch import Kernel, Spec, kernel_for
+from nanopd.cuda.ptx import inlined, macro, shared_memory
+
+NAMES = {**warp.NAMES, torch.float32: "f32"}
+THREADS = 1024  # 32 warps, so that a lane can stand for a warp; also the bins of a histogram
+LEVEL_BITS = 10  # of a key, by which a histogram tells it: 2**10 bins
+BEST_KEY = 0x3F800000  # of 1.0
+LEAST_KEY = BEST_KEY - (40 << 23)  # of 2**-40, the least likelihood that has a weight
+KEY_BITS = 30
+MINUS_INFINITY = -math.inf
+# shared memory, in bytes
+TOTALS = 8 * THREADS  # behind the bins: int64 [32], of each warp
+FOUND = TOTALS + 8 * 32  # int64 [3]: bin, amount in the bins before it, amount in it
+MAXIMA = FOUND + 8 * 4  # float32 [32]
+SHARED_BYTES = MAXIMA + 4 * 32
+ROW_BYTES = 24  # of parameters
+SAMPLING_ARGUMENTS = "lllrr"
+
+# The weight of a key that is not below the second, else 0: the float32's mantissa as a multiple of 2**-40.
+WEIGHT = warp.Instruction(
+    "{.reg .pred p; .reg .b32 x; .reg .b64 y; and.b32 x, $1, 0x7fffff; or.b32 x, x, 0x800000; cvt.u64.u32 y, x; "
+    "shl.b64 y, y, 17; shr.u32 x, $1, 23; sub.u32 x, 127, x; shr.u64 y, y, x; setp.ge.s32 p, $1, $2; "
+    "selp.b64 $0, y, 0, p;}",
+    "l",
+    "rr",
+)
+
+
+@inlined
+def sums_of_warps(x, totals, thread):  # type: ignore[no-untyped-def]
+    """x of the warp's lanes up to this one; then what lane w gets: the sum of warp w, and of the warps up to w."""
+    up_to_lane = warp.prefix_sum_i64(x)
+    warp.store_i64_of_cta_if(totals + 8 * (thread >> 5), up_to_lane, thread & 31 == 31)
+    warp.sync_cta()
+    of_warp = warp.load_i64_of_cta(totals + 8 * (thread & 31))
+    return up_to_lane, of_warp, warp.prefix_sum_i64(of_warp)
+
+
+def sampling_kernel(dtype: str) -> Callable[..., None]:
+    """One CTA per row; a chunk is 16 bytes of it, and each warp has a run of chunks."""
+    PER_CHUNK = 4 if dtype == "f32" else 8
+
+    def values_of(emit: Any, registers: Any) -> list[Any]:
+        if dtype == "f32":
+            return [emit(warp.F32_OF_BITS, register) for register in registers]
+        return [x for register in registers for x in emit(warp.UNPACK[dtype], register)]
+
+    @macro
+    def load(emit: Any, row: Any, chunk: Any, last: Any) -> list[Any]:
+        """Past the end of the row, its last chunk."""
+        return emit(warp.LOAD_16_BYTES, emit(warp.MAD_WIDE, row, emit(warp.MIN_I32, chunk, last), 16))
+
+    @macro
+    def largest(emit: Any, best: Any, registers: Any) -> Any:
+        for x in values_of(emit, registers):
+            best = emit(warp.MAX_F32, best, x)
+        return best
+
+    @macro
+    def keys_of(emit: Any, registers: Any, chunk: Any, end: Any, best: Any, scale: Any) -> list[Any]:
+        """0 from chunk `end` on. What is no number counts as a best token."""
+        keys, offset = [], emit(warp.SELECT, math.inf, best, emit(warp.SUB_I32, chunk, end))
+        for x in values_of(emit, registers):
+            likelihood = emit(warp.EXP2, emit(warp.MUL_F32, emit(warp.SUB_F32, x, offset), scale))
+            keys.append(emit(warp.BITS_OF_F32, emit(warp.MIN_F32, likelihood, 1.0)))
+        return keys
+
+    @macro
+    def largest_key(emit: Any, keys: Any) -> Any:
+        return functools.reduce(functools.partial(emit, warp.MAX_I32), keys)
+
+    @macro
+    def count(emit: Any, bins: Any, keys: Any, first: Any, span: Any, shift: Any, by_mass: Any) -> None:
+        """Adds the keys from `first` down to `first - span + 1` to their bins: their number, or their weights."""
+        for key in keys:
+            below = emit(warp.SUB_I32, first, key)
+            amount = emit(warp.SELECT_I64, emit(WEIGHT, key, 0), 1, emit(warp.SUB_I32, by_mass, 1))
+            to = emit(warp.MAD_I32, emit(warp.SHIFT_RIGHT, below, shift), 8, bins)
+            emit(warp.ADD_TO_I64_OF_CTA_IF, to, amount, emit(warp.IS_BELOW_U32, below, span))
+
+    @macro
+    def add_weights(emit: Any, total: Any, keys: Any, floor: Any) -> Any:
+        for key in keys:
+            total = emit(warp.ADD_I64, total, emit(WEIGHT, key, floor))
+        return total
+
+    @macro
+    def index_at(emit: Any, keys: Any, floor: Any, target: Any) -> Any:
+        """The first key at which the running sum of weights passes `target`."""
+        index, total = 0, 0
+        for key in keys:
+            total = emit(warp.ADD_I64, total, emit(WEIGHT, key, floor))
+            index = emit(warp.SUB_I32, index, emit(warp.IS_AT_MOST_I64, total, target))
+        return index
+
+    def kernel(  # type: ignore[no-untyped-def]
+        logits,  # [num_rows, PER_CHUNK * num_chunks]
+        params,  # [num_rows] records, see `draw_tokens`
+        tokens,  # int64 [num_rows]
+        num_chunks,
+        vocab_size,
+    ):
+        thread = warp.thread_index()
+        lane = thread & 31
+        wid = i32(thread >> 5)
+        bins = shared_memory()
+        totals = i32(bins + TOTALS)
+        found = i32(bins + FOUND)
+        row = logits + warp.wide(warp.cta_index()) * num_chunks * 16
+        param = params + warp.wide(warp.cta_index()) * ROW_BYTES
+        last = i32(num_chunks - 1)
+        part = i32((num_chunks + 31) >> 5)  # the chunks of a warp
+        begin = i32(wid * part)
+        end = warp.min_i32(begin + part, num_chunks)
+        warp.wait_for_predecessor()
+        scale = warp.load_f32(param + 20)
+
+        best = f32(MINUS_INFINITY)
+        base = begin
+        following = load(row, base + lane, last)  # always one load ahead
+        while base < end:
+            registers = following
+            following = load(row, base + 32 + lane, last)
+            best = largest(best, registers)
+            base = i32(base + 32)
+        warp.store_f32_of_cta_if(bins + MAXIMA + 4 * wid, warp.warp_max(best), lane == 0)
+        warp.sync_cta()
+        best = warp.warp_max(warp.load_f32_of_cta(bins + MAXIMA + 4 * lane))
+
+        floor = i32(LEAST_KEY)  # the least key that is kept
+        by_mass = i32(0)
+        while by_mass < 2:  # top-k counts tokens; top-p, of those that are left, their mass
+            limit = warp.wide(warp.load_i32(param + 16))
+            if by_mass == 1:
+                limit = warp.load_i64(param + 8)
+            if limit != 0:
+                first = i32(BEST_KEY)  # of the keys of the first bin
+                shift = i32(KEY_BITS)  # a bin has 2**shift keys
+                wanted = i64(0)  # of what is not in earlier bins
+                inside = i64(-1)
+                while shift > 0 and inside != wanted:
+                    shift = i32(shift - LEVEL_BITS)
+                    span = warp.min_i32(first - floor + 1, THREADS << shift)
+                    warp.store_i64_of_cta(bins + 8 * thread, 0)
+                    warp.sync_cta()
+                    base = begin
+                    following = load(row, base + lane, last)
+                    while base < end:
+                        registers = following
+                        following = load(row, base + 32 + lane, last)
+                        keys = keys_of(registers, base + lane, end, best, scale)
+                        if warp.count_lanes(largest_key(keys) > first - span) > 0:
+                            count(bins, keys, first, span, shift, by_mass)
+                        base = i32(base + 32)
+                    warp.sync_cta()
+                    amount = warp.load_i64_of_cta(bins + 8 * thread)
+                    up_to_lane, of_warp, through = sums_of_warps(amount, totals, thread)
+                    before = up_to_lane - amount + warp.lane_value_i64(through - of_warp, wid)
+                    if shift == KEY_BITS - LEVEL_BITS:
+                        total = warp.lane_value_i64(through, 31)
+                        wanted = min(limit, total)
+                        if by_mass == 1:  # total * top_p, rounded up
+                            wanted = warp.mul_high_u64(total, limit) + (total * limit != 0)
+                    is_here = (before < wanted) & (before + amount >= wanted)
+                    warp.store_i64_of_cta_if(found, thread, is_here)
+                    warp.store_i64_of_cta_if(found + 8, before, is_here)
+                    warp.store_i64_of_cta_if(found + 16, amount, is_here)
+                    warp.sync_cta()
+                    first = i32(first - (warp.load_i64_of_cta(found) << shift))
+                    wanted = wanted - warp.load_i64_of_cta(found + 8)
+                    inside = warp.load_i64_of_cta(found + 16)
+                floor = warp.max_i32(floor, first - (1 << shift) + 1)
+            by_mass = i32(by_mass + 1)
+
+        # where the cumulative weight, in the order of the vocabulary, passes the target: each warp sums a part, the
+        # part that has the target is split in turn, until it is one chunk
+        start = i32(0)
+        part = num_chunks
+        target = i64(-1)
+        while part > 1 or target < 0:
+            end = warp.min_i32(start + part, num_chunks)
+            part = i32((part + 31) >> 5)
+            base = i32(start + wid * part)
+            end = warp.min_i32(base + part, end)
+            mass = i64(0)
+            following = load(row, base + lane, last)
+            while base < end:
+                registers = following
+                following = load(row, base + 32 + lane, last)
+                keys = keys_of(registers, base + lane, end, best, scale)
+                if warp.count_lanes(largest_key(keys) >= floor) > 0:
+                    mass = add_weights(mass, keys, floor)
+                base = i32(base + 32)
+            up_to_lane, of_warp, through = sums_of_warps(mass, totals, thread)
+            if target < 0:
+                target = warp.mul_high_u64(warp.lane_value_i64(through, 31), warp.load_i64(param))
+            hit = warp.count_lanes(through <= target)
+            target = target - warp.lane_value_i64(through - of_warp, hit)
+            start = i32(start + hit * part)
+            warp.sync_cta()
+        keys = keys_of(load(row, start, last), start, start + 1, best, scale)
+        token = warp.min_i32(start * PER_CHUNK + index_at(keys, floor, target), vocab_size - 1)
+        to = tokens + 8 * warp.wide(warp.cta_index())
+        warp.store_i32_if(to, token, thread == 0)
+        warp.store_i32_if(to + 4, 0, thread == 0)
+
+    return kernel
+
+
+def sampling_spec(dtype: str) -> Spec:
+    return Spec(sampling_kernel, (dtype,), SAMPLING_ARGUMENTS, THREADS, SHARED_BYTES)
+
+
+def draw_tokens(logits: Tensor, params: Tensor) -> Tensor:
+    """A token for each row.
+
+    Args:
+        logits: [num_rows, vocab_size] bfloat16, float16 or float32, contiguous
+        params: [num_rows * 3] int64, a record of 24 bytes for each row: a random number and top-p (0: off), both
+            uint64 in multiples of 2**-64; top-k (0: off), int32; log2(e) / temperature, float32
+
+    Returns:
+        [num_rows] int64
+    """
+    assert logits.is_contiguous()
+    num_rows, vocab_size = logits.shape
+    per_chunk = 16 // logits.element_size()
+    if vocab_size % per_chunk:
+        logits = F.pad(logits, (0, -vocab_size % per_chunk), value=-math.inf)
+    tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    if num_rows:
+        addresses = logits.data_ptr(), params.data_ptr(), tokens.data_ptr()
+        _kernel(logits.dtype, logits.get_device())(num_rows, *addresses, logits.shape[1] // per_chunk, vocab_size)
+    return tokens
+
+
+@functools.cache
+def _kernel(dtype: torch.dtype, device: int) -> Kernel:
+    return kernel_for(sampling_spec(NAMES[dtype]), device)

@@ -1,0 +1,148 @@
+"""Prefill attention on the CPU: how rows are put together, and the result against float64, row by row."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("numba_cuda", reason="the package's kernels are written with numba-cuda")
+
+from references import PagedCase, error, random, tolerance
+
+from nanopd.cuda import prefill
+from nanopd.cuda.prefill import Backends, PrefillAttention, attention_of_any_type
+from nanopd.models import PrefillRow
+
+NUM_KV_HEADS, GROUP, BLOCK_SIZE = 2, 3, 4
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
+
+
+def dense_attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
+
+
+class Step:
+    """Some decode rows, then chunks of (tokens, tokens before); what nobody has stored is NaN."""
+
+    def __init__(self, num_decode_rows: int, chunks: list[tuple[int, int]], head_dim: int, dtype: str = "bf16") -> None:
+        rng = np.random.default_rng(0)
+        context_lens = [length + cached for length, cached in chunks]
+        self.case = PagedCase.make(rng, context_lens, GROUP, NUM_KV_HEADS, head_dim, BLOCK_SIZE, dtype)
+        self.rows, slots, start = [], [0] * num_decode_rows, num_decode_rows
+        for (length, cached), table in zip(chunks, self.case.block_tables):
+            num_blocks = -(-(length + cached) // BLOCK_SIZE)
+            self.rows.append(PrefillRow(start, start + length, cached, torch.from_numpy(table[:num_blocks])))
+            positions = np.arange(cached, cached + length)
+            slots += (table[positions // BLOCK_SIZE].astype(np.int64) * BLOCK_SIZE + positions % BLOCK_SIZE).tolist()
+            start += length
+        self.slots = torch.tensor(slots)
+        self.q = torch.from_numpy(random(rng, start, GROUP * NUM_KV_HEADS, head_dim, dtype=dtype))
+
+    def check(self, backends: Backends | None, dtype: torch.dtype, device: str, limit: float, every: int = 1) -> None:
+        q, kv = self.q.to(device, dtype), torch.from_numpy(self.case.kv).to(device, dtype)
+        rows = [replace(row, block_table=row.block_table.to(device)) for row in self.rows]
+        attend = PrefillAttention(2048, backends)
+        for _ in range(2):  # a plan serves one step
+            attend.begin_step(self.slots.to(device))
+            for _ in range(2):
+                out = attend(q, kv, self.case.layer, rows)
+        assert out.shape == q.shape
+        tokens = [(i, row, t) for i, row in enumerate(rows) for t in range(row.end - 1, row.start - 1, -every)]
+        expected = [
+            self.case._attend(self.q[t].double().numpy(), i, row.num_cached + 1 + t - row.start) for i, row, t in tokens
+        ]
+        assert error(out[[t for *_, t in tokens]].double().cpu().numpy(), np.stack(expected)) < limit
+
+
+CHUNKS = st.tuples(st.integers(1, 20), st.integers(0, 9) | st.just(0))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 3), st.lists(CHUNKS, min_size=1, max_size=4), st.sampled_from([6, 8]), st.booleans())
+def test_rows_of_any_lengths(
+    num_decode_rows: int, chunks: list[tuple[int, int]], head_dim: int, has_dense: bool
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefill, "LONG", 8)
+        patch.setattr(prefill, "GRAIN", 4)
+        backends = Backends(attention_of_any_type, dense_attention if has_dense else None)
+        Step(num_decode_rows, chunks, head_dim).check(backends, torch.float32, "cpu", 1e-6)
+
+
+@pytest.mark.parametrize("num_decode_rows", [0, 2])
+@pytest.mark.parametrize(
+    ("lengths", "shapes", "num_packed"),
+    [
+        ([8], [(1, 8)], 0),
+        ([8, 8, 8], [(3, 8)], 0),
+        ([8, 12], [(1, 8), (1, 12)], 0),
+        ([9], [(1, 8)], 1),
+        ([11, 7, 8], [(1, 8), (1, 8)], 10),
+        ([4, 4], [(2, 4)], 0),
+        ([4, 7], [], 11),
+    ],
+)
+def test_which_tokens_are_dense(
+    num_decode_rows: int,
+    lengths: list[int],
+    shapes: list[tuple[int, int]],
+    num_packed: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(prefill, "LONG", 8)
+    monkeypatch.setattr(prefill, "GRAIN", 4)
+    seen: list[tuple[int, int]] = []
+    packed: list[int] = []
+
+    def dense(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        # shape and strides make a plan: they must not depend on what else is in the step
+        count, heads, length, size = q.shape
+        assert keys.stride() == values.stride() == (length * 2 * NUM_KV_HEADS * size, size, 2 * NUM_KV_HEADS * size, 1)
+        assert q.stride() == (length * heads * size, size, heads * size, 1)
+        seen.append((count, length))
+        return dense_attention(q, keys, values)
+
+    def pack(q: Tensor, keys: Tensor, values: Tensor, segments: prefill.Packed) -> Tensor:
+        packed.append(sum(n for n, k in zip(segments.q_lens, segments.k_lens) if k))
+        return attention_of_any_type(q, keys, values, segments)
+
+    step = Step(num_decode_rows, [(length, 0) for length in lengths], 8)
+    step.check(Backends(pack, dense), torch.float32, "cpu", 1e-6)
+    assert seen == 4 * shapes
+    assert packed == ([num_packed] * 4 if num_packed else [])
+
+
+def test_no_backend_is_measured_without_a_gpu() -> None:
+    assert prefill.fastest_backends(torch.zeros(1, 6, 64, dtype=torch.bfloat16), 2).dense is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    ("num_decode_rows", "chunks"),
+    [
+        (0, [(1024, 0)]),
+        (0, [(1280, 0), (1280, 0)]),
+        (3, [(1300, 0), (40, 700), (1024, 0), (1, 90), (300, 0)]),
+        (0, [(1025, 0)]),
+        (1, [(1, 0)]),
+    ],
+)
+def test_on_a_gpu(num_decode_rows: int, chunks: list[tuple[int, int]], head_dim: int, dtype: str) -> None:
+    """The backends that are fastest there, and flash alone."""
+    step = Step(num_decode_rows, chunks, head_dim, dtype)
+    for backends in (None, Backends(prefill.flash_attention, None)):
+        step.check(backends, DTYPES[dtype], "cuda", tolerance(dtype), every=29)
+
+
+@pytest.mark.gpu
+def test_float32_on_a_gpu() -> None:
+    Step(1, [(70, 30), (200, 0)], 64).check(None, torch.float32, "cuda", 1e-3)
