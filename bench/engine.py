@@ -5,13 +5,15 @@ while all sequences decode; prefill is the time to the first token of one prompt
 Floors and vLLM's figures were measured for Qwen3-8B in bfloat16 on one H200 (docs/en/performance.md); rows of another
 model or device have none. With several devices only the offline rows are measured, with as many times the requests.
 `idle` is the share of a second of steady decoding in which the GPU had nothing to do, by the worker's events.
-`--peer transformers` runs the first offline row through its continuous batching too, before, in a process of its own.
+`--peer transformers` runs the first offline row through its continuous batching too, in a process of its own: before,
+or at the same time on another GPU (`--peer-device`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import time
 from pathlib import Path
@@ -97,13 +99,14 @@ def many_prompts(llm: LLM, count: int, length: int) -> float:
     return count * length / (time.perf_counter() - start)
 
 
-def peer_transformers(model: str, count: int, num_in: int, num_out: int, out: Any) -> None:
+def peer_transformers(model: str, device: str, count: int, num_in: int, num_out: int, out: Any) -> None:
     """Puts output tokens per second of `generate_batch` with random weights into the queue `out`."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+    torch.cuda.set_device(device)
     config = AutoConfig.from_pretrained(resolve(model, load_format="dummy"))
-    with torch.device("cuda"):
+    with torch.device(device):
         peer = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
     settings = GenerationConfig(max_new_tokens=num_out, do_sample=False, eos_token_id=-1, pad_token_id=0)
     peer.generate_batch(prompts(8, num_in, config.vocab_size), generation_config=settings)
@@ -113,14 +116,22 @@ def peer_transformers(model: str, count: int, num_in: int, num_out: int, out: An
     out.put(sum(len(output.generated_tokens) for output in done.values()) / seconds)
 
 
-def run_peer(*args: Any) -> float:
-    context = multiprocessing.get_context("spawn")
-    out = context.Queue()
-    process = context.Process(target=peer_transformers, args=(*args, out))
-    process.start()
-    value: float = out.get(timeout=600)
-    process.join()
-    return value
+class Peer:
+    """transformers at work, in another process."""
+
+    def __init__(self, model: str, device: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._out = context.Queue()
+        self._process = context.Process(target=peer_transformers, args=(model, device, *PEER_WORK, self._out))
+        self._process.start()
+
+    def row(self) -> Row:
+        while self._process.is_alive() and self._out.empty():
+            time.sleep(0.5)
+        value = None if self._out.empty() else self._out.get()
+        self._process.join()
+        count, num_in, num_out = PEER_WORK
+        return row(f"transformers, offline, {count} x {num_in}/{num_out}", value or math.nan, "tok/s", NONE)
 
 
 def offline(llm: LLM, count: int, num_in: int, num_out: int) -> float:
@@ -165,10 +176,12 @@ def main() -> None:
     parser.add_argument("--devices", nargs="+", default=["cuda:0"])
     parser.add_argument("--quick", action="store_true", help="a few rows")
     parser.add_argument("--peer", choices=["transformers"])
+    parser.add_argument("--peer-device", help="of another GPU than the engine's")
     parser.add_argument("--json", type=Path, help="write the report here too")
     args = parser.parse_args()
     num_devices = len(args.devices)
-    peer = run_peer(args.model, *PEER_WORK) if args.peer else None
+    peer = Peer(args.model, args.peer_device or args.devices[0]) if args.peer else None
+    peer_rows = [peer.row()] if peer and args.peer_device is None else []
     start = time.perf_counter()
     with LLM(
         args.model,
@@ -185,10 +198,9 @@ def main() -> None:
             value = offline(llm, count * num_devices, num_in, num_out)
             reference = OFFLINE_FLOORS[count, num_in, num_out] if num_devices == 1 else NONE
             rows.append(row(f"offline, {count * num_devices} x {num_in}/{num_out}", value, "tok/s", reference))
-    if peer is not None:
-        count, num_in, num_out = PEER_WORK
-        rows.append(row(f"transformers, offline, {count} x {num_in}/{num_out}", peer, "tok/s", NONE))
-    report = emit("engine", {"model": args.model, "devices": args.devices}, rows, device=gpu_name())
+    if peer and args.peer_device is not None:
+        peer_rows = [peer.row()]
+    report = emit("engine", {"model": args.model, "devices": args.devices}, rows + peer_rows, device=gpu_name())
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -20,12 +20,12 @@ import yaml
 
 from nanopd.config_files import find_config
 from nanopd.errors import ConfigError
-from nanopd.messages import Role, Route
+from nanopd.messages import Role, Route, TransferPath
 
 POLICIES = ("collocated", "disaggregated", "round_robin")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
-TRANSFERS = ("auto", "shm")
+TRANSFERS = ("auto", *(path.value for path in TransferPath))
 MAX_STEPS_IN_FLIGHT = 4
 
 
@@ -92,11 +92,13 @@ class EngineConfig:
     max_model_len: int | None = None  # tokens, prompt and output; None: the model's own limit
     max_num_batched_tokens: int = 2048  # per worker and step
     gpu_memory_utilization: float = 0.9  # share of a GPU that a worker may fill
-    transfer: str = "auto"
+    transfer: str = "auto"  # how blocks get from worker to worker: a TransferPath, or the best there is
     verify_transfers: bool = False  # compare digests of moved blocks (debugging)
     steps_in_flight: int = 2
     handover_timeout_s: float = 1.0  # how long a prefilled sequence waits for room on its decode worker
     start_timeout_s: float = 600.0  # how long workers may take to load
+    step_timeout_s: float = 300.0  # how long a step or a transfer may take before its worker counts as hung
+    max_restarts: int = 3  # of each worker that has died; 0: none
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -122,6 +124,11 @@ class EngineConfig:
     def roles(self) -> list[Role]:
         return [worker.role for worker in self.workers]
 
+    @property
+    def may_relay(self) -> bool:
+        """Whether blocks may go through the relay; where there are GPUs, only their workers can tell."""
+        return self.transfer == TransferPath.RELAY or any(worker.device != "cpu" for worker in self.workers)
+
     def max_len_of(self, model: ModelConfig) -> int:
         """The most tokens a sequence may have, prompt and output: what is configured, or else the model's own limit."""
         return self.max_model_len or model.max_position_embeddings
@@ -140,8 +147,11 @@ class EngineConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(name, getattr(self, name), allowed)
-        if self.transfer == "shm" and any(worker.device != "cpu" for worker in self.workers):
-            raise ConfigError("transfer", self.transfer, "auto, where a worker is on a GPU")
+        on_cpu = [worker.device == "cpu" for worker in self.workers]
+        if self.transfer == TransferPath.SHM and not all(on_cpu):
+            raise ConfigError("transfer", self.transfer, "auto, ipc or relay, where a worker is on a GPU")
+        if self.transfer == TransferPath.IPC and any(on_cpu):
+            raise ConfigError("transfer", self.transfer, "auto, relay or shm, where a worker is on the CPU")
 
     def _check_sizes(self) -> None:
         self._check_count("block_size", 1)
@@ -150,10 +160,12 @@ class EngineConfig:
         self._check_count("max_model_len", 2, optional=True)  # one token in, one out
         self._check_count("max_num_batched_tokens", 1)
         self._check_count("steps_in_flight", 1, MAX_STEPS_IN_FLIGHT)
+        self._check_count("max_restarts", 0)
         self._check_count("seed", 0, 2**64 - 1)
         self._check_positive("gpu_memory_utilization", 1.0)
         self._check_positive("handover_timeout_s")
         self._check_positive("start_timeout_s")
+        self._check_positive("step_timeout_s")
         if not isinstance(self.verify_transfers, bool):
             raise ConfigError("verify_transfers", self.verify_transfers, "true or false")
 
@@ -200,9 +212,7 @@ def load_config(name_or_path: str | Path, overrides: Iterable[str] = (), **keys:
 
 
 def check_devices(config: EngineConfig, num_gpus: int) -> None:
-    """Raise ConfigError for a worker whose GPU is not there, or for hand-overs between GPUs, which are to come."""
-    if num_gpus and config.policy != "collocated" and any(worker.device != "cpu" for worker in config.workers):
-        raise ConfigError("policy", config.policy, "collocated, where a worker is on a GPU")
+    """Raise ConfigError for a worker whose GPU is not there."""
     for i, worker in enumerate(config.workers):
         if worker.cuda_index is not None and worker.cuda_index >= num_gpus:
             raise ConfigError(f"workers.{i}.device", worker.device, ["cpu", *(f"cuda:{n}" for n in range(num_gpus))])

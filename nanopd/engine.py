@@ -2,7 +2,8 @@
 
 `step` does whatever can be done now and returns: results in, deadlines and deaths, routing, hand-overs, next steps out.
 It has no thread, no clock and no processes of its own: clock and workers are given to it, so that it runs in a
-background thread (llm.py), in a test with workers in the same process, or under a virtual clock.
+background thread (engine_thread.py), in a test with workers in the same process, or under a virtual clock. Whoever
+gave it the workers is told of one that is dead or hung, and may `revive` it.
 Owns all bookkeeping; the only module that sees requests, routes, blocks and text together.
 """
 
@@ -20,9 +21,23 @@ from nanopd.core.block_manager import BlockManager
 from nanopd.core.handover import Handovers
 from nanopd.core.scheduler import Scheduler
 from nanopd.core.sequence import Sequence, SequenceStatus, TextStream
+from nanopd.core.watchdog import Watchdog
 from nanopd.errors import RequestError, WorkerError
-from nanopd.messages import EventKind, Role, Route, SamplingParams, StepBatch, StepResult, TransferAck, TransferPlan
+from nanopd.links import send_plan
+from nanopd.messages import (
+    EventKind,
+    Role,
+    Route,
+    SamplingParams,
+    StepBatch,
+    StepResult,
+    TransferAck,
+    TransferPath,
+    TransferPlan,
+)
 from nanopd.routing.router import Router
+
+MAX_REPLAYS = 2  # of a request that was being computed when a worker died
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +46,7 @@ class WorkerClient(Protocol):
     """A worker as the engine sees it."""
 
     num_blocks: int
+    paths: dict[int, TransferPath]  # by source: how blocks get to this worker
 
     def send(self, message: StepBatch | TransferPlan) -> None:
         """Give the worker something to do; steps are done in order. Never waits and never fails."""
@@ -59,8 +75,16 @@ class Engine:
         workers: list[WorkerClient],
         clock: Callable[[], float],
         make_text: Callable[[list[int], tuple[str, ...]], TextStream] | None = None,
+        replace: Callable[[int], bool] | None = None,
     ) -> None:
-        """`make_text(prompt_token_ids, stop)` gives what makes text of tokens; None: there is no tokenizer."""
+        """Serve on `workers`, a list that is the engine's from now on.
+
+        Args:
+            make_text: called with prompt_token_ids and stop strings, gives what makes text of tokens; None: there is
+                no tokenizer.
+            replace: called with a worker that is dead or hung, which it has to end; whether a `revive` or `give_up` of
+                it will follow. None: dead workers stay dead.
+        """
         self.config = config
         self.model = model
         self.max_model_len = config.max_len_of(model)
@@ -68,22 +92,30 @@ class Engine:
         self.clock = clock
         self.seqs: dict[str, Sequence] = {}  # unfinished, by request_id
         roles = config.roles
-        self.schedulers = [
-            Scheduler(
-                w, role, config, BlockManager(workers[w].num_blocks, config.block_size), model, self.max_model_len
-            )
-            for w, role in enumerate(roles)
-        ]
+        self.schedulers = [self._new_scheduler(w, role) for w, role in enumerate(roles)]
+        self._allowed = allowed_routes(roles)
         self.router = Router(config.policy, routes_for_policy(config.policy, roles))
-        self.handovers = Handovers(
-            self.schedulers, lambda plan: workers[plan.dst_worker].send(plan), config.handover_timeout_s
-        )
+        self._watchdog = watchdog = Watchdog(len(workers), config.step_timeout_s)
+
+        def send(plan: TransferPlan) -> None:  # without `self`: no cycle keeps an engine and its descriptors alive
+            send_plan(plan, workers)
+            watchdog.sent(plan.dst_worker, True, clock())
+
+        self.handovers = Handovers(self.schedulers, send, config.handover_timeout_s)
         self._make_text = make_text
+        self._replace = replace
+        self._stranded: list[Sequence] = []  # on no worker; those of their routes are being replaced
         self._num_submitted = 0
         self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap
         self._updates: list[Update] = []
         self._errors: dict[int, WorkerError] = {}  # of dead workers
+        self._returning: set[int] = set()  # dead workers that are being replaced
         self.peak_blocks = [0] * len(workers)
+        self.busy_us = [0] * len(workers)  # spent on steps
+
+    def _new_scheduler(self, worker: int, role: Role) -> Scheduler:
+        blocks = BlockManager(self.workers[worker].num_blocks, self.config.block_size)
+        return Scheduler(worker, role, self.config, blocks, self.model, self.max_model_len)
 
     # ------------------------------------------------------------------------------------------------ requests
 
@@ -175,7 +207,7 @@ class Engine:
         while self._deadlines and self._deadlines[0][2].status.is_finished:
             heapq.heappop(self._deadlines)
         deadline_s = self._deadlines[0][0] if self._deadlines else math.inf
-        return min(deadline_s, self.handovers.next_due_s())
+        return min(deadline_s, self.handovers.next_due_s(), self._watchdog.next_due_s())
 
     # ---------------------------------------------------------------------------------------------------- step
 
@@ -184,6 +216,9 @@ class Engine:
         now_s = self.clock()
         for worker in self._live_workers():
             self._take_results(worker, now_s)
+        for worker in self._watchdog.overdue(now_s):
+            reason = f"has not done a step or a transfer within step_timeout_s={self.config.step_timeout_s}"
+            self._bury(worker, WorkerError(worker, reason))
         while self._deadlines and self._deadlines[0][0] <= now_s:
             _, _, seq = heapq.heappop(self._deadlines)
             if not seq.status.is_finished:
@@ -214,9 +249,11 @@ class Engine:
             self._bury(worker, error)
             return
         for message in messages:
+            self._watchdog.answered(worker, isinstance(message, TransferAck), now_s)
             if isinstance(message, TransferAck):
                 self.handovers.acknowledge(message, now_s)
                 continue
+            self.busy_us[worker] += message.duration_us
             outcome = scheduler.complete(message, now_s)
             self._watch(outcome.watched)
             for seq, num_computed in outcome.advanced:
@@ -240,6 +277,7 @@ class Engine:
             if batch is None:
                 break
             self.workers[worker].send(batch)
+            self._watchdog.sent(worker, False, self.clock())
         used = scheduler.blocks.num_usable - scheduler.blocks.num_free
         self.peak_blocks[worker] = max(self.peak_blocks[worker], used)
         return has_left
@@ -285,13 +323,14 @@ class Engine:
     # ------------------------------------------------------------------------------------- routes and workers
 
     def _route(self, seq: Sequence) -> None:
-        """Choose a route and queue the sequence there; without one it ends with the reason."""
+        """Choose a route and queue the sequence there; without one it waits for a worker, or ends with the reason."""
         seq.route = None  # it is nowhere now
         routes = self._feasible_routes(seq)
         if not routes:
-            reasons = "; ".join(str(error) for error in self._errors.values())
-            seq.error = f"no route is left: {reasons}"
-            self._finish(seq, SequenceStatus.FINISHED_ERROR)
+            if any(self._may_serve(route, seq.end_len) for route in self._allowed):
+                self._stranded.append(seq)
+            else:
+                self._fail(seq, f"no route is left: {'; '.join(map(str, self._errors.values()))}")
             return
         seq.route = self.router.choose(routes, lambda w: self.schedulers[w].load)
         scheduler = self.schedulers[seq.route.prefill_worker]
@@ -302,13 +341,18 @@ class Engine:
 
     def _feasible_routes(self, seq: Sequence) -> list[Route]:
         """Live routes of the policy, or the one asked for; failing those, whatever the roles allow."""
-        asked_for = [seq.fixed_route] if seq.fixed_route is not None else self.router.routes
+        asked_for = [seq.fixed_route] if seq.fixed_route in self._allowed else self.router.routes
         dead = {w for w, scheduler in enumerate(self.schedulers) if scheduler.is_dead}
-        for routes in (asked_for, allowed_routes(self.config.roles)):
+        for routes in (asked_for, self._allowed):
             live = [r for r in routes if self._has_capacity(r, seq.end_len) and not {*_workers_of(r)} & dead]
             if live:
                 return live
         return []
+
+    def _may_serve(self, route: Route, num_tokens: int) -> bool:
+        """Whether the route is there, or will be if all replacements succeed."""
+        lost = self._errors.keys() - self._returning
+        return self._has_capacity(route, num_tokens) and not lost & {*_workers_of(route)}
 
     def _has_capacity(self, route: Route, num_tokens: int) -> bool:
         return all(self.schedulers[worker].can_hold(num_tokens) for worker in _workers_of(route))
@@ -316,20 +360,116 @@ class Engine:
     def _bury(self, worker: int, error: WorkerError) -> None:
         """A worker is gone: what it had is computed again elsewhere, from prompt and delivered tokens."""
         logger.error("%s", str(error))  # the record must not keep the traceback and all that it refers to
+        scheduler = self.schedulers[worker]
         self._errors[worker] = error
-        self.schedulers[worker].is_dead = True
+        scheduler.is_dead = True
+        self._watchdog.forget(worker)
+        if self._replace is not None and self._replace(worker):
+            self._returning.add(worker)
+        for seq in scheduler.seqs_in_flight():
+            seq.num_deaths += 1
         victims = [seq for seq in self.seqs.values() if seq.worker == worker]
         for seq in victims:
             self.handovers.cancel(seq)
         displaced = self.handovers.drop_worker(worker, self.clock())
         for seq in victims:
             if seq.slot is not None:
-                self.schedulers[worker].slots.deactivate(seq)
+                scheduler.slots.deactivate(seq)
             seq.block_table = []
         for seq in victims + displaced:
             seq.status = SequenceStatus.PREEMPTED
             seq.log_event(self.clock(), EventKind.PREEMPTED, worker)
-            self._route(seq)
+            if seq.num_deaths > MAX_REPLAYS:
+                self._fail(seq, f"{seq.num_deaths} workers died while they computed it; the last: {error}")
+            else:
+                self._route(seq)
+
+    def revive(self, worker: int, client: WorkerClient, generation: int) -> None:
+        """A dead worker has been replaced by `client`, whose KV cache is empty."""
+        old = self.schedulers[worker]
+        assert old.is_dead and generation > old.generation
+        self.workers[worker] = client
+        new = self.schedulers[worker] = self._new_scheduler(worker, old.role)
+        new.generation, new.num_preemptions = generation, old.num_preemptions
+        new.max_num_batched_tokens = old.max_num_batched_tokens
+        del self._errors[worker]
+        self._returning.remove(worker)
+        self._route_stranded()
+
+    def give_up(self, worker: int, error: WorkerError) -> None:
+        """A dead worker could not be replaced."""
+        logger.error("%s", str(error))
+        self._errors[worker] = error
+        self._returning.remove(worker)
+        self._route_stranded()
+
+    def _route_stranded(self) -> None:
+        stranded, self._stranded = self._stranded, []
+        for seq in stranded:
+            if not seq.status.is_finished:
+                self._route(seq)
+
+    def _fail(self, seq: Sequence, reason: str) -> None:
+        """End a request that no live worker has."""
+        seq.route, seq.error = None, reason
+        self._finish(seq, SequenceStatus.FINISHED_ERROR)
+
+    # ------------------------------------------------------------------------------------------ moves and roles
+
+    def move(self, request_id: str, worker: int) -> None:
+        """Let a decoding request go on at another worker; if it finds no room there within the time-out, it stays.
+
+        Raises:
+            RequestError: it does not decode, or that worker cannot take it.
+        """
+        seq = self.seqs.get(request_id)
+        if seq is None or seq.status is not SequenceStatus.RUNNING:
+            raise RequestError("request_id", request_id, "a request that is decoding")
+        assert seq.route is not None
+        others = self.handovers.destinations(seq, self.schedulers[seq.route.decode_worker])
+        allowed = sorted(scheduler.worker for scheduler in others)
+        if worker not in allowed:
+            raise RequestError("worker", worker, f"{allowed}, the other live decode workers that are large enough")
+        self.handovers.move(seq, worker, self.clock())
+
+    def set_role(self, worker: int, role: Role) -> None:
+        """Change which routes a worker may serve; no request is lost by it.
+
+        What waits for a route that is not allowed any more takes another one. What has been started is prefilled where
+        it is; if that worker may not decode any more it decodes elsewhere, or there if nobody else can take it.
+
+        Raises:
+            RequestError: no such worker, or the policy would have no route for the requests under way.
+        """
+        if not 0 <= worker < len(self.schedulers):
+            raise RequestError("worker", worker, f"0 to {len(self.schedulers) - 1}")
+        possible = [r.value for r in Role if self._can_serve_with(worker, r)]
+        if role not in possible:
+            raise RequestError("role", role.value, possible)
+        self.schedulers[worker].role = role
+        self._allowed = allowed_routes(self._roles)
+        self.router.routes = routes_for_policy(self.config.policy, self._roles)
+        for live in self._live_workers():
+            self._reroute_waiting(self.schedulers[live])
+        if not (role.may_decode or self.schedulers[worker].is_dead):
+            self.handovers.vacate(worker, self.clock())
+        self._route_stranded()
+
+    @property
+    def _roles(self) -> list[Role]:
+        return [scheduler.role for scheduler in self.schedulers]
+
+    def _can_serve_with(self, worker: int, role: Role) -> bool:
+        roles = [*self._roles[:worker], role, *self._roles[worker + 1 :]]
+        longest = max((seq.end_len for seq in self.seqs.values()), default=0)
+        return any(self._may_serve(route, longest) for route in routes_for_policy(self.config.policy, roles))
+
+    def _reroute_waiting(self, scheduler: Scheduler) -> None:
+        for seq in list(scheduler.waiting):
+            if seq.route not in self._allowed and self._feasible_routes(seq):
+                self.handovers.cancel(seq)
+                scheduler.remove(seq)
+                self._route(seq)
 
     # --------------------------------------------------------------------------------------------- validation
 
@@ -344,7 +484,7 @@ class Engine:
     ) -> None:
         """Raise RequestError if the request can never be served.
 
-        Any thread may call it: all that it reads is fixed, but for the ids of unfinished requests.
+        Any thread may call it. The ids of unfinished requests and the roles may change until it is submitted.
         """
         vocab_size, max_len = self.model.vocab_size, self.max_model_len
         if request_id in self.seqs:
@@ -369,9 +509,8 @@ class Engine:
 
     def _check_route(self, route: Route | None, num_tokens: int) -> None:
         routes = self.router.routes if route is None else [route]
-        allowed = allowed_routes(self.config.roles)
-        if not set(routes) <= set(allowed):
-            raise RequestError("route", str(route), map(str, allowed))
+        if not set(routes) <= set(self._allowed):
+            raise RequestError("route", str(route), map(str, self._allowed))
         if not any(self._has_capacity(r, num_tokens) for r in routes):
             sizes = [s.blocks.num_usable * s.blocks.block_size for s in self.schedulers]
             raise RequestError("max_tokens", f"{num_tokens} tokens with the prompt", f"KV caches of {sizes} tokens")

@@ -10,21 +10,15 @@ makes an LLM needs the usual guard:
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import logging
 import multiprocessing
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
-from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, cast
 
 from jinja2 import TemplateError  # comes with transformers' chat templates
@@ -33,262 +27,16 @@ from tqdm import tqdm
 from nanopd.config import EngineConfig, ModelConfig, check_devices, load_config
 from nanopd.core.metrics import RequestMetrics
 from nanopd.core.sequence import FINISH_REASONS, Sequence
-from nanopd.detokenizer import StoppableText, TokenPieces
-from nanopd.engine import Engine, Update
-from nanopd.errors import ConfigError, NanopdError, RequestError
-from nanopd.ipc.doorbell import Doorbell, Waiter
-from nanopd.messages import FinishReason, RequestLog, Route, SamplingParams
+from nanopd.detokenizer import StoppableText
+from nanopd.engine_thread import EngineStats, EngineThread, RequestHandle, Submission
+from nanopd.errors import ConfigError, RequestError
+from nanopd.messages import Route, SamplingParams
 from nanopd.model_files import load_tokenizer, read_model_config, resolve
-from nanopd.outputs import BlockStats, CompletionOutput, RequestOutput, RequestOutputDelta
-from nanopd.worker_process import WorkerProcess, start_workers, stop_workers
+from nanopd.outputs import CompletionOutput, RequestOutput, RequestOutputDelta
 
 Prompt = str | list[int]
 
-MAX_WAIT_S = 1.0
 SHUTDOWN_TIMEOUT_S = 30.0
-MAX_LOGS = 100_000  # of the latest finished requests
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class EngineStats:
-    """Of an engine since it started, or since `LLM.stats(reset=True)`."""
-
-    blocks: list[BlockStats]  # per worker
-    logs: list[RequestLog]  # of finished requests, the latest 100,000
-    num_preemptions: int
-
-
-class RequestHandle:
-    """A submitted request. Iterate over it for increments, if it was submitted with stream=True."""
-
-    def __init__(self, request_id: str, prompt: str | None, is_streamed: bool, llm: LLM) -> None:
-        self.request_id = request_id
-        self._prompt = prompt
-        self._is_streamed = is_streamed
-        self._llm = llm
-        self._deltas: SimpleQueue[RequestOutputDelta] = SimpleQueue()
-        self._is_exhausted = False
-        self._done = threading.Event()
-        self._seq: Sequence | None = None  # once finished
-        self._failure: NanopdError | None = None  # of the engine
-
-    def done(self) -> bool:
-        return self._done.is_set()
-
-    def result(self, timeout: float | None = None) -> RequestOutput:
-        """Wait for the end of the request.
-
-        Raises:
-            TimeoutError: not finished within `timeout` seconds; the request goes on.
-            NanopdError: the engine itself has failed, or was shut down.
-        """
-        if not self._done.wait(timeout):
-            raise TimeoutError(f"request {self.request_id} has not finished within {timeout} s")
-        if self._seq is None:
-            raise NanopdError(f"request {self.request_id}: {self._failure}") from self._failure
-        return self._llm._output(self._seq, self._prompt)
-
-    def abort(self) -> None:
-        self._llm.abort(self.request_id)
-
-    def __iter__(self) -> Iterator[RequestOutputDelta]:
-        """Increments as they come, each handed out once."""
-        if not self._is_streamed:
-            raise RequestError("stream", False, "True at submission, for increments")
-        while not self._is_exhausted:
-            delta = self._deltas.get()
-            self._is_exhausted = delta.finish_reason is not None
-            yield delta
-
-    def _update(self, update: Update) -> None:
-        seq = update.seq
-        reason = FINISH_REASONS[seq.status].value if update.is_finished else None
-        if self._is_streamed:
-            self._deltas.put(RequestOutputDelta(update.text, update.token_ids, reason, seq.error))
-        if update.is_finished:
-            self._seq = seq
-            self._done.set()
-
-    def _fail(self, failure: NanopdError) -> None:
-        self._failure = failure
-        self._deltas.put(RequestOutputDelta("", [], FinishReason.ERROR.value, str(failure)))
-        self._done.set()
-
-
-@dataclass(slots=True)
-class _Submission:
-    handle: RequestHandle
-    prompt_token_ids: list[int]
-    params: SamplingParams
-    arrival_s: float
-    deadline_s: float | None = None
-    route: Route | None = None
-
-
-class _EngineThread(threading.Thread):
-    """Spawns the workers, runs the engine, and is the only thread that changes either.
-
-    Other threads append commands and ring. A command that fails ends the engine, unless somebody waits for it.
-    """
-
-    def __init__(
-        self, config: EngineConfig, model: ModelConfig, path: Path, tokenizer: Any, on_progress: Callable | None
-    ) -> None:
-        super().__init__(name="nanopd-engine", daemon=True)
-        self._config, self._model, self._path, self._tokenizer = config, model, path, tokenizer
-        self._on_progress = on_progress
-        self._bell = Doorbell()
-        self._lock = threading.Lock()  # of the following three
-        self._commands: deque[tuple[Callable[[Engine], Any], Future | None]] = deque()
-        self._handles: dict[str, RequestHandle] = {}  # of unfinished requests
-        self._end: NanopdError | None = None  # why it has ended
-        self._logs: deque[RequestLog] = deque(maxlen=MAX_LOGS)
-        self._is_stopping = False
-        self.started: Future[Engine] = Future()
-
-    def call(self, command: Callable[[Engine], Any]) -> Any:
-        """Run `command(engine)` in this thread and return what it returns or raises."""
-        future: Future[Any] = Future()
-        with self._lock:
-            self._check_running()
-            self._commands.append((command, future))
-        self._bell.ring()
-        return future.result()
-
-    def stop(self) -> None:
-        """End the thread and its workers; what is unfinished fails. Takes no lock: a garbage collector may call."""
-        self._is_stopping = True
-        self._bell.ring()
-
-    def submit_all(self, submissions: list[_Submission]) -> None:
-        """Queue all, or none if one cannot be served; does not wait for the engine.
-
-        Raises:
-            RequestError: one cannot be served.
-            NanopdError: the engine has ended.
-        """
-        engine = self.started.result()
-        for s in submissions:
-            engine.check(s.handle.request_id, s.prompt_token_ids, s.params, deadline_s=s.deadline_s, route=s.route)
-        new = {s.handle.request_id: s.handle for s in submissions}
-        with self._lock:
-            self._check_running()
-            for request_id in new.keys() & self._handles.keys():
-                raise RequestError("request_id", request_id, "an id that no unfinished request has")
-            self._handles.update(new)
-            for submission in submissions:
-                self._commands.append((partial(_submit, submission), None))
-        self._bell.ring()
-
-    def abort_all(self, request_ids: list[str]) -> None:
-        """Does not wait; a thread that has ended has nothing to abort."""
-        for request_id in request_ids:
-            self._commands.append((partial(Engine.abort, request_id=request_id), None))
-        self._bell.ring()
-
-    def take_stats(self, engine: Engine, reset: bool) -> EngineStats:
-        pools = [scheduler.blocks for scheduler in engine.schedulers]
-        blocks = [
-            BlockStats(pool.num_usable - pool.num_free, peak, pool.num_usable)
-            for pool, peak in zip(pools, engine.peak_blocks, strict=True)
-        ]
-        stats = EngineStats(blocks, list(self._logs), sum(s.num_preemptions for s in engine.schedulers))
-        if reset:
-            self._logs.clear()
-            engine.peak_blocks = [0] * len(pools)
-        return stats
-
-    def run(self) -> None:
-        workers: list[WorkerProcess] = []
-        end = NanopdError("the engine was shut down")
-        try:
-            workers = start_workers(self._config, self._model, self._path, self._bell, self._on_progress)
-            engine = Engine(self._config, self._model, list(workers), time.monotonic, self._make_text())
-            self.started.set_result(engine)
-            self._loop(engine, workers)
-        except BaseException as error:
-            end = NanopdError(f"the engine has failed: {error!r}")
-            end.__cause__ = error
-            if not self.started.done():
-                self.started.set_exception(error)
-            else:
-                logger.exception("the engine has failed")
-        finally:
-            self._finish(end)
-            stop_workers(workers)
-
-    def _loop(self, engine: Engine, workers: list[WorkerProcess]) -> None:
-        with contextlib.closing(Waiter()) as waiter:
-            waiter.add(self._bell)
-            for worker in workers:
-                worker.register(waiter)
-            while not self._is_stopping:
-                while self._commands:
-                    _run_command(engine, *self._commands.popleft())
-                for update in engine.step():
-                    self._deliver(update)
-                if not self._commands:
-                    waiter.wait(_wait_s(engine))
-
-    def _deliver(self, update: Update) -> None:
-        handle = self._handles[update.seq.request_id]
-        if update.is_finished:
-            self._logs.append(update.seq.log())
-            with self._lock:
-                del self._handles[handle.request_id]
-        handle._update(update)
-
-    def _finish(self, end: NanopdError) -> None:
-        """Answer everybody who waits."""
-        with self._lock:
-            self._end = end
-        for handle in self._handles.values():
-            handle._fail(end)
-        self._handles.clear()
-        while self._commands:
-            _, future = self._commands.popleft()
-            if future is not None:
-                future.set_exception(end)
-
-    def _check_running(self) -> None:
-        if self._end is not None:
-            raise NanopdError(str(self._end)) from self._end.__cause__
-
-    def _make_text(self) -> Callable[[list[int], tuple[str, ...]], StoppableText] | None:
-        if self._tokenizer is None:
-            return None
-        pieces = TokenPieces(self._tokenizer)  # one cache for all requests
-        return lambda prompt_token_ids, stop: StoppableText(pieces, prompt_token_ids, stop)
-
-
-def _wait_s(engine: Engine) -> float:
-    """How long the engine has nothing to do unless something happens."""
-    return min(MAX_WAIT_S, max(0.0, engine.next_wakeup_s() - time.monotonic()))
-
-
-def _submit(submission: _Submission, engine: Engine) -> None:
-    engine.submit(
-        submission.handle.request_id,
-        submission.prompt_token_ids,
-        submission.params,
-        arrival_s=submission.arrival_s,
-        deadline_s=submission.deadline_s,
-        is_streamed=submission.handle._is_streamed,
-        route=submission.route,
-    )
-
-
-def _run_command(engine: Engine, command: Callable[[Engine], Any], future: Future | None) -> None:
-    try:
-        value = command(engine)
-        if future is not None:
-            future.set_result(value)
-    except Exception as error:
-        if future is None:
-            raise
-        future.set_exception(error)
 
 
 class LLM:
@@ -335,7 +83,7 @@ class LLM:
         self._numbers = itertools.count()
         with tqdm(total=100, desc="loading", unit="%", disable=not show_progress) as bar:
             report = _bar_updater(bar) if show_progress else None
-            self._thread = _EngineThread(self.config, self.model_config, path, self.tokenizer, report)
+            self._thread = EngineThread(self.config, self.model_config, path, self.tokenizer, report)
             self._thread.start()
             self._stop = weakref.finalize(self, _end_thread, self._thread)
             try:
@@ -446,7 +194,7 @@ class LLM:
     # ---------------------------------------------------------------------------------------------------- state
 
     def stats(self, reset: bool = False) -> EngineStats:
-        """Blocks in use and the logs of finished requests; `reset` forgets the logs and peaks."""
+        """Blocks in use, the logs of finished requests, busy times, restarts; `reset` forgets what says so."""
         return self._thread.call(lambda engine: self._thread.take_stats(engine, reset))
 
     def shutdown(self) -> None:
@@ -463,13 +211,14 @@ class LLM:
 
     def _submission(
         self, prompt: Prompt, params: SamplingParams, request_id: str | None = None, is_streamed: bool = False
-    ) -> _Submission:
+    ) -> Submission:
         arrival_s = time.monotonic()
         if not isinstance(params, SamplingParams):
             raise RequestError("sampling_params", params, "a SamplingParams")
         text = prompt if isinstance(prompt, str) else None
         name = f"request-{next(self._numbers)}" if request_id is None else request_id
-        return _Submission(RequestHandle(name, text, is_streamed, self), self._encode(prompt), params, arrival_s)
+        handle = RequestHandle(name, is_streamed, partial(self._output, prompt=text), self.abort)
+        return Submission(handle, self._encode(prompt), params, arrival_s)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -519,7 +268,7 @@ def _increments(handle: RequestHandle) -> Iterator[RequestOutputDelta]:
             handle.abort()
 
 
-def _end_thread(thread: _EngineThread) -> None:
+def _end_thread(thread: EngineThread) -> None:
     thread.stop()
     if thread is not threading.current_thread():  # the garbage collector may call from anywhere
         thread.join(SHUTDOWN_TIMEOUT_S)

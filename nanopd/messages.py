@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import ClassVar
 
@@ -162,12 +162,22 @@ class Progress:
     total_bytes: int
 
 
+class TransferPath(str, Enum):
+    """How blocks get from one worker to another."""
+
+    SHM = "shm"  # the destination reads the source's cache in shared memory
+    IPC = "ipc"  # the destination reads the source's cache in the memory of a GPU
+    RELAY = "relay"  # the source packs, the destination unpacks: both get the plan, the source first
+
+
 @dataclass(frozen=True, slots=True)
 class Ready:
     """Worker to parent: weights loaded, KV cache allocated."""
 
     num_blocks: int
     pid: int
+    kv_handle: object = None  # what a peer needs to open the cache on a GPU; None: nothing more than it has
+    paths: dict[int, TransferPath] = field(default_factory=dict)  # by source: how this worker gets blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,10 +189,23 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
-class Peers:
-    """Parent to worker: KV caches that can be opened now."""
+class Peer:
+    """A KV cache that can be opened."""
 
-    peers: dict[int, tuple[int, int]]  # worker -> (generation, num_blocks)
+    generation: int
+    num_blocks: int
+    kv_handle: object = None  # of its `Ready`
+
+
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """Parent to worker, before the first plan and whenever something changes: what became of other workers' caches.
+
+    Another generation replaces the one before, None stands for a dead worker. In both cases the old cache is closed,
+    and plans that wait for it are given up: acknowledged with 0 bytes.
+    """
+
+    peers: dict[int, Peer | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,11 +326,11 @@ class TransferPlan:
 
 @dataclass(slots=True)
 class TransferAck:
-    """A plan is done: every byte has arrived."""
+    """A plan is done: every byte has arrived, and nothing more will be written."""
 
     plan_id: int
     duration_us: int
-    num_bytes: int
+    num_bytes: int  # 0: given up, as the source is dead
 
     KIND: ClassVar = MessageKind.TRANSFER_ACK
     HEADER: ClassVar = ("plan_id", "duration_us", "num_bytes")

@@ -1,35 +1,39 @@
-"""The parent's side of worker processes: spawns them, talks to them, notices their end.
+"""The parent's side of worker processes: spawns them, talks to them, notices their end, replaces them.
 
 Knows the entry of a worker by name only, so that the parent imports no model code. The processes must be spawned by
-the thread that goes on to drive them: Linux ends them with that thread (see ipc/process.py).
+the thread that goes on to drive them: Linux ends them with that thread (see ipc/process.py). Once all have started,
+nothing here waits.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import os
 import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-from nanopd.config import EngineConfig, ModelConfig
+from nanopd.config import EngineConfig, ModelConfig, routes_for_policy
 from nanopd.errors import NanopdError, WorkerError
 from nanopd.ipc.channel import channel
-from nanopd.ipc.doorbell import Doorbell, Waiter
+from nanopd.ipc.descriptor import Descriptor
+from nanopd.ipc.doorbell import Doorbell, HasFileno, Waiter
+from nanopd.ipc.memories import Memories
 from nanopd.ipc.process import die_with_parent
 from nanopd.ipc.ring import RingFull
-from nanopd.ipc.shared_memory import SharedMemory
+from nanopd.links import measure
 from nanopd.messages import (
     MAX_STOP_TOKEN_IDS,
     SLOT_INIT,
     TABLE_UPDATE,
     Failed,
+    Peer,
     Peers,
     Progress,
     Ready,
@@ -37,15 +41,19 @@ from nanopd.messages import (
     StepBatch,
     StepResult,
     TransferAck,
+    TransferPath,
     TransferPlan,
 )
 from nanopd.wire import decode, encode, encoded_size
 
 WORKER_ENTRY = "nanopd.worker.main"  # a module with a function main
 SHUTDOWN_TIMEOUT_S = 5.0
+END_POLL_S = 0.02  # between looks whether killed processes have ended; one with a GPU takes a while
 NUM_RING_MESSAGES = 4
 SPIN_COUNT = "3000"  # OpenMP's own 300,000 waste whole time slices on shared cores: 26 tokens/s instead of 128
 LOADING_HINT = ' while loading; does the script that made the LLM have its `if __name__ == "__main__":`?'
+
+logger = logging.getLogger(__name__)
 
 
 def _run_entry(module: str, *args: object) -> None:
@@ -57,37 +65,44 @@ class WorkerProcess:
     """One spawned worker, as the engine sees it."""
 
     def __init__(
-        self, index: int, config: EngineConfig, model: ModelConfig, path: Path, kv_memories: list[SharedMemory]
+        self,
+        index: int,
+        generation: int,
+        config: EngineConfig,
+        model: ModelConfig,
+        path: Path,
+        memories: Memories,
+        waiter: Waiter,
     ) -> None:
+        """`waiter` wakes up for what the process says, and for its end, until it is killed."""
         self.index = index
-        self.num_blocks = 0  # known once it is ready
+        self.generation = generation
+        self.num_blocks = 0  # these three are known once it is ready
+        self.paths: dict[int, TransferPath] = {}  # by source: how it gets blocks
+        self.kv_handle: object = None
         self._backlog: deque[StepBatch | TransferPlan] = deque()  # what did not fit into the ring yet
         self._endpoint, theirs = channel(_max_message_nbytes(config, model), NUM_RING_MESSAGES)
         self._endpoint.open()
         import torch.multiprocessing  # not at the top, where the child would import it before `die_with_parent`
 
         context = torch.multiprocessing.get_context("spawn")
-        self.control, their_control = context.Pipe()
-        args = (WORKER_ENTRY, index, config, model, path, theirs, their_control, kv_memories)
+        self._control, their_control = context.Pipe()
+        args = (WORKER_ENTRY, index, config, model, path, theirs, their_control, memories)
         self._process = context.Process(target=_run_entry, args=args, name=f"nanopd-worker-{index}", daemon=True)
         self._process.start()
         their_control.close()
-        self._end = Waiter()  # for last words, or the end of the pipe: it says nothing else while it serves
-        self._end.add(self.control)
-        self._waiter: Waiter | None = None
-
-    def register(self, waiter: Waiter) -> None:
-        """Let `waiter` wake up for results and for the end, for as long as the worker lives."""
+        assert self._process.pid is not None
+        self._exit = Descriptor(os.pidfd_open(self._process.pid))  # ready when the process has ended
+        self._news = Waiter()  # for last words and the end: a process that serves says nothing else
         self._waiter = waiter
-        for source in (self._endpoint.bell, self.control):
-            waiter.add(source)
+        self._watched: list[HasFileno] = []
+        for source in (self._endpoint.bell, self._control, self._exit):
+            self._watch(source)
 
-    def connect(self, peers: Peers) -> None:
-        """Tell it of the KV caches of all workers. Raises WorkerError if it has ended."""
-        try:
-            self.control.send(peers)
-        except OSError:
-            raise self._cause_of_death() from None
+    def tell(self, peers: dict[int, Peer | None]) -> None:
+        """Say what became of the KV caches of some workers."""
+        with contextlib.suppress(OSError):  # it has ended, which will be noticed
+            self._control.send(Peers(peers))
 
     def send(self, message: StepBatch | TransferPlan) -> None:
         self._backlog.append(message)
@@ -100,44 +115,79 @@ class WorkerProcess:
             WorkerError: it has failed or its process has ended, and all results have been read; with its traceback
                 if it left one.
         """
-        has_ended = bool(self._end.wait(0.0))  # before reading, so that nothing said before the end is missed
+        has_news = bool(self._news.wait(0.0))  # before reading, so that nothing said before the end is missed
         results: list[StepResult | TransferAck] = []
         while (view := self._endpoint.reader.read()) is not None:
             results.append(cast("StepResult | TransferAck", decode(bytes(view))))
             self._endpoint.reader.release()
-        if has_ended and not results:
-            raise self._cause_of_death()
+        if has_news and not results:
+            self.receive()
         if self._backlog:
             self._flush()
         return results
 
-    def receive_control(self) -> Progress | Ready:
-        """The next control message of a worker that is loading.
+    def receive(self) -> Progress | Ready | None:
+        """The next control message; None: there is none now.
 
         Raises:
-            WorkerError: it failed.
+            WorkerError: it has failed or its process has ended.
         """
-        try:
-            message = self.control.recv()
-        except (EOFError, OSError):
-            raise self._cause_of_death(LOADING_HINT) from None
+        message = self._next_control()
         if isinstance(message, Failed):
             raise WorkerError(self.index, message.reason, message.traceback)
+        if isinstance(message, Ready):
+            self.num_blocks, self.paths, self.kv_handle = message.num_blocks, message.paths, message.kv_handle
+        if message is None and (exit_code := self._process.exitcode) is not None:
+            hint = "" if self.num_blocks else LOADING_HINT
+            raise WorkerError(self.index, _describe_exit(exit_code) + hint)
         return message
+
+    @property
+    def peer(self) -> Peer:
+        return Peer(self.generation, self.num_blocks, self.kv_handle)
+
+    @property
+    def has_ended(self) -> bool:
+        return self._process.exitcode is not None
 
     def tell_to_stop(self) -> None:
         with contextlib.suppress(OSError):  # it has ended already
-            self.control.send(Shutdown())
+            self._control.send(Shutdown())
+
+    def kill(self) -> None:
+        """End the process; nobody wakes up for it any more."""
+        self._process.kill()
+        for source in self._watched[:]:
+            self._unwatch(source)
 
     def close(self, deadline_s: float) -> None:
         """Wait until the process has ended, which it was told to; kill it at `deadline_s` (time.monotonic)."""
         self._process.join(max(0.0, deadline_s - time.monotonic()))
-        self._process.kill()
+        self.kill()
         self._process.join()
         self._process.close()
-        self._end.close()
-        self.control.close()
-        self._endpoint.close()
+        for part in (self._news, self._control, self._exit, self._endpoint):
+            part.close()
+
+    def _watch(self, source: HasFileno) -> None:
+        self._watched.append(source)
+        self._waiter.add(source)
+        if source is not self._endpoint.bell:
+            self._news.add(source)
+
+    def _unwatch(self, source: HasFileno) -> None:
+        self._watched.remove(source)
+        self._waiter.remove(source)
+        if source is not self._endpoint.bell:
+            self._news.remove(source)
+
+    def _next_control(self) -> Progress | Ready | Failed | None:
+        try:
+            if self._control in self._watched and self._control.poll():
+                return self._control.recv()
+        except (EOFError, OSError):  # the process is about to end; the end of a pipe would be news for ever
+            self._unwatch(self._control)
+        return None
 
     def _flush(self) -> None:
         while self._backlog:
@@ -151,66 +201,170 @@ class WorkerProcess:
             self._endpoint.commit(nbytes)
             self._backlog.popleft()
 
-    def _cause_of_death(self, hint: str = "") -> WorkerError:
-        """What to tell of a worker that is gone; sees to it that it is."""
-        if self._waiter is not None:
-            for source in (self._endpoint.bell, self.control):
-                self._waiter.remove(source)
-        failed = self._last_words()
-        if failed is None:
-            self._process.join(SHUTDOWN_TIMEOUT_S)
-        self._process.kill()
-        self._process.join()
-        if failed is not None:
-            return WorkerError(self.index, failed.reason, failed.traceback)
-        return WorkerError(self.index, _describe_exit(self._process.exitcode) + hint)
 
-    def _last_words(self) -> Failed | None:
-        with contextlib.suppress(EOFError, OSError):
-            while self.control.poll():
-                message = self.control.recv()
-                if isinstance(message, Failed):
-                    return message
-        return None
-
-
-def _describe_exit(exit_code: int | None) -> str:
-    assert exit_code is not None
+def _describe_exit(exit_code: int) -> str:
     if exit_code < 0:
         return f"was killed by {signal.Signals(-exit_code).name}"
     return f"ended with exit code {exit_code}"
 
 
-def start_workers(
-    config: EngineConfig,
-    model: ModelConfig,
-    path: Path,
-    cancel: Doorbell,
-    on_progress: Callable[[float], None] | None = None,
-) -> list[WorkerProcess]:
-    """Spawn all workers of `config`, wait until they have loaded, and connect them.
+class WorkerProcesses:
+    """All workers of an engine: starts them, wakes the engine's thread for them, and replaces those that die."""
 
-    Args:
-        cancel: rung by another thread to give up.
-        on_progress: hears of the share of all weights that has been loaded, 0 to 1.
+    def __init__(self, config: EngineConfig, model: ModelConfig, path: Path, bell: Doorbell) -> None:
+        """`bell`: wakes up the engine's thread too, and gives up the start."""
+        self._config, self._model, self._path, self._bell = config, model, path, bell
+        self._memories = Memories.of(len(config.workers), with_relays=config.may_relay)
+        self._waiter = Waiter()
+        self._waiter.add(bell)
+        self._serving: dict[int, WorkerProcess] = {}
+        self._loading: dict[int, WorkerProcess] = {}
+        self._ending: list[WorkerProcess] = []  # killed, until they have ended
+        self._num_blocks: dict[int, int] = {}  # once known: peers map as many of a replacement
+        self._due_s: dict[int, float] = {}  # of workers that are being replaced: when it has taken too long
+        self.num_restarts = [0] * len(config.workers)
 
-    Raises:
-        WorkerError: one failed, or took longer than `start_timeout_s`; the others have been stopped.
-        NanopdError: cancelled; all have been stopped.
-    """
-    kv_memories = [SharedMemory(name="kv") for _ in config.workers]
-    workers: list[WorkerProcess] = []
-    try:
-        with _spawning():
-            for index in range(len(config.workers)):
-                workers.append(WorkerProcess(index, config, model, path, kv_memories))
-        _await_ready(workers, time.monotonic() + config.start_timeout_s, cancel, on_progress)
-        for worker in workers:
-            worker.connect(Peers({w.index: (0, w.num_blocks) for w in workers}))
-    except BaseException:
-        stop_workers(workers, timeout_s=0.0)
-        raise
-    return workers
+    def start(self, on_progress: Callable[[float], None] | None = None) -> list[WorkerProcess]:
+        """Spawn all workers, wait until they have loaded, and connect them.
+
+        Args:
+            on_progress: hears of the share of all weights that has been loaded, 0 to 1.
+
+        Raises:
+            WorkerError: one failed, or took longer than `start_timeout_s`.
+            NanopdError: `bell` was rung.
+        """
+        for worker in range(len(self._config.workers)):
+            self._spawn(worker)
+        self._await_ready(on_progress)
+        workers = [self._serving[worker] for worker in range(len(self._config.workers))]
+        for process in workers:
+            process.tell({peer.index: peer.peer for peer in workers})
+        max_blocks = -(-self._config.max_len_of(self._model) // self._config.block_size)
+        block_bytes = self._config.block_size * self._model.kv_bytes_per_token()
+        measure(workers, routes_for_policy(self._config.policy, self._config.roles), block_bytes, max_blocks)
+        return workers
+
+    def _await_ready(self, on_progress: Callable[[float], None] | None) -> None:
+        deadline_s = time.monotonic() + self._config.start_timeout_s
+        shares = [0.0] * len(self._config.workers)
+        while self._loading:
+            if time.monotonic() >= deadline_s:
+                raise _late(next(iter(self._loading)))
+            if self._bell in self._waiter.wait(max(0.0, deadline_s - time.monotonic())):
+                raise NanopdError("the start was cancelled")
+            for process in list(self._loading.values()):
+                while (message := process.receive()) is not None:
+                    shares[process.index] = self._note(process, message)
+            if on_progress is not None:
+                on_progress(sum(shares) / len(shares))
+
+    def wait(self, timeout_s: float) -> None:
+        """Sleep until a worker or the bell has something to say."""
+        self._waiter.wait(min(timeout_s, END_POLL_S) if self._ending else timeout_s)
+
+    def replace(self, worker: int) -> bool:
+        """End a worker that has died or hangs; whether there will be another one, see `replaced`."""
+        process = self._serving.pop(worker)
+        self._discard(process)
+        for other in self._serving.values():
+            other.tell({worker: None})  # their mappings of its cache keep memory that the next one needs
+        return self._try_restart(worker)
+
+    def replaced(self) -> list[WorkerProcess | WorkerError]:
+        """Go on with replacements; those that serve from now on, and what made one impossible."""
+        if not (self._ending or self._due_s):
+            return []
+        for process in [p for p in self._ending if p.has_ended]:
+            self._ending.remove(process)
+            process.close(0.0)
+        outcomes = [self._go_on_with(worker) for worker in list(self._due_s)]
+        return [outcome for outcome in outcomes if outcome is not None]
+
+    def close(self, timeout_s: float = SHUTDOWN_TIMEOUT_S) -> None:
+        """Tell all to stop, then wait for each, killing those that have not after `timeout_s`."""
+        for process in self._loading.values():  # they do not listen
+            process.kill()
+        processes = [*self._serving.values(), *self._loading.values(), *self._ending]
+        for process in processes:
+            process.tell_to_stop()
+        deadline_s = time.monotonic() + timeout_s
+        for process in processes:
+            process.close(deadline_s)
+        for memory in (*self._memories.caches, *self._memories.relays.values()):
+            memory.close()
+        self._waiter.close()
+
+    def _spawn(self, worker: int) -> None:
+        config = self._config
+        if worker in self._num_blocks:
+            config = config.replace(num_blocks=self._num_blocks[worker])
+        args = worker, self.num_restarts[worker], config, self._model, self._path, self._memories, self._waiter
+        try:
+            with _spawning():
+                self._loading[worker] = WorkerProcess(*args)
+        except OSError as error:
+            raise WorkerError(worker, f"could not be spawned: {error}") from error
+
+    def _note(self, process: WorkerProcess, message: Progress | Ready) -> float:
+        """The share that a loading worker has done; one that is ready serves from now on."""
+        if isinstance(message, Progress):
+            return message.done_bytes / max(1, message.total_bytes)
+        del self._loading[process.index]
+        self._serving[process.index] = process
+        self._num_blocks[process.index] = process.num_blocks
+        return 1.0
+
+    def _go_on_with(self, worker: int) -> WorkerProcess | WorkerError | None:
+        try:
+            return self._advance(worker)
+        except WorkerError as error:
+            if worker in self._loading:
+                self._discard(self._loading.pop(worker))
+            if self._try_restart(worker):
+                logger.error("%s", str(error))
+                return None
+            del self._due_s[worker]
+            return error
+
+    def _advance(self, worker: int) -> WorkerProcess | None:
+        if time.monotonic() >= self._due_s[worker]:
+            raise _late(worker)
+        process = self._loading.get(worker)
+        if process is None:
+            if not any(ending.index == worker for ending in self._ending):  # its device's memory is free again
+                self._spawn(worker)
+            return None
+        while (message := process.receive()) is not None:
+            self._note(process, message)
+            if isinstance(message, Ready):
+                del self._due_s[worker]
+                self._introduce(process)
+                return process
+        return None
+
+    def _introduce(self, process: WorkerProcess) -> None:
+        """Connect a replacement and the others, before either may get a plan."""
+        process.tell({w: other.peer for w, other in self._serving.items()})
+        for other in self._serving.values():
+            if other is not process:
+                other.tell({process.index: process.peer})
+        logger.warning("worker %d: has been replaced, restart %d", process.index, process.generation)
+
+    def _discard(self, process: WorkerProcess) -> None:
+        process.kill()
+        self._ending.append(process)
+
+    def _try_restart(self, worker: int) -> bool:
+        if self.num_restarts[worker] >= self._config.max_restarts:
+            return False
+        self.num_restarts[worker] += 1
+        self._due_s[worker] = time.monotonic() + self._config.start_timeout_s
+        return True
+
+
+def _late(worker: int) -> WorkerError:
+    return WorkerError(worker, "has not loaded within start_timeout_s")
 
 
 @contextlib.contextmanager
@@ -231,41 +385,6 @@ def _spawning() -> Iterator[None]:
         if not is_set:
             del os.environ["GOMP_SPINCOUNT"]
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-def stop_workers(workers: list[WorkerProcess], timeout_s: float = SHUTDOWN_TIMEOUT_S) -> None:
-    """Tell all to stop, then wait for each, killing those that have not after `timeout_s`."""
-    for worker in workers:
-        worker.tell_to_stop()
-    deadline_s = time.monotonic() + timeout_s
-    for worker in workers:
-        worker.close(deadline_s)
-
-
-def _await_ready(
-    workers: list[WorkerProcess], deadline_s: float, cancel: Doorbell, on_progress: Callable[[float], None] | None
-) -> None:
-    loading: dict[Connection, WorkerProcess] = {worker.control: worker for worker in workers}
-    shares = dict.fromkeys(range(len(workers)), 0.0)
-    while loading:
-        sources: list[Any] = [cancel, *loading]
-        ready: list[Any] = wait(sources, timeout=max(0.0, deadline_s - time.monotonic()))
-        if not ready:
-            late = next(iter(loading.values())).index
-            raise WorkerError(late, "has not loaded within start_timeout_s")
-        if cancel in ready:
-            raise NanopdError("the start was cancelled")
-        for control in ready:
-            worker = loading[control]
-            message = worker.receive_control()
-            if isinstance(message, Ready):
-                worker.num_blocks = message.num_blocks
-                del loading[control]
-                shares[worker.index] = 1.0
-            else:
-                shares[worker.index] = message.done_bytes / max(1, message.total_bytes)
-            if on_progress is not None:
-                on_progress(sum(shares.values()) / len(workers))
 
 
 def _max_message_nbytes(config: EngineConfig, model: ModelConfig) -> int:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from nanopd.config import EngineConfig, ModelConfig
 from nanopd.engine import Engine
-from nanopd.ipc.shared_memory import SharedMemory
-from nanopd.messages import StepBatch, StepResult, TransferAck, TransferPlan
+from nanopd.ipc.memories import Memories
+from nanopd.messages import Peer, StepBatch, StepResult, TransferAck, TransferPlan
 from nanopd.model_files import read_model_config
 from nanopd.wire import decode, encode, encoded_size
 from nanopd.worker.worker import Worker
@@ -21,6 +21,7 @@ class LocalWorker:
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
         self.num_blocks = worker.num_blocks
+        self.paths = worker.paths
         self._inbox: deque[StepBatch | TransferPlan] = deque()
 
     def send(self, message: StepBatch | TransferPlan) -> None:
@@ -45,11 +46,11 @@ def local_engine(config: EngineConfig, path: Path, model: ModelConfig | None = N
     """An engine with its workers in this process."""
     model = model or read_model_config(path, config.dtype, True)
     config = config.replace(max_model_len=config.max_model_len or model.max_position_embeddings)
-    memories = [SharedMemory(name="kv") for _ in config.workers]
+    memories = Memories.of(len(config.workers), with_relays=False)
     workers = [Worker(i, config, model, path, memories) for i in range(len(config.workers))]
     for worker in workers:
         for peer, other in enumerate(workers):
-            worker.connect(peer, 0, other.num_blocks)
+            worker.connect(peer, Peer(0, other.num_blocks))
     return Engine(config, model, [LocalWorker(w) for w in workers], time.monotonic, **engine_args)
 
 

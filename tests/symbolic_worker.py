@@ -1,7 +1,8 @@
 """A worker without a model: its KV cache holds token ids, and the next token is a hash of what it reads there.
 
 A block that is shared too long, freed too early, copied wrongly or moved too soon shows as a wrong token. Steps and
-transfers are carried out in any order that the real worker allows: steps in turn, plans whenever they like.
+transfers are carried out in any order that the real worker allows: steps in turn, plans whenever they like. Workers
+die, hang and come back with an empty cache.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import numpy as np
 
 from nanopd.config import EngineConfig, ModelConfig
 from nanopd.errors import WorkerError
-from nanopd.messages import RowFlag, StepBatch, StepResult, TransferAck, TransferPlan
+from nanopd.messages import RowFlag, StepBatch, StepResult, TransferAck, TransferPath, TransferPlan
 
 VOCAB_SIZE = 64
 EOS = 7
+POISON = VOCAB_SIZE - 1  # in a prompt: kills the worker that computes it, if that minds
 
 
 def model_config(max_len: int = 512) -> ModelConfig:
@@ -44,12 +46,17 @@ class SymbolicWorker:
 
     def __init__(self, config: EngineConfig, num_blocks: int, rng: Random | None, max_len: int = 512) -> None:
         self.num_blocks = num_blocks
+        self.paths: dict[int, TransferPath] = {}
+        self.generation = 0
         self.block_size = config.block_size
         self.kv = np.full((num_blocks, config.block_size), -1, np.int64)
         self.tables = np.zeros((config.num_slots, -(-max_len // config.block_size)), np.int64)
         self.last_tokens = np.full(config.num_slots, -1, np.int64)
         self.peers: list[SymbolicWorker] = []
         self.is_dead = False
+        self.is_buried = False  # the others have been told of its death
+        self.is_hung = False
+        self.minds_poison = False
         self._rng = rng
         self._steps: deque[StepBatch] = deque()
         self._plans: list[TransferPlan] = []
@@ -61,6 +68,8 @@ class SymbolicWorker:
         if self.is_dead:
             raise WorkerError(0, "killed by the test")
         results: list[StepResult | TransferAck] = []
+        if self.is_hung:
+            return results
         while (self._steps or self._plans) and (self._rng is None or self._rng.random() < 0.6):
             if self._plans and (not self._steps or (self._rng is not None and self._rng.random() < 0.5)):
                 index = self._rng.randrange(len(self._plans)) if self._rng is not None else 0
@@ -70,10 +79,18 @@ class SymbolicWorker:
         return results
 
     def _move(self, plan: TransferPlan) -> TransferAck:
-        self.kv[plan.dst_blocks] = self.peers[plan.src_worker].kv[plan.src_blocks]
+        assert plan.dst_generation == self.generation
+        source = self.peers[plan.src_worker]
+        if source.is_buried or source.generation != plan.src_generation:
+            self.kv[plan.dst_blocks] = -1  # at worst
+            return TransferAck(plan.plan_id, 1, 0)
+        self.kv[plan.dst_blocks] = source.kv[plan.src_blocks]
         return TransferAck(plan.plan_id, 1, 1)
 
     def _step(self, batch: StepBatch) -> StepResult:
+        if self.minds_poison and POISON in batch.token_ids:
+            self.is_dead = True
+            raise WorkerError(0, "was poisoned by the test")
         updates = batch.table_updates
         for slot in batch.slot_inits["slot"]:
             self.tables[slot], self.last_tokens[slot] = 0, -1

@@ -77,7 +77,9 @@ BAD_VALUES = [
     ({"gpu_memory_utilization": "90%"}, "gpu_memory_utilization", "number"),
     ({"gpu_memory_utilization": float("nan")}, "gpu_memory_utilization", "finite"),
     ({"transfer": "nixl"}, "transfer", "shm"),
-    ({"transfer": "shm", "workers": [{"device": "cuda:0"}]}, "transfer", "auto"),
+    ({"transfer": "shm", "workers": [{"device": "cuda:0"}]}, "transfer", "auto, ipc or relay"),
+    ({"transfer": "ipc"}, "transfer", "auto, relay or shm"),
+    ({"transfer": "ipc", "workers": [{"device": "cuda:0"}, {}]}, "transfer", "on the CPU"),
     ({"verify_transfers": 1}, "verify_transfers", "true or false"),
     ({"steps_in_flight": 0}, "steps_in_flight", "from 1 to 4"),
     ({"steps_in_flight": 5}, "steps_in_flight", "from 1 to 4"),
@@ -141,6 +143,7 @@ def test_missing_devices() -> None:
     check_devices(config, num_gpus=2)
     with pytest.raises(ConfigError, match=r"workers\.1\.device='cuda:1' .* allowed: cpu, cuda:0$"):
         check_devices(config, num_gpus=1)
+    check_devices(config.replace(policy="disaggregated"), num_gpus=2)
 
 
 # ------------------------------------------------------------------------------------------------------ routes

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import resource_tracker
 from pathlib import Path
 
@@ -51,7 +52,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_llm(model: Path, *workers: dict, **keys) -> LLM:
     policy = "disaggregated" if PREFILL in workers else "round_robin"
-    return LLM(str(model), workers=list(workers), policy=policy, num_blocks=100, max_num_seqs=8, **keys)
+    defaults = {"num_blocks": 100, "max_num_seqs": 8, "max_restarts": 0}
+    return LLM(str(model), workers=list(workers), policy=policy, **{**defaults, **keys})
 
 
 def worker_processes(parent: psutil.Process | None = None) -> list[psutil.Process]:
@@ -207,6 +209,91 @@ def test_worker_that_raises(model: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         after = psutil.Process().cpu_times()
         assert after.user + after.system - before.user - before.system < 0.25
         assert llm.submit(PROMPT, GREEDY).result(WAIT_S).outputs[0].finish_reason == "error"
+
+
+# ------------------------------------------------------------------------------------------------- replaced workers
+
+
+def new_process(known: list[psutil.Process]) -> psutil.Process:
+    wait_until(lambda: set(worker_processes()) - set(known), "a new worker process")
+    [process] = set(worker_processes()) - set(known)
+    return process
+
+
+def is_idle(engine: Engine) -> bool:
+    return not engine.has_unfinished
+
+
+def wait_for_return(llm: LLM, worker: int, generation: int) -> None:
+    def has_returned(engine: Engine) -> bool:
+        scheduler = engine.schedulers[worker]
+        return scheduler.generation == generation and not scheduler.is_dead
+
+    wait_until(lambda: llm._thread.call(has_returned), f"the return of worker {worker}")
+
+
+def test_killed_worker_is_replaced_while_the_others_serve(model: Path) -> None:
+    """Killed under load, and its replacement while it loads; the one after that serves."""
+    routes = [Route(p, d) for p in (0, 1) for d in (0, 1)]
+    with nothing_left_behind(), make_llm(model, MIXED, MIXED, num_blocks=200, max_restarts=2) as llm:
+        processes = worker_processes()
+        expected = llm.generate([PROMPT], GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+        loaded = [llm.submit(PROMPT, GREEDY, route=routes[n % 4]) for n in range(12)]
+        victim = llm.submit(PROMPT, ENDLESS, stream=True, route=Route(0, 0))
+        other = llm.submit(PROMPT, ENDLESS, stream=True, route=Route(1, 1))
+        assert next(iter(victim)).token_ids == next(iter(other)).token_ids == expected[:1]
+        processes[0].kill()
+        new_process(processes).kill()
+        for handle in loaded:
+            assert handle.result(WAIT_S).outputs[0].token_ids == expected
+        results = [handle.result(WAIT_S) for handle in (victim, other)]
+        assert results[0].outputs[0].token_ids == results[1].outputs[0].token_ids
+        assert [result.metrics.num_preemptions for result in results] == [1, 0]
+
+        wait_for_return(llm, 0, generation=2)
+        stats = llm.stats(reset=True)
+        assert stats.num_restarts == [2, 0]
+        assert all(busy_s > 0 for busy_s in stats.busy_s)
+        assert llm.stats().busy_s == [0, 0]
+        results = [llm.submit(PROMPT, GREEDY, route=route).result(WAIT_S) for route in routes]
+        assert [(r.route, r.outputs[0].token_ids) for r in results] == [(route, expected) for route in routes]
+        moved = llm.submit(PROMPT, ENDLESS, stream=True, request_id="moved", route=Route(1, 1))
+        next(iter(moved))
+        llm._thread.call(lambda engine: engine.move("moved", 0))
+        assert moved.result(WAIT_S).outputs[0].token_ids == other.result().outputs[0].token_ids
+        assert moved.result().route == Route(1, 0)
+        wait_until(partial(llm._thread.call, is_idle), "the last steps in flight")
+        assert [blocks.used for blocks in llm.stats().blocks] == [0, 0]
+        del llm, victim, other, loaded, handle, moved
+
+
+def test_hung_worker_is_replaced(model: Path) -> None:
+    with nothing_left_behind(), make_llm(model, MIXED, max_restarts=1, step_timeout_s=2.0) as llm:
+        expected = llm.generate([PROMPT], GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+        processes = worker_processes()
+        processes[0].suspend()
+        waiting = [llm.submit(PROMPT, GREEDY), llm.submit(PROMPT, GREEDY, deadline_s=0.5)]
+        assert waiting[1].result(WAIT_S).error == "the deadline has passed"
+        assert waiting[0].result(WAIT_S).outputs[0].token_ids == expected
+        assert worker_processes() != processes
+        new_process(processes).kill()  # the last one it gets
+        error = llm.submit(PROMPT, GREEDY).result(WAIT_S).error
+        assert error == "no route is left: worker 0: was killed by SIGKILL"
+        del llm, waiting
+
+
+def test_request_that_kills_every_worker(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is replayed twice, then it ends with the traceback; the others are served in the end."""
+    monkeypatch.setattr(worker_process, "WORKER_ENTRY", "failing_worker")
+    with make_llm(model, MIXED, MIXED, max_restarts=2) as llm:
+        [expected] = llm.generate([PROMPT], GREEDY, use_tqdm=False)
+        poison = llm.submit([5, 13, 5], GREEDY)
+        error = poison.result(WAIT_S).error
+        assert error.startswith("3 workers died while they computed it; the last: worker ")
+        assert "ValueError: an unlucky token" in error
+        assert poison.result().metrics.num_preemptions == 3
+        assert llm.submit(PROMPT, GREEDY).result(WAIT_S).outputs[0].token_ids == expected.outputs[0].token_ids
+        assert sum(llm.stats().num_restarts) == 3
 
 
 # ---------------------------------------------------------------------------------------------------------- loading

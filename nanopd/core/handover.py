@@ -1,4 +1,4 @@
-"""Moving sequences from the worker that prefills them to the worker that decodes them.
+"""Moving sequences from the worker that has computed them so far to the worker that goes on with them.
 
 Owns what is under way between two workers: places reserved at the destination, which blocks have been sent, and the
 plans that are out. Blocks that a plan names are pinned on both sides until the plan is acknowledged, whatever becomes
@@ -9,6 +9,9 @@ a decode worker, so no workers can wait for each other in a circle.
     routed ─ begin ─▶ start ─▶ (reserve as soon as there is room; complete blocks move after each chunk)
            ─ prefilled ─▶ (the rest moves) ─ every plan acknowledged ─▶ decodes at the destination
                      └─ no room within the time-out ─▶ another decode worker | stays | goes on waiting
+
+A sequence that decodes already may move too. It decodes until there is room for it, then its steps in flight come back
+and its blocks move as one plan; whatever goes wrong, it goes on where it is.
 
 Parent process, one thread. Knows schedulers and plans, not how bytes travel.
 """
@@ -31,20 +34,24 @@ class _Handover:
     seq: Sequence
     src: Scheduler
     dst: Scheduler
+    home: Route | None = None  # of a sequence that has decoded at the source: its route if it stays
     dst_table: list[int] | None = None  # reserved there; None: no room so far
-    num_computed: int = 0  # tokens whose KV entries exist at the source
+    num_computed: int = 0  # tokens whose KV entries exist at the source and may move
     num_planned: int = 0  # blocks that plans have been sent for
     num_plans_out: int = 0
-    prefilled_s: float | None = None  # when the first token was there
+    is_complete: bool = False  # nothing more will be computed at the source
+    waits_since_s: float = math.inf  # for room, with a time limit from then on
 
     @property
     def has_arrived(self) -> bool:
-        return self.prefilled_s is not None and self.dst_table is not None and not self.num_plans_out
+        return self.is_complete and self.dst_table is not None and not self.num_plans_out
 
 
 @dataclass(slots=True)
 class _PlanOut:
     plan: TransferPlan
+    src: Scheduler  # as they were when it was sent; a worker that is replaced gets another one
+    dst: Scheduler
     handover: _Handover | None  # None: nobody waits for it any more
 
 
@@ -52,11 +59,12 @@ class Handovers:
     """All hand-overs under way."""
 
     def __init__(self, schedulers: list[Scheduler], send: Callable[[TransferPlan], None], timeout_s: float) -> None:
-        self._schedulers = schedulers
+        self._schedulers = schedulers  # the engine's own list, in which it replaces those of dead workers
         self._send = send  # gives a plan to the worker that executes it: the destination, which pulls
         self._timeout_s = timeout_s
         self._by_seq: dict[int, _Handover] = {}  # from routing on
         self._roomless: dict[int, _Handover] = {}  # those of started sequences without a reservation, oldest first
+        self._settling: dict[int, _Handover] = {}  # those that have a reservation and steps in flight to come back
         self._plans: dict[int, _PlanOut] = {}
         self._num_plans = 0
 
@@ -67,8 +75,7 @@ class Handovers:
     def begin(self, seq: Sequence) -> None:
         assert seq.route is not None and not seq.route.is_collocated
         src, dst = self._schedulers[seq.route.prefill_worker], self._schedulers[seq.route.decode_worker]
-        self._by_seq[seq.seq_id] = _Handover(seq, src, dst)
-        dst.num_expected += 1
+        self._add(_Handover(seq, src, dst))
 
     def start(self, seq: Sequence) -> None:
         """The prefill has started: from now on a reservation is worth its blocks."""
@@ -76,27 +83,57 @@ class Handovers:
         if handover is not None:
             self._roomless[seq.seq_id] = handover
 
+    def move(self, seq: Sequence, dst: int, now_s: float) -> None:
+        """Let a decoding sequence go on at another worker, as soon as there is room within the time-out."""
+        assert seq.status is SequenceStatus.RUNNING and seq.route is not None
+        self.cancel(seq)  # an earlier move that has not begun
+        src = self._schedulers[seq.route.decode_worker]
+        handover = _Handover(seq, src, self._schedulers[dst], home=seq.route, waits_since_s=now_s)
+        self._add(handover)
+        self._roomless[seq.seq_id] = handover
+
+    def vacate(self, worker: int, now_s: float) -> None:
+        """The worker may not decode any more: its sequences go elsewhere to decode, if another one can take them."""
+        src = self._schedulers[worker]
+        for handover in [h for h in self._by_seq.values() if h.dst is src]:
+            self._redirect(handover, now_s)
+        for seq in src.decoding[:]:
+            if seq.seq_id not in self._by_seq and (others := self.destinations(seq, src)):
+                self.move(seq, others[0].worker, now_s)
+        for seq in src.prefilling:
+            assert seq.route is not None
+            if seq.route.is_collocated and (others := self.destinations(seq, src)):
+                seq.route = Route(worker, others[0].worker)
+                self.begin(seq)
+                self.start(seq)
+
     def advance(self, seq: Sequence, num_computed: int) -> None:
         """The first `num_computed` tokens have their KV entries: whole blocks of them may move."""
-        handover = self._by_seq.get(seq.seq_id)
+        handover = self._of_prefill(seq)
         if handover is not None:
             handover.num_computed = num_computed
             self._move_blocks(handover)
 
     def prefilled(self, seq: Sequence, now_s: float) -> None:
         """The first token is there: all blocks may move."""
-        handover = self._by_seq.get(seq.seq_id)
-        if handover is not None:  # else it was told to stay while its last chunk was computed
+        handover = self._of_prefill(seq)
+        if handover is not None:
             seq.status = SequenceStatus.MOVING
             seq.log_event(now_s, EventKind.MOVING, handover.src.worker)
-            handover.prefilled_s = now_s
+            handover.is_complete = True
+            handover.waits_since_s = now_s
             self._move_blocks(handover)
+
+    def _of_prefill(self, seq: Sequence) -> _Handover | None:
+        """None: the sequence was told to stay while its last chunk was computed."""
+        handover = self._by_seq.get(seq.seq_id)
+        return None if handover is None or handover.home is not None else handover
 
     def acknowledge(self, ack: TransferAck, now_s: float) -> None:
         out = self._plans.pop(ack.plan_id, None)
         if out is None:
             return  # of a plan that was dropped with its destination
-        self._unpin(out.plan)
+        _unpin(out)
         if out.handover is not None:
             out.handover.num_plans_out -= 1
             if out.handover.has_arrived:
@@ -110,28 +147,32 @@ class Handovers:
             self._end(handover)
 
     def tick(self, now_s: float) -> None:
-        """Try to reserve what could not be reserved; redirect what has waited too long."""
+        """Try to reserve what could not be reserved; redirect what has waited too long; move what has settled."""
         for handover in list(self._roomless.values()):
-            if not self._try_reserve(handover, handover.dst) and now_s >= self._due_s(handover):
+            if not self._try_reserve(handover, handover.dst, now_s) and now_s >= self._due_s(handover):
                 self._redirect(handover, now_s)
+        for handover in list(self._settling.values()):
+            if handover.src.is_settled(handover.seq):
+                self._complete(handover)
 
     def next_due_s(self) -> float:
         """When `tick` has to redirect a sequence, if no room is found before; inf: never."""
         return min(map(self._due_s, self._roomless.values()), default=math.inf)
 
     def _due_s(self, handover: _Handover) -> float:
-        return math.inf if handover.prefilled_s is None else handover.prefilled_s + self._timeout_s
+        return handover.waits_since_s + self._timeout_s
 
     def drop_worker(self, worker: int, now_s: float) -> list[Sequence]:
         """A worker is dead: no plan to it will be acknowledged, sequences bound for it go elsewhere.
 
         Returns those that have to start over. Sequences *from* that worker are the caller's to cancel.
         """
+        dead = self._schedulers[worker]
         for plan_id, out in list(self._plans.items()):
-            if out.plan.dst_worker == worker:
-                self._unpin(out.plan)
+            if out.dst is dead:
+                _unpin(out)
                 del self._plans[plan_id]
-        bound = [h for h in self._by_seq.values() if h.dst.worker == worker and not h.src.is_dead]
+        bound = [h for h in self._by_seq.values() if h.dst is dead]
         return [handover.seq for handover in bound if not self._redirect(handover, now_s)]
 
     def tables(self, worker: int) -> list[list[int]]:
@@ -140,28 +181,52 @@ class Handovers:
 
     def pinned(self, worker: int) -> Iterable[np.ndarray]:
         """Blocks of a worker that plans name, for integrity checks."""
+        scheduler = self._schedulers[worker]
         for out in self._plans.values():
-            if out.plan.src_worker == worker:
+            if out.src is scheduler:
                 yield out.plan.src_blocks
-            if out.plan.dst_worker == worker:
+            if out.dst is scheduler:
                 yield out.plan.dst_blocks
 
-    def _try_reserve(self, handover: _Handover, dst: Scheduler) -> bool:
-        table = dst.reserve(handover.seq.num_tokens)
-        if table is not None:
-            self._set_destination(handover, dst)
-            handover.dst_table, handover.num_planned = table, 0
-            self._roomless.pop(handover.seq.seq_id, None)
-            self._move_blocks(handover)
-        return table is not None
+    def _add(self, handover: _Handover) -> None:
+        self._by_seq[handover.seq.seq_id] = handover
+        handover.dst.num_expected += 1
+
+    def destinations(self, seq: Sequence, *excluded: Scheduler) -> list[Scheduler]:
+        """Workers that may decode the sequence and are large enough, the idlest first."""
+        others = [s for s in self._schedulers if s.role.may_decode and not s.is_dead and s not in excluded]
+        return sorted((s for s in others if s.can_hold(seq.end_len)), key=lambda s: s.load)
+
+    def _try_reserve(self, handover: _Handover, dst: Scheduler, now_s: float) -> bool:
+        seq, src = handover.seq, handover.src
+        table = dst.reserve(seq.num_tokens if handover.home is None else src.settled_len(seq))
+        if table is None:
+            return False
+        self._roomless.pop(seq.seq_id, None)
+        if seq.status is SequenceStatus.RUNNING:
+            src.depart(seq)
+            seq.log_event(now_s, EventKind.MOVING, src.worker)
+            self._settling[seq.seq_id] = handover
+        self._set_destination(handover, dst)
+        handover.dst_table, handover.num_planned = table, 0
+        self._move_blocks(handover)
+        return True
+
+    def _complete(self, handover: _Handover) -> None:
+        """A sequence that was decoding has all its steps back: its blocks may move."""
+        seq = handover.seq
+        del self._settling[seq.seq_id]
+        handover.src.slots.sync(seq)
+        handover.num_computed, handover.is_complete = seq.num_tokens - 1, True
+        self._move_blocks(handover)
 
     def _move_blocks(self, handover: _Handover) -> None:
         """Send a plan for what is complete and has not been sent."""
         if handover.dst_table is None:
             return
         block_size = handover.src.blocks.block_size
-        is_last = handover.prefilled_s is not None
-        end = -(-handover.num_computed // block_size) if is_last else handover.num_computed // block_size
+        num_computed = handover.num_computed
+        end = -(-num_computed // block_size) if handover.is_complete else num_computed // block_size
         start, handover.num_planned = handover.num_planned, end
         if end > start:
             self._send_plan(handover, handover.seq.block_table[start:end], handover.dst_table[start:end])
@@ -174,13 +239,8 @@ class Handovers:
         src.blocks.pin(src_blocks)
         dst.blocks.pin(dst_blocks)
         handover.num_plans_out += 1
-        self._plans[plan.plan_id] = _PlanOut(plan, handover)
+        self._plans[plan.plan_id] = _PlanOut(plan, src, dst, handover)
         self._send(plan)
-
-    def _unpin(self, plan: TransferPlan) -> None:
-        for worker, blocks in ((plan.src_worker, plan.src_blocks), (plan.dst_worker, plan.dst_blocks)):
-            if not self._schedulers[worker].is_dead:
-                self._schedulers[worker].blocks.unpin(blocks)
 
     def _arrive(self, handover: _Handover, now_s: float) -> None:
         seq, table = handover.seq, handover.dst_table
@@ -191,43 +251,56 @@ class Handovers:
         seq.log_event(now_s, EventKind.MOVED, handover.dst.worker)
 
     def _redirect(self, handover: _Handover, now_s: float) -> bool:
-        """Find another way for a sequence whose destination has no room, or is gone; False: there is none at all."""
+        """Find another way for a sequence whose destination has no room, or is none any more; False: there is none."""
         self._cancel_reservation(handover)
         seq, src, dst = handover.seq, handover.src, handover.dst
-        others = [s for s in self._schedulers if s.role.may_decode and not s.is_dead and s not in (src, dst)]
-        others = sorted((s for s in others if s.can_hold(seq.end_len)), key=lambda s: s.load)
-        if seq.slot is not None and any(self._try_reserve(handover, other) for other in others):
+        is_move, may_stay = handover.home is not None, src.role.may_decode
+        others = self.destinations(seq, src, dst)
+        may_go = seq.slot is not None and not (is_move and may_stay)  # who may stay moves as asked for, or not at all
+        if may_go and any(self._try_reserve(handover, other, now_s) for other in others):
             return True
-        if src.role.may_decode:
+        if not may_stay and (others or not dst.is_dead):
+            keeps_dst = not others or (dst.role.may_decode and not dst.is_dead)
+            self._wait_again(handover, dst if keeps_dst else others[0], now_s)
+            return True
+        self._end(handover)
+        if may_stay or is_move:
             self._stay(handover)
-        elif not dst.is_dead or others:
-            self._set_destination(handover, others[0] if dst.is_dead else dst)
-            handover.prefilled_s = None if handover.prefilled_s is None else now_s
-            if seq.slot is not None:
-                self._roomless[seq.seq_id] = handover
         else:
-            self._end(handover)
             src.remove(seq)
-            return False
-        return True
+        return may_stay or is_move
+
+    def _wait_again(self, handover: _Handover, dst: Scheduler, now_s: float) -> None:
+        """Wait for room at `dst`, with a new time limit; a sequence that can decode meanwhile does so."""
+        if handover.home is not None:
+            self._stay(handover)
+        self._set_destination(handover, dst)
+        if handover.waits_since_s < math.inf:
+            handover.waits_since_s = now_s
+        if handover.seq.slot is not None:
+            self._roomless[handover.seq.seq_id] = handover
 
     def _stay(self, handover: _Handover) -> None:
         seq, src = handover.seq, handover.src
-        self._end(handover)
-        seq.route = Route(src.worker, src.worker)
-        if seq in src.departing:  # else its last chunk is still to come and will see the new route
+        self._settling.pop(seq.seq_id, None)
+        handover.is_complete, handover.num_computed = False, 0
+        seq.route = handover.home or Route(src.worker, src.worker)
+        if seq in src.departing:  # else it decodes, or its last chunk is still to come and will see the new route
             src.keep(seq)
 
     def _end(self, handover: _Handover) -> None:
+        seq_id = handover.seq.seq_id
         handover.dst.num_expected -= 1
-        del self._by_seq[handover.seq.seq_id]
-        self._roomless.pop(handover.seq.seq_id, None)
+        del self._by_seq[seq_id]
+        self._roomless.pop(seq_id, None)
+        self._settling.pop(seq_id, None)
 
     def _set_destination(self, handover: _Handover, dst: Scheduler) -> None:
         handover.dst.num_expected -= 1
         dst.num_expected += 1
         handover.dst = dst
-        handover.seq.route = Route(handover.src.worker, dst.worker)
+        if handover.seq.status is not SequenceStatus.RUNNING:  # else it is at home still
+            handover.seq.route = Route(handover.src.worker, dst.worker)
 
     def _cancel_reservation(self, handover: _Handover) -> None:
         for out in self._plans.values():
@@ -235,6 +308,10 @@ class Handovers:
                 out.handover = None
         handover.num_plans_out = 0
         if handover.dst_table is not None:
-            if not handover.dst.is_dead:
-                handover.dst.cancel_reservation(handover.dst_table)
+            handover.dst.cancel_reservation(handover.dst_table)
             handover.dst_table = None
+
+
+def _unpin(out: _PlanOut) -> None:
+    out.src.blocks.unpin(out.plan.src_blocks)
+    out.dst.blocks.unpin(out.plan.dst_blocks)

@@ -51,6 +51,7 @@ class _Chunk:
 @dataclass(slots=True)
 class _StepInFlight:
     step_id: int
+    row_slots: np.ndarray  # [num_rows] int32
     sampled_slots: np.ndarray  # [*] int32, in the order of the rows that sample
     chunks: list[_Chunk]
 
@@ -149,7 +150,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.prefilling: list[Sequence] = []  # this and the following in order of seq_id
         self.decoding: list[Sequence] = []
-        self.departing: list[Sequence] = []  # prefilled here, their blocks on the way to another worker
+        self.departing: list[Sequence] = []  # computed here so far, their blocks on the way to another worker
         self.admitted: list[Sequence] = []  # started by the last `schedule`
         self.preempted: list[Sequence] = []  # by the last `schedule`; to be queued again, here or elsewhere
         self.num_expected = 0  # sequences bound for this worker that another one has or will prefill
@@ -203,8 +204,23 @@ class Scheduler:
         """Go on with a sequence whose KV entries have arrived in the reserved `table`."""
         self.num_reserved -= 1
         seq.block_table = table
-        self.slots.acquire(seq, seq.num_tokens - 1)
+        self._acquire_slot(seq, seq.num_tokens - 1)
         self._start_decoding(seq)
+
+    def depart(self, seq: Sequence) -> None:
+        """Decode a sequence no further, as it goes on elsewhere; steps in flight still bring it tokens."""
+        self.decoding.remove(seq)
+        self._decode_slots = None
+        self.departing.append(seq)
+        seq.status = SequenceStatus.MOVING
+
+    def is_settled(self, seq: Sequence) -> bool:
+        """Whether no step in flight computes anything of a sequence that decodes or departs."""
+        return bool(self.slots.num_computed[seq.slot] == self.slots.num_tokens[seq.slot] - 1)
+
+    def settled_len(self, seq: Sequence) -> int:
+        """Tokens of such a sequence once all steps in flight are done, if it goes on then."""
+        return int(self.slots.num_computed[seq.slot]) + 1
 
     def keep(self, seq: Sequence) -> None:
         """Decode a departing sequence here after all."""
@@ -216,7 +232,7 @@ class Scheduler:
         assert parent in self.decoding and child.token_ids == parent.token_ids
         assert self.num_seqs < self.max_num_seqs
         child.block_table = self.blocks.fork(parent.block_table)
-        self.slots.acquire(child, child.num_tokens - 1)
+        self._acquire_slot(child, child.num_tokens - 1)
         self._start_decoding(child)
         for seq in (parent, child):  # whoever writes first gets a copy of the last block
             self.slots.writable_len[seq.slot] = 0
@@ -258,8 +274,9 @@ class Scheduler:
         if batch.is_empty:
             self._step_id -= 1
             return None
-        self.in_flight.append(_StepInFlight(batch.step_id, batch.sampled_slots(), batch.chunks))
-        return batch.build()
+        step = batch.build()
+        self.in_flight.append(_StepInFlight(step.step_id, step.row_slots, batch.sampled_slots(), batch.chunks))
+        return step
 
     def _schedule_decodes(self, batch: _BatchBuilder) -> None:
         """A row of one token for every decoding sequence that has not come to its end."""
@@ -339,7 +356,7 @@ class Scheduler:
             self.waiting.popleft()
             seq.block_table = self.blocks.allocate(num_blocks)
             seq.status = SequenceStatus.PREFILL
-            self.slots.acquire(seq, 0)
+            self._acquire_slot(seq, 0)
             insort(self.prefilling, seq, key=lambda s: s.seq_id)
             self.admitted.append(seq)
             self._add_chunk(batch, seq)
@@ -378,9 +395,12 @@ class Scheduler:
         batch.add_blocks(slot, 0, seq.block_table)
         self.slots.is_entered[slot] = True
 
+    def _acquire_slot(self, seq: Sequence, num_computed: int) -> None:
+        self.slots.acquire(seq, num_computed)
+        self.slots.writable_len[seq.slot] = len(seq.block_table) * self.blocks.block_size
+
     def _start_decoding(self, seq: Sequence) -> None:
         seq.status = SequenceStatus.RUNNING
-        self.slots.writable_len[seq.slot] = len(seq.block_table) * self.blocks.block_size
         insort(self.decoding, seq, key=lambda s: s.seq_id)
         self._decode_slots = None
 
@@ -472,6 +492,11 @@ class Scheduler:
             self._num_parked_blocks -= len(parked.table)
             self.slots.release(parked.slot)
             self.blocks.free(parked.table)
+
+    def seqs_in_flight(self) -> list[Sequence]:
+        """Those that a step in flight computes something of."""
+        slots = np.unique(np.concatenate([NO_INTS, *(step.row_slots for step in self.in_flight)]))
+        return [seq for slot in slots.tolist() if (seq := self.slots.seqs[slot]) is not None]
 
     # ------------------------------------------------------------------------------------------------- checks
 

@@ -4,9 +4,9 @@ Owns what belongs to one request wherever it is: tokens, parameters, status, rou
 needs of it every step stands in that scheduler's `SlotTable` while the sequence holds a slot there.
 Parent process only; knows neither workers nor blocks beyond the ids in its table.
 
-    WAITING ─▶ PREFILL ─▶ MOVING ─▶ RUNNING ─▶ FINISHED_(STOPPED | LENGTH | ABORTED | ERROR)
-       ▲          │          │         │         a collocated sequence skips MOVING;
-       └──────────┴──────────┴─────────┘         the way back is PREEMPTED
+    WAITING ─▶ PREFILL ─▶ MOVING ◀─▶ RUNNING ─▶ FINISHED_(STOPPED | LENGTH | ABORTED | ERROR)
+       ▲          │          │          │         a collocated sequence skips MOVING;
+       └──────────┴──────────┴──────────┘         the way back is PREEMPTED
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ class Sequence:
         "is_watched",
         "logprobs",
         "min_len",
+        "num_deaths",
         "num_prompt_tokens",
         "params",
         "request_id",
@@ -120,6 +121,7 @@ class Sequence:
         self.stop_reason: int | str | None = None
         self.text: TextStream | None = None  # where tokens become text while they come
         self.error: str | None = None
+        self.num_deaths = 0  # of workers that were computing it
         self.events = [RequestEvent(arrival_s, EventKind.ARRIVED)]
 
     @property

@@ -9,6 +9,9 @@ Block 0 is the null block: padding points at it, and no sequence owns it.
 
 from __future__ import annotations
 
+import os
+from typing import TYPE_CHECKING, Any, cast
+
 import psutil
 import torch
 from torch import Tensor
@@ -16,10 +19,15 @@ from torch import Tensor
 from nanopd.config import EngineConfig, ModelConfig
 from nanopd.errors import ConfigError
 from nanopd.ipc.shared_memory import SharedMemory
+from nanopd.messages import Peer, TransferPath
 from nanopd.models.batch import InputBatch, PrefillRow
 from nanopd.models.decoder import Decoder
 
+if TYPE_CHECKING:
+    from nanopd.cuda.peer_memory import MemoryHandle
+
 GRAPHS_BYTES = 1 << 30  # for the decode graphs, which are captured after the cache has been allocated
+ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # environment variables that torch reads
 CPU_MEMORY_SHARE = 0.5  # of the memory available at start, for the caches of all CPU workers together
 
 
@@ -94,5 +102,31 @@ def allocate_kv(
     """The worker's own cache, all zeros; on the CPU, in memory that its peers can map too."""
     if device.type == "cuda":
         return torch.zeros(kv_shape(num_blocks, config, model), dtype=getattr(torch, model.dtype), device=device)
-    memory.resize(num_blocks * config.block_size * model.kv_bytes_per_token())
+    num_bytes = num_blocks * config.block_size * model.kv_bytes_per_token()
+    memory.resize(max(num_bytes, memory.nbytes))  # which may be a dead predecessor's, and cannot shrink
     return map_kv(memory, num_blocks, config, model)
+
+
+def export_kv(kv: Tensor) -> object:
+    """What another process needs to open a cache on a GPU.
+
+    Raises:
+        ConfigError: torch was told to allocate memory that cannot be shared.
+    """
+    for name in ALLOCATOR_SETTINGS:
+        if "expandable_segments:true" in (value := os.environ.get(name, "")).lower():
+            raise ConfigError(name, value, "no expandable_segments, as other processes cannot open their memory")
+    from nanopd.cuda.peer_memory import export_memory  # not at the top: CPU workers load nothing of CUDA
+
+    return export_memory(kv)
+
+
+def open_kv(path: TransferPath, memory: SharedMemory, peer: Peer, config: EngineConfig, model: ModelConfig) -> Any:
+    """A peer's cache as `Mover.pull` takes it; None, where blocks come through the relay."""
+    if path is TransferPath.RELAY:
+        return None
+    if path is TransferPath.SHM:
+        return map_kv(memory, peer.num_blocks, config, model)
+    from nanopd.cuda.peer_memory import PeerMemory
+
+    return PeerMemory(cast("MemoryHandle", peer.kv_handle))

@@ -1,55 +1,142 @@
-"""Moves KV blocks between workers. The destination pulls: it reads the source's cache and writes its own.
+"""Moves KV blocks between workers: this worker's part in the plans that name it.
 
-A peer's cache stays readable after the peer has died, so a plan can always be carried out; whether its data are still
-wanted is the parent's to know. On CPU workers the caches are shared memory and a plan is one gather and one scatter.
+Where the destination can read the source's cache (shared memory; the memory of a GPU, through CUDA IPC) it pulls,
+alone: one copy, on a stream of its own, that no step waits for and that waits for no step. That needs no event of the
+source: a plan is sent when the parent has seen the end of the step that wrote the blocks, and nobody reads the
+destination's blocks before the acknowledgement. Elsewhere both take part, by way of the relay.
+
+A peer is known by its generation. When it is dead or replaced, plans that wait for it are given up; copies from its
+memory, which its death leaves mapped and readable, are finished first.
 """
 
 from __future__ import annotations
 
-import hashlib
-import time
+from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from nanopd.messages import TransferAck, TransferPlan
+from nanopd.config import EngineConfig
+from nanopd.errors import ConfigError
+from nanopd.ipc.shared_memory import SharedMemory
+from nanopd.ipc.slots import SlotReader, SlotWriter
+from nanopd.messages import TransferAck, TransferPath, TransferPlan
+from nanopd.worker.block_mover import DigestMismatch, Mover, mover_for
+from nanopd.worker.launched import Done, Launched
+from nanopd.worker.relay import NUM_SLOTS, Receiving, RelayLink, RelayMemory, Sending
+
+Pair = tuple[int, int]  # source, destination
 
 
-class DigestMismatch(RuntimeError):
-    """Blocks that were moved differ from their source."""
+def path_between(src: int, dst: int, config: EngineConfig) -> TransferPath:
+    """How blocks get from worker `src` to worker `dst`. To be asked on a machine that has the GPUs of the two.
+
+    Raises:
+        ConfigError: not as `transfer` says.
+    """
+    src_gpu, dst_gpu = config.workers[src].cuda_index, config.workers[dst].cuda_index
+    if config.transfer == TransferPath.RELAY or (src_gpu is None) != (dst_gpu is None):
+        return TransferPath.RELAY
+    if src_gpu is None or dst_gpu is None:
+        return TransferPath.SHM
+    if src_gpu == dst_gpu or torch.cuda.can_device_access_peer(dst_gpu, src_gpu):
+        return TransferPath.IPC
+    if config.transfer == TransferPath.IPC:
+        raise ConfigError("transfer", config.transfer, f"auto or relay, as cuda:{dst_gpu} cannot read cuda:{src_gpu}")
+    return TransferPath.RELAY
+
+
+@dataclass(slots=True, eq=False)
+class _Peer:
+    generation: int
+    cache: Any  # what `Mover.pull` reads; None: the relay is the way, or the peer is gone
+    is_gone: bool = False
+    links: dict[Pair, RelayLink[Any]] = field(default_factory=dict)
+
+
+class _Pull:
+    """A plan that the destination carries out alone."""
+
+    def __init__(self, plan: TransferPlan, cache: Any, mover: Mover, num_bytes: int, verify: bool) -> None:
+        self._plan_id, self._src_worker = plan.plan_id, plan.src_worker
+        self._num_bytes, self._verify = num_bytes, verify
+        self._mover, self._cache = mover, cache  # which stays open until this is done, whatever becomes of the peer
+        self._src_ids, self._dst_ids = mover.ids(plan.src_blocks, plan.dst_blocks)
+        self._start = mover.mark()
+        mover.pull(cache, self._src_ids, self._dst_ids)
+        self._end = mover.mark()
+
+    def is_done(self) -> bool:
+        return self._end.query()
+
+    def result(self) -> TransferAck:
+        mover = self._mover
+        if self._verify and mover.digest(self._src_ids, self._cache) != mover.digest(self._dst_ids):
+            raise DigestMismatch(f"plan {self._plan_id}: blocks pulled from worker {self._src_worker}")
+        return TransferAck(self._plan_id, int(self._start.elapsed_time(self._end) * 1e3), self._num_bytes)
 
 
 class KVTransfer:
-    """Carries out the plans whose destination this worker is."""
+    """Carries out the plans that have this worker as their destination, or as the source of a relay."""
 
-    def __init__(self, worker: int, kv: Tensor, verify: bool) -> None:
+    def __init__(self, worker: int, kv: Tensor, relays: dict[Pair, SharedMemory], verify: bool) -> None:
+        """kv [num_blocks, ...], contiguous. Raises DigestMismatch while plans are polled, with `verify`."""
         self._worker = worker
-        self._kv = kv  # [num_blocks, ...]
+        self._kv = kv
+        self._block_bytes = kv[0].numel() * kv.element_size()
         self._verify = verify
-        self._peers: dict[tuple[int, int], Tensor] = {}  # (worker, generation) -> its cache
+        self._incoming, self._outgoing = mover_for(kv), mover_for(kv)  # two streams: a link carries both directions
+        self._relays, self._relay_memories = relays, dict[Pair, RelayMemory]()
+        self._peers: dict[int, _Peer] = {}
 
-    def connect(self, worker: int, generation: int, kv: Tensor) -> None:
-        """Open the cache of a peer."""
-        self._peers[worker, generation] = kv
+    def connect(self, worker: int, generation: int, cache: Any) -> None:
+        """A peer lives: what `Mover.pull` reads of its cache, or None, where the relay is the way."""
+        self.disconnect(worker)
+        self._peers[worker] = _Peer(generation, cache)
 
-    def execute(self, plan: TransferPlan) -> TransferAck:
-        """Copy the plan's blocks.
+    def disconnect(self, worker: int) -> None:
+        """A peer is dead, or about to be replaced."""
+        if peer := self._peers.get(worker):
+            peer.is_gone, peer.cache = True, None
+            for link in peer.links.values():
+                link.is_gone = True
 
-        Raises:
-            DigestMismatch: `verify` is on and a block did not arrive as it was.
-        """
-        assert plan.dst_worker == self._worker
-        start = time.perf_counter()
-        src_kv = self._peers[plan.src_worker, plan.src_generation]
-        src, dst = torch.from_numpy(plan.src_blocks.copy()), torch.from_numpy(plan.dst_blocks.copy())
-        blocks = src_kv.index_select(0, src)
-        self._kv.index_copy_(0, dst.long(), blocks)
-        if self._verify and _digest(src_kv[src.long()]) != _digest(self._kv[dst.long()]):
-            raise DigestMismatch(f"plan {plan.plan_id}: blocks {plan.src_blocks} of worker {plan.src_worker}")
-        num_bytes = blocks.numel() * blocks.element_size()
-        return TransferAck(plan.plan_id, int((time.perf_counter() - start) * 1e6), num_bytes)
+    def knows(self, plan: TransferPlan) -> bool:
+        """Whether the plan's peer is known; if not, a `connect` is under way that was sent before the plan."""
+        worker, generation = self._peer_of(plan)
+        return worker in self._peers and self._peers[worker].generation >= generation
 
+    def launch(self, plan: TransferPlan) -> Launched:
+        """Begin a plan; those from one worker to another are to be polled one after the other."""
+        worker, generation = self._peer_of(plan)
+        peer, is_source = self._peers[worker], plan.src_worker == self._worker
+        if peer.is_gone or peer.generation != generation:
+            return Done(None if is_source else TransferAck(plan.plan_id, 0, 0))
+        if is_source:
+            (ids,) = self._outgoing.ids(plan.src_blocks)
+            return Sending(self._link(plan, peer), ids)
+        if peer.cache is None:
+            (ids,) = self._incoming.ids(plan.dst_blocks)
+            return Receiving(self._link(plan, peer), ids, plan.plan_id)
+        num_bytes = len(plan.dst_blocks) * self._block_bytes
+        return _Pull(plan, peer.cache, self._incoming, num_bytes, self._verify)
 
-def _digest(blocks: Tensor) -> bytes:
-    return hashlib.blake2b(blocks.view(torch.uint8).numpy().astype(np.uint8, copy=False).tobytes()).digest()
+    def _peer_of(self, plan: TransferPlan) -> tuple[int, int]:
+        if plan.src_worker == self._worker:
+            return plan.dst_worker, plan.dst_generation
+        return plan.src_worker, plan.src_generation
+
+    def _link(self, plan: TransferPlan, peer: _Peer) -> RelayLink[Any]:
+        pair = plan.src_worker, plan.dst_worker
+        if pair not in peer.links:
+            shared = self._relays[pair]
+            if pair not in self._relay_memories:
+                self._relay_memories[pair] = RelayMemory(shared, self._block_bytes, self._kv.is_cuda)
+            is_source = plan.src_worker == self._worker
+            slots = (SlotWriter if is_source else SlotReader)(
+                shared, NUM_SLOTS, plan.src_generation + plan.dst_generation
+            )
+            mover = self._outgoing if is_source else self._incoming
+            peer.links[pair] = RelayLink(self._relay_memories[pair], slots, mover, self._verify)
+        return peer.links[pair]

@@ -1,8 +1,8 @@
 """The entry of a worker process, and its loop.
 
 Control messages (a pipe, pickled, in this order): to the parent any number of Progress, then Ready, or at any time
-Failed; to the worker one Peers once all workers are ready, then Shutdown. Steps, plans and their results go
-through the channel. The process ends with its parent, with Shutdown, or with the first exception, which it reports.
+Failed; to the worker any number of Peers, then Shutdown. Steps, plans and their results go through the channel. The
+process ends with its parent, with Shutdown, or with the first exception, which it reports.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import os
 import time
 import traceback
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,14 +24,18 @@ from nanopd import cpu
 from nanopd.config import EngineConfig, ModelConfig
 from nanopd.ipc.channel import Endpoint
 from nanopd.ipc.doorbell import Waiter
+from nanopd.ipc.memories import Memories
 from nanopd.ipc.ring import RingFull
-from nanopd.ipc.shared_memory import SharedMemory
 from nanopd.messages import Failed, Progress, Ready, Shutdown, StepBatch, StepResult, TransferAck, TransferPlan
 from nanopd.wire import decode, encode, encoded_size
-from nanopd.worker.worker import Launched, Worker
+from nanopd.worker.kv_transfer import Pair
+from nanopd.worker.launched import Launched
+from nanopd.worker.worker import Worker
 
 PROGRESS_INTERVAL_S = 0.1
 IDLE_WAIT_S = 10.0
+CPU_POLL_INTERVAL_S = 0.001  # while a CPU worker waits for the other side of a relay
+CONTROL_INTERVAL_S = 0.01
 RING_FULL_WAIT_S = 0.001
 
 
@@ -42,17 +46,16 @@ def main(
     path: Path,
     endpoint: Endpoint,
     control: Connection,
-    kv_memories: list[SharedMemory],
+    memories: Memories,
 ) -> None:
     """Run worker `index` until told to stop. Ctrl-C is for the parent, which blocks it here and then says Shutdown."""
     try:
         _use_threads(num_threads(config))
-        worker = Worker(index, config, model, path, kv_memories, _progress_reporter(control))
-        control.send(Ready(worker.num_blocks, os.getpid()))
-        for peer, (generation, num_blocks) in control.recv().peers.items():
-            worker.connect(peer, generation, num_blocks)
+        worker = Worker(index, config, model, path, memories, _progress_reporter(control))
         endpoint.open()
-        _serve(worker, endpoint, control)
+        control.send(Ready(worker.num_blocks, os.getpid(), worker.kv_handle, worker.paths))
+        poll_interval_s = CPU_POLL_INTERVAL_S if config.workers[index].device == "cpu" else 0.0
+        _Server(worker, endpoint, control, poll_interval_s).run()
     except BaseException as error:
         with contextlib.suppress(OSError):  # the parent is gone
             control.send(Failed(f"{type(error).__name__}: {error}", traceback.format_exc()))
@@ -72,23 +75,62 @@ def _use_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
-def _serve(worker: Worker, endpoint: Endpoint, control: Connection) -> None:
-    """Start what comes in and report what is done, in order; sleep only when nothing is under way."""
-    waiter = Waiter()
-    waiter.add(endpoint.bell)
-    waiter.add(control)
-    under_way: deque[Launched] = deque()
-    while True:
-        view = endpoint.reader.read()
-        if view is not None:
-            under_way.append(worker.launch(cast("StepBatch | TransferPlan", decode(view))))
-            endpoint.reader.release()
-        while under_way and under_way[0].is_done():
-            _reply(endpoint, under_way.popleft().result())
-        if view is None and not under_way and control in waiter.wait(IDLE_WAIT_S):
-            command = control.recv()
-            assert isinstance(command, Shutdown)
+class _Server:
+    """Begins what comes in and reports what is done: steps in order, and the plans of each pair of workers in order."""
+
+    def __init__(self, worker: Worker, endpoint: Endpoint, control: Connection, poll_interval_s: float) -> None:
+        self._worker, self._endpoint, self._control = worker, endpoint, control
+        self._poll_interval_s = poll_interval_s
+        self._waiter = Waiter()
+        self._waiter.add(endpoint.bell)
+        self._waiter.add(control)
+        self._under_way: defaultdict[Pair | None, deque[Launched]] = defaultdict(deque)  # None: steps
+        self._is_told_to_stop = False
+
+    def run(self) -> None:
+        look_s = 0.0
+        while not self._is_told_to_stop:
+            is_idle = not (self._begin_next() | self._reply_to_done())
+            ready = self._waiter.wait(self._wait_s()) if is_idle and self._wait_s() else []
+            if self._control in ready or time.monotonic() >= look_s:
+                look_s = time.monotonic() + CONTROL_INTERVAL_S
+                while not self._is_told_to_stop and self._control.poll():
+                    self._obey()
+
+    def _begin_next(self) -> bool:
+        view = self._endpoint.reader.read()
+        if view is None:
+            return False
+        message = cast("StepBatch | TransferPlan", decode(view))
+        lane = None if isinstance(message, StepBatch) else (message.src_worker, message.dst_worker)
+        while isinstance(message, TransferPlan) and not self._worker.knows(message):
+            self._obey()
+        self._under_way[lane].append(self._worker.launch(message))
+        self._endpoint.reader.release()
+        return True
+
+    def _reply_to_done(self) -> bool:
+        """Whether anything was done."""
+        num_done = 0
+        for queue in self._under_way.values():
+            while queue and queue[0].is_done():
+                result = queue.popleft().result()
+                num_done += 1
+                if result is not None:
+                    _reply(self._endpoint, result)
+        return num_done > 0
+
+    def _wait_s(self) -> float:
+        """How long to sleep if nothing happens: not at all while a device may finish something."""
+        return self._poll_interval_s if any(self._under_way.values()) else IDLE_WAIT_S
+
+    def _obey(self) -> None:
+        command = self._control.recv()
+        if isinstance(command, Shutdown):
+            self._is_told_to_stop = True
             return
+        for worker, peer in command.peers.items():
+            self._worker.connect(worker, peer)
 
 
 def _reply(endpoint: Endpoint, result: StepResult | TransferAck) -> None:

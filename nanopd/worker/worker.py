@@ -8,40 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from nanopd.config import EngineConfig, ModelConfig
-from nanopd.ipc.shared_memory import SharedMemory
-from nanopd.messages import StepBatch, StepResult, TransferAck, TransferPlan
+from nanopd.ipc.memories import Memories
+from nanopd.messages import Peer, StepBatch, TransferPath, TransferPlan
 from nanopd.models.loader import load_model
 from nanopd.worker.decode_graphs import ladder
-from nanopd.worker.kv_cache import allocate_kv, derive_num_blocks, map_kv
-from nanopd.worker.kv_transfer import KVTransfer
+from nanopd.worker.kv_cache import allocate_kv, derive_num_blocks, export_kv, open_kv
+from nanopd.worker.kv_transfer import KVTransfer, path_between
+from nanopd.worker.launched import Launched
 from nanopd.worker.model_runner import ModelRunner
-
-
-class Launched(Protocol):
-    """Something under way on the device."""
-
-    def is_done(self) -> bool: ...
-
-    def result(self) -> StepResult | TransferAck:
-        """To be called when it is done."""
-
-
-class Done:
-    """Something that was done at once."""
-
-    def __init__(self, result: StepResult | TransferAck) -> None:
-        self._result = result
-
-    def is_done(self) -> bool:
-        return True
-
-    def result(self) -> StepResult | TransferAck:
-        return self._result
 
 
 class Worker:
@@ -53,34 +32,51 @@ class Worker:
         config: EngineConfig,
         model: ModelConfig,
         path: Path,
-        kv_memories: list[SharedMemory],
+        memories: Memories,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """`kv_memories`: of all workers, by index; `on_progress(done_bytes, total_bytes)` hears of loaded weights."""
-        self._config, self._model, self._kv_memories = config, model, kv_memories
+        """`on_progress(done_bytes, total_bytes)` hears of loaded weights.
+
+        Raises:
+            ConfigError: not enough memory, or blocks cannot get here as the configuration says.
+        """
+        self._config, self._model, self._index, self._memories = config, model, index, memories
         max_len = config.max_len_of(model)
         device = torch.device(config.workers[index].device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        self.paths = {
+            peer: path_between(peer, index, config) for peer in range(len(config.workers)) if peer != index
+        }  # by source: how blocks get here
         decoder = load_model(model, path, device, config.load_format, max_len, config.seed, on_progress)
         if device.type == "cuda":
             decoder.ops = cuda_operations(config, model, device)
         self.num_blocks = derive_num_blocks(decoder, config, model)
-        kv = allocate_kv(kv_memories[index], self.num_blocks, device, config, model)
+        kv = allocate_kv(memories.caches[index], self.num_blocks, device, config, model)
+        self.kv_handle = export_kv(kv) if TransferPath.IPC in self.paths.values() else None
         self._runner = ModelRunner(decoder, kv, config, model)
-        self._transfer = KVTransfer(index, kv, config.verify_transfers)
+        self._transfer = KVTransfer(index, kv, memories.relays, config.verify_transfers)
 
-    def connect(self, worker: int, generation: int, num_blocks: int) -> None:
-        """Open the KV cache of a peer, which has `num_blocks` blocks."""
-        if self._config.workers[worker].device == "cpu":
-            kv = map_kv(self._kv_memories[worker], num_blocks, self._config, self._model)
-            self._transfer.connect(worker, generation, kv)
+    def connect(self, worker: int, peer: Peer | None) -> None:
+        """Open the KV cache of another worker, in place of an older one of it; None: it is dead, close that."""
+        self._transfer.disconnect(worker)  # before a cache is opened that may need the memory of the old one
+        if peer is not None and worker != self._index:
+            path, shared = self.paths[worker], self._memories.caches[worker]
+            cache = open_kv(path, shared, peer, self._config, self._model)
+            self._transfer.connect(worker, peer.generation, cache)
+
+    def knows(self, plan: TransferPlan) -> bool:
+        """Whether the plan's other worker has been connected; if not, it is about to be."""
+        return self._transfer.knows(plan)
 
     def launch(self, message: StepBatch | TransferPlan) -> Launched:
-        """Start what a message says, in the order of calls; on the CPU it is done at once."""
+        """Begin what a message says: steps in the order of calls, plans beside them; on the CPU steps are done at once.
+
+        Plans of one pair of workers are to be polled one after the other, in the order of calls.
+        """
         if isinstance(message, StepBatch):
             return self._runner.launch(message)
-        return Done(self._transfer.execute(message))
+        return self._transfer.launch(message)
 
 
 def cuda_operations(config: EngineConfig, model: ModelConfig, device: torch.device) -> Any:

@@ -1,0 +1,241 @@
+"""KV blocks between two workers: rates and times over 16 to 32k tokens, beside a plain copy of as many bytes.
+
+Two real worker processes that hold a KV cache of the model's shape and no weights; plans of scattered blocks go to them
+as the engine sends them. `ms` is what the acknowledgement says (on the GPU: from event to event), `seen_ms` from the
+parent's sending to its reading of the acknowledgement; both are medians. The floor is one large copy between the same
+two devices, measured in the same run: peer to peer, or, for the relay, the slower of device to host and host to device.
+With --sweep also the number of CTAs that a pull runs on, and, on GPUs, the ways to fill and to empty a slot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from report import Row, emit
+
+from nanopd import EngineConfig, worker_process
+from nanopd.config import ModelConfig
+from nanopd.ipc.doorbell import Doorbell
+from nanopd.links import send_plan
+from nanopd.messages import TransferAck, TransferPath, TransferPlan
+from nanopd.model_files import read_model_config, resolve
+from nanopd.worker.block_mover import MAX_CTAS
+from nanopd.worker.relay import SLOT_BYTES
+from nanopd.worker_process import WorkerProcess, WorkerProcesses
+
+TOKENS = (16, 64, 256, 1024, 2048, 4096, 8192, 16384, 32768)
+SWEEP_TOKENS = (2048, 8192)
+CTAS = (8, 16, 32, 48, 64, 96, 132, 264)
+BARS = {TransferPath.IPC: {2048: 300, 8192: 300}, TransferPath.RELAY: {2048: 40, 8192: 40}}  # GB/s, two H200
+LINK_BYTES = 1 << 30
+BLOCK_SIZE = 16
+TIMEOUT_S = 60
+PLAN_STRIDE = 1024  # of plan ids; what is below says how many CTAs
+
+
+class Pair:
+    """Two workers, of which the second gets blocks of the first."""
+
+    def __init__(self, config: EngineConfig, model: ModelConfig, path: Path) -> None:
+        worker_process.WORKER_ENTRY = "pool_worker"
+        self._num_blocks = config.num_blocks or 0
+        self._rng = np.random.default_rng(0)
+        self._processes = WorkerProcesses(config, model, path, Doorbell())
+        self._workers: list[WorkerProcess] = self._processes.start()
+        self._num_plans = 0
+
+    @property
+    def path(self) -> TransferPath:
+        return self._workers[1].paths[0]
+
+    def move(self, num_blocks: int, ctas: int) -> tuple[float, float]:
+        """Milliseconds of one plan: by the acknowledgement, and as seen from here."""
+        self._num_plans += 1
+        src, dst = (1 + self._rng.permutation(self._num_blocks - 1)[:num_blocks] for _ in range(2))
+        plan = TransferPlan(self._num_plans * PLAN_STRIDE + ctas, 0, 0, 1, 0, src.astype("i4"), dst.astype("i4"))
+        start = time.perf_counter()
+        send_plan(plan, self._workers)
+        while not (acks := self._workers[1].poll()):
+            assert time.perf_counter() - start < TIMEOUT_S, "no acknowledgement"
+        seen_ms = (time.perf_counter() - start) * 1e3
+        (ack,) = acks
+        assert isinstance(ack, TransferAck) and ack.num_bytes
+        return ack.duration_us / 1e3, seen_ms
+
+    def median(self, num_blocks: int, repeats: int, ctas: int = MAX_CTAS) -> tuple[float, float]:
+        times = [self.move(num_blocks, ctas) for _ in range(repeats + 2)][2:]
+        return statistics.median(t[0] for t in times), statistics.median(t[1] for t in times)
+
+    def close(self) -> None:
+        self._processes.close()
+
+
+def timed_ms(copy: Callable[[], object], devices: Sequence[str], count: int = 8) -> float:
+    """Of one of `count` copies in a row, which hide what it costs to begin and to wait: the median of five."""
+    times = []
+    for _ in range(6):
+        _synchronize(devices)
+        start = time.perf_counter()
+        for _ in range(count):
+            copy()
+        _synchronize(devices)
+        times.append((time.perf_counter() - start) * 1e3 / count)
+    return statistics.median(times[1:])
+
+
+def _synchronize(devices: Sequence[str]) -> None:
+    for device in devices:
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+
+
+class PlainCopies:
+    """Contiguous copies with torch, in this process; to be closed before the workers start."""
+
+    def __init__(self, devices: Sequence[str], max_bytes: int) -> None:
+        self._devices = devices
+        self._src, self._dst = (torch.empty(max_bytes, dtype=torch.uint8, device=device) for device in devices)
+
+    def peer_ms(self, nbytes: int) -> float:
+        src, dst = self._src[:nbytes], self._dst[:nbytes]
+        return timed_ms(lambda: dst.copy_(src, non_blocking=True), self._devices)
+
+    def through_host_gb_s(self, nbytes: int) -> float:
+        """The slower of the two ways over the host's pinned memory."""
+        host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=any(device != "cpu" for device in self._devices))
+        ways = ((self._src[:nbytes], host), (host, self._dst[:nbytes]))
+        return (
+            min(nbytes / timed_ms(lambda w=way: w[1].copy_(w[0], non_blocking=True), self._devices) for way in ways)
+            / 1e6
+        )
+
+
+def token_rows(
+    pair: Pair, block_bytes: int, tokens: Sequence[int], plain_ms: dict[int, float], link: float
+) -> list[Row]:
+    rows = []
+    for count in tokens:
+        num_blocks = -(-count // BLOCK_SIZE)
+        nbytes = num_blocks * block_bytes
+        ms, seen_ms = pair.median(num_blocks, repeats=20 if count <= 8192 else 8)
+        rate = nbytes / max(ms, 1e-3) / 1e6
+        rows.append(
+            {
+                "what": f"{pair.path.value}, {count} tokens",
+                "MB": round(nbytes / 1e6, 1),
+                "ms": round(ms, 3),
+                "seen_ms": round(seen_ms, 3),
+                "GB/s": round(rate, 1),
+                "bar": BARS.get(pair.path, {}).get(count),
+                "plain_ms": round(plain_ms[count], 3),
+                "plain_GB/s": round(nbytes / plain_ms[count] / 1e6, 1),
+                "floor_GB/s": round(link, 1),
+                "of_floor": round(rate / link, 2),
+            }
+        )
+    return rows
+
+
+def sweep_rows(pair: Pair, block_bytes: int, tokens: Sequence[int]) -> list[Row]:
+    rows = []
+    for count in tokens:
+        num_blocks = -(-count // BLOCK_SIZE)
+        for ctas in CTAS:
+            ms, seen_ms = pair.median(num_blocks, 10, ctas)
+            rate = round(num_blocks * block_bytes / max(ms, 1e-3) / 1e6, 1)
+            row = {"what": f"{pair.path.value}, {count} tokens, {ctas} CTAs", "ms": round(ms, 3)}
+            rows.append({**row, "seen_ms": round(seen_ms, 3), "GB/s": rate})
+    return rows
+
+
+def slot_rows(device: str, block_bytes: int) -> list[Row]:
+    """Filling and emptying slots of the relay: by a kernel that reaches host memory, or by way of the device's."""
+    from nanopd.cuda import Side, move_blocks
+
+    kv = torch.zeros(512, block_bytes, dtype=torch.uint8, device=device)
+    index, rows = kv.get_device(), []
+    for slot_bytes in (SLOT_BYTES // 2, SLOT_BYTES, 2 * SLOT_BYTES):
+        count = max(1, slot_bytes // block_bytes)
+        slot = torch.empty(count * block_bytes, dtype=torch.uint8, pin_memory=True)
+        staging = torch.empty_like(slot, device=device)
+        ids = torch.randperm(len(kv), device=device)[:count].int()
+        there, host, here = Side.of(kv, ids), Side(slot.data_ptr(), block_bytes), Side(staging.data_ptr(), block_bytes)
+        move = partial(move_blocks, num_blocks=count, block_bytes=block_bytes, device=index)
+        ways: dict[str, Callable[[], object]] = {
+            "gather, copy to host": lambda: (move(there, here), slot.copy_(staging, non_blocking=True)),  # noqa: B023
+            "copy from host, scatter": lambda: (staging.copy_(slot, non_blocking=True), move(here, there)),  # noqa: B023
+        }
+        for ctas in (8, 16, 64):
+            ways[f"kernel to host, {ctas} CTAs"] = partial(move, there, host, max_ctas=ctas)
+            ways[f"kernel from host, {ctas} CTAs"] = partial(move, host, there, max_ctas=ctas)
+        for name, way in ways.items():
+            ms = timed_ms(way, [device], 32)
+            gb_s = round(slot.nbytes / ms / 1e6, 1)
+            rows.append({"what": f"slot of {slot.nbytes / 1e6:.1f} MB: {name}", "ms": round(ms, 3), "GB/s": gb_s})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="Qwen3-8B", help="the shape")
+    parser.add_argument("--devices", default="cuda:0,cuda:1", help="source, destination")
+    parser.add_argument("--paths", nargs="+", help="values of `transfer`; default: auto relay")
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--sweep", action="store_true", help="numbers of CTAs, and how slots are filled and emptied")
+    parser.add_argument("--json", type=Path, help="write the report here too")
+    args = parser.parse_args()
+    devices = args.devices.split(",")
+    on_gpu = devices != ["cpu", "cpu"]
+    path = resolve(args.model, load_format="dummy")
+    model = read_model_config(path, "auto", not on_gpu)
+    block_bytes = BLOCK_SIZE * model.kv_bytes_per_token()
+    num_blocks = 2 * (-(-max(args.tokens) // BLOCK_SIZE)) + 1
+    sweep_tokens = [count for count in SWEEP_TOKENS if count in args.tokens] if args.sweep and on_gpu else []
+    plain = PlainCopies(devices, max(LINK_BYTES, -(-max(args.tokens) // BLOCK_SIZE) * block_bytes))
+    plain_ms = {count: plain.peer_ms(-(-count // BLOCK_SIZE) * block_bytes) for count in args.tokens}
+    links = {True: plain.through_host_gb_s(LINK_BYTES), False: LINK_BYTES / plain.peer_ms(LINK_BYTES) / 1e6}
+    del plain
+    rows, sweep = [], slot_rows(devices[0], block_bytes) if sweep_tokens else []
+    if on_gpu:
+        torch.cuda.empty_cache()
+    for transfer in args.paths or ("auto", "relay"):
+        config = EngineConfig.from_dict(
+            {
+                "model": args.model,
+                "load_format": "dummy",
+                "policy": "disaggregated",
+                "workers": [
+                    {"device": device, "role": role}
+                    for device, role in zip(devices, ("prefill", "decode"), strict=True)
+                ],
+                "transfer": transfer,
+                "block_size": BLOCK_SIZE,
+                "num_blocks": num_blocks,
+                "max_num_seqs": 1,
+                "max_model_len": max(args.tokens),
+            }
+        )
+        pair = Pair(config, model, path)
+        link = links[pair.path is TransferPath.RELAY]
+        rows += token_rows(pair, block_bytes, args.tokens, plain_ms, link)
+        sweep += sweep_rows(pair, block_bytes, sweep_tokens) if pair.path is TransferPath.IPC else []
+        pair.close()
+    settings = {"model": args.model, "devices": devices, "block_size": BLOCK_SIZE, "max_ctas": MAX_CTAS}
+    device = torch.cuda.get_device_name(next(d for d in devices if d != "cpu")) if on_gpu else None
+    report = emit("transfer", settings, rows, device=device)
+    if sweep:
+        report = {**report, "sweep": emit("transfer sweep", settings, sweep, device=device)["rows"]}
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

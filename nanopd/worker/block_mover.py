@@ -1,0 +1,158 @@
+"""Reads and writes whole blocks of a worker's own KV cache, on its device: `HostMover` and `CudaMover`, one interface.
+
+A mover queues what it is told and says through a `Mark` when that is done; the CPU's does it at once. On a GPU each
+mover has a stream of its own beside that of the steps, and nothing but `digest` waits for the device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from nanopd.cuda.peer_memory import PeerMemory
+
+MAX_CTAS = 32  # of a copy: 360 of the 370 GB/s that any number reaches over NVLink, and little of the GPU
+HOST_CTAS = 16  # of a copy to or from host memory: all that the bus carries
+PRIORITY = -1  # of the stream: blocks that a sequence waits for go before the rest of a running step
+HOST_CHUNK_BYTES = 1 << 20  # of a copy on the CPU: what is between source and destination stays in the cache
+NUM_STAGED_IDS = 4096  # pinned memory is asked for in one size, so that it is used again
+
+
+class DigestMismatch(RuntimeError):
+    """Blocks that were moved differ from their source."""
+
+
+class Mark(Protocol):
+    """A moment in a mover's work."""
+
+    def query(self) -> bool:
+        """Whether all that was queued before has been done."""
+
+    def elapsed_time(self, end: Any) -> float:
+        """Milliseconds from this one to `end`, when both have come."""
+
+
+class Mover(Protocol):
+    """Ids are those that `ids` gave; a slot is host memory, [*] uint8, with room for the blocks one after the other."""
+
+    def ids(self, *columns: np.ndarray) -> list[Tensor]:
+        """Columns of block ids, each [num_blocks] int32, on the device."""
+
+    def pull(self, peer: Any, src_ids: Tensor, dst_ids: Tensor) -> None:
+        """Copy blocks of a peer's cache (`Tensor` on the CPU, `PeerMemory` on a GPU), of the same shape, into this."""
+
+    def pack(self, ids: Tensor, slot: Tensor) -> None: ...
+
+    def unpack(self, slot: Tensor, ids: Tensor) -> None: ...
+
+    def mark(self) -> Mark: ...
+
+    def digest(self, ids: Tensor, peer: Any = None) -> int:
+        """64 bits, signed, of the bytes of blocks, this cache's or a peer's. For debugging: waits for the device."""
+
+
+class HostMark:
+    def __init__(self) -> None:
+        self._time_s = time.perf_counter()
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: HostMark) -> float:
+        return (end._time_s - self._time_s) * 1e3
+
+
+class HostMover:
+    def __init__(self, kv: Tensor) -> None:
+        self._kv = _rows(kv)
+        self._chunk = max(1, HOST_CHUNK_BYTES // self._kv[0].nbytes)
+
+    def ids(self, *columns: np.ndarray) -> list[Tensor]:
+        return [torch.from_numpy(column.astype(np.int64)) for column in columns]
+
+    def pull(self, peer: Tensor, src_ids: Tensor, dst_ids: Tensor) -> None:
+        for src, dst in zip(src_ids.split(self._chunk), dst_ids.split(self._chunk)):
+            self._kv.index_copy_(0, dst, _rows(peer).index_select(0, src))
+
+    def pack(self, ids: Tensor, slot: Tensor) -> None:
+        torch.index_select(self._kv, 0, ids, out=self._blocks_of(slot, len(ids)))
+
+    def unpack(self, slot: Tensor, ids: Tensor) -> None:
+        self._kv.index_copy_(0, ids, self._blocks_of(slot, len(ids)))
+
+    def mark(self) -> Mark:
+        return HostMark()
+
+    def digest(self, ids: Tensor, peer: Tensor | None = None) -> int:
+        return _digest((self._kv if peer is None else _rows(peer)).index_select(0, ids))
+
+    def _blocks_of(self, slot: Tensor, num_blocks: int) -> Tensor:
+        size = self._kv.shape[1]
+        return slot.view(self._kv.dtype)[: num_blocks * size].view(num_blocks, size)
+
+
+class CudaMover:
+    """For the thread that computes on the GPU of `kv`."""
+
+    def __init__(self, kv: Tensor) -> None:
+        from nanopd.cuda import Side, move_blocks  # not at the top: numba's CUDA side is needed by GPU workers only
+
+        self._side, self._move_blocks = Side, move_blocks
+        self._kv, self._device = _rows(kv), kv.get_device()
+        self._block_bytes = self._kv.shape[1] * kv.element_size()
+        self._stream = torch.cuda.Stream(kv.device, priority=PRIORITY)
+        self.max_ctas = MAX_CTAS
+
+    def ids(self, *columns: np.ndarray) -> list[Tensor]:
+        num_ids = sum(map(len, columns))
+        staging = torch.empty(max(num_ids, NUM_STAGED_IDS), dtype=torch.int32, pin_memory=True)[:num_ids]
+        np.concatenate(columns, out=staging.numpy())
+        with torch.cuda.stream(self._stream):
+            on_device = staging.to(self._kv.device, non_blocking=True)
+        return list(on_device.split([len(column) for column in columns]))
+
+    def pull(self, peer: PeerMemory, src_ids: Tensor, dst_ids: Tensor) -> None:
+        src, dst = self._side(peer.address, self._block_bytes, src_ids), self._side.of(self._kv, dst_ids)
+        self._move(src, dst, len(dst_ids), self.max_ctas)
+
+    def pack(self, ids: Tensor, slot: Tensor) -> None:
+        self._move(self._side.of(self._kv, ids), self._side(slot.data_ptr(), self._block_bytes), len(ids), HOST_CTAS)
+
+    def unpack(self, slot: Tensor, ids: Tensor) -> None:
+        self._move(self._side(slot.data_ptr(), self._block_bytes), self._side.of(self._kv, ids), len(ids), HOST_CTAS)
+
+    def mark(self) -> Mark:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self._stream)
+        return event
+
+    def digest(self, ids: Tensor, peer: PeerMemory | None = None) -> int:
+        with torch.cuda.stream(self._stream):
+            blocks = torch.empty(len(ids), self._block_bytes, dtype=torch.uint8, device=self._kv.device)
+            address = self._kv.data_ptr() if peer is None else peer.address
+            self._move(self._side(address, self._block_bytes, ids), self._side.of(blocks), len(ids), self.max_ctas)
+            return _digest(blocks.cpu())
+
+    def _move(self, src: Any, dst: Any, num_blocks: int, max_ctas: int) -> None:
+        with torch.cuda.stream(self._stream):
+            self._move_blocks(src, dst, num_blocks, self._block_bytes, self._device, max_ctas)
+
+
+def mover_for(kv: Tensor) -> Mover:
+    """kv [num_blocks, ...], contiguous."""
+    return CudaMover(kv) if kv.is_cuda else HostMover(kv)
+
+
+def _rows(kv: Tensor) -> Tensor:
+    return kv.view(len(kv), -1)
+
+
+def _digest(blocks: Tensor) -> int:
+    data = blocks.contiguous().view(torch.uint8).numpy().tobytes()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
