@@ -19,6 +19,7 @@ from typing import Protocol
 from nanopd.config import EngineConfig, ModelConfig, allowed_routes, routes_for_policy
 from nanopd.core.block_manager import BlockManager
 from nanopd.core.handover import Handovers
+from nanopd.core.pacer import Pacer
 from nanopd.core.scheduler import Scheduler
 from nanopd.core.sequence import Sequence, SequenceStatus, TextStream
 from nanopd.core.watchdog import Watchdog
@@ -95,6 +96,7 @@ class Engine:
         self.schedulers = [self._new_scheduler(w, role) for w, role in enumerate(roles)]
         self._allowed = allowed_routes(roles)
         self.router = Router(config.policy, routes_for_policy(config.policy, roles))
+        self._pacer = Pacer(len(workers))
         self._watchdog = watchdog = Watchdog(len(workers), config.step_timeout_s)
 
         def send(plan: TransferPlan) -> None:  # without `self`: no cycle keeps an engine and its descriptors alive
@@ -207,7 +209,8 @@ class Engine:
         while self._deadlines and self._deadlines[0][2].status.is_finished:
             heapq.heappop(self._deadlines)
         deadline_s = self._deadlines[0][0] if self._deadlines else math.inf
-        return min(deadline_s, self.handovers.next_due_s(), self._watchdog.next_due_s())
+        held_s = [self._pacer.due_s(worker) for worker in self._live_workers() if self._may_hold(worker)]
+        return min(deadline_s, self.handovers.next_due_s(), self._watchdog.next_due_s(), *held_s)
 
     # ---------------------------------------------------------------------------------------------------- step
 
@@ -254,6 +257,7 @@ class Engine:
                 self.handovers.acknowledge(message, now_s)
                 continue
             self.busy_us[worker] += message.duration_us
+            self._pacer.ended(worker, message.duration_us / 1e6, now_s)
             outcome = scheduler.complete(message, now_s)
             self._watch(outcome.watched)
             for seq, num_computed in outcome.advanced:
@@ -267,6 +271,10 @@ class Engine:
         """Keep `steps_in_flight` steps out; returns whether a sequence was preempted and left for another worker."""
         scheduler, has_left = self.schedulers[worker], False
         while len(scheduler.in_flight) < self.config.steps_in_flight:
+            if self._may_hold(worker) and self.clock() < self._pacer.due_s(worker):
+                break
+            if not scheduler.in_flight:
+                self._pacer.started(worker, self.clock())
             batch = scheduler.schedule()
             for seq in scheduler.admitted:
                 seq.log_event(self.clock(), EventKind.SCHEDULED, worker)
@@ -281,6 +289,11 @@ class Engine:
         used = scheduler.blocks.num_usable - scheduler.blocks.num_free
         self.peak_blocks[worker] = max(self.peak_blocks[worker], used)
         return has_left
+
+    def _may_hold(self, worker: int) -> bool:
+        """Whether the worker has something to do, and may have more of it when it needs its next step."""
+        scheduler = self.schedulers[worker]
+        return 0 < len(scheduler.in_flight) < self.config.steps_in_flight and scheduler.num_expected > 0
 
     def _requeue(self, seq: Sequence, scheduler: Scheduler) -> None:
         """A preempted sequence starts over: where it was decoding, or elsewhere if that worker does not prefill."""
