@@ -43,11 +43,12 @@ def numbers_of_tables(language: str) -> list[list[str]]:
 
 
 def references_of_bench() -> set[tuple[object, ...]]:
-    """Floor and vLLM's figure of every row that bench/engine.py measures."""
+    """Floor and vLLM's figure of every row of bench/engine.py that has them."""
     tree = ast.parse((DOCS.parent / "bench" / "engine.py").read_text(encoding="utf-8"))
     named = {node.targets[0].id: node.value for node in tree.body if isinstance(node, ast.Assign)}
     tables = [ast.literal_eval(named[f"{kind}_FLOORS"]) for kind in ("DECODE", "PREFILL", "OFFLINE")]
-    return {(key, *pair) for table in tables for key, pair in table.items()}
+    count, length, *references = ast.literal_eval(named["MANY_PROMPTS"])
+    return {(key, *pair) for table in tables for key, pair in table.items()} | {((count, length), *references)}
 
 
 def test_both_languages_have_the_same_pages() -> None:
@@ -71,7 +72,7 @@ def test_both_languages_give_the_same_figures() -> None:
 def test_floors_are_those_of_the_bench(language: str) -> None:
     text = (DOCS / language / "performance.md").read_text(encoding="utf-8")
     found = set()
-    for name, cells in re.findall(r"^\| (?:decode step|prefill|offline), ([^|]+) \|(.*)\|$", text, re.MULTILINE):
+    for name, cells in re.findall(r"^\| (?:decode step|prefill|offline), ([^|,]+) \|(.*)\|$", text, re.MULTILINE):
         key = tuple(map(int, re.findall(r"\d+", name)))
         floor, peer = (None if cell == "-" else float(cell) for cell in map(str.strip, cells.split("|")[-2:]))
         found.add((key if len(key) > 1 else key[0], floor, peer))
