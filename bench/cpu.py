@@ -96,7 +96,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
-    with LLM(args.model, dtype=args.dtype, max_num_seqs=max(args.batches), max_model_len=1024) as llm:
+    settings = {"dtype": args.dtype, "max_num_seqs": max(args.batches), "max_model_len": 1024}
+    with LLM(args.model, enable_prefix_caching=False, **settings) as llm:  # the same prompts come again
         path = resolve(args.model, load_format="auto")
         runners = {"transformers": transformers_runner(str(path), dtype), "nanopd": nanopd_runner(llm)}
         ids = llm.tokenizer.encode(TEXT)

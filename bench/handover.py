@@ -93,6 +93,7 @@ def serving(args: argparse.Namespace, policy: str, chunk: int) -> Iterator[LLM]:
         max_model_len=args.max_model_len,
         max_num_seqs=256,
         max_num_batched_tokens=chunk,
+        enable_prefix_caching=False,  # the same prompts may come again
     ) as llm:
         warm_up = prompts(8, args.prompt, llm.model_config.vocab_size)
         llm.generate(warm_up, greedy(8), False)

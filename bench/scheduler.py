@@ -3,6 +3,8 @@
 The real engine drives workers that answer at once, through real rings in one process; the time that the answering
 takes is measured and left out. All sequences decode: prompts are one token long and answers do not end. Figures are
 microseconds of parent time per step of one worker (all of its sequences), the median over `--steps` engine steps.
+
+Last, what the prefix cache adds when a prompt is admitted: making the keys of its blocks, and finding all of them.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import numpy as np
 from report import Row, emit
 
 from nanopd.config import EngineConfig, ModelConfig
+from nanopd.core.block_manager import BlockManager, extend_keys
 from nanopd.demo_model import NAME as DEMO_MODEL
 from nanopd.detokenizer import StoppableText, TokenPieces
 from nanopd.engine import Engine
@@ -25,6 +28,8 @@ from nanopd.wire import decode, encode, encoded_size
 MAX_LEN = 4096
 RING_NBYTES = 1 << 20
 BARS_US = {(256, False): 100, (256, True): 400}  # per step of 256 decoding sequences, by streaming
+PREFIX_LEN = 8192
+PREFIX_BARS_US = {16: 600, 64: 350}  # by block size: keys and finding
 
 
 class InstantWorker:
@@ -110,6 +115,25 @@ def _timed_step(engine: Engine, workers: list[InstantWorker]) -> float:
     return 1e6 * (elapsed_s - (sum(worker.answering_s for worker in workers) - answering_s))
 
 
+def measure_prefix(block_size: int, num_repeats: int) -> Row:
+    tokens = np.random.default_rng(0).integers(0, 150_000, PREFIX_LEN).tolist()
+    manager = BlockManager(PREFIX_LEN // block_size + 1, block_size)
+    table = manager.allocate(manager.num_usable)
+    times_us = []
+    for _ in range(num_repeats):
+        start = time.perf_counter()
+        keys: list[bytes] = []
+        extend_keys(keys, tokens, block_size, b"")
+        hashed = time.perf_counter()
+        found = manager.find(keys)
+        times_us.append((1e6 * (hashed - start), 1e6 * (time.perf_counter() - hashed)))
+        if not found:
+            manager.make_findable(table, keys)
+    hash_us, find_us = np.median(times_us, axis=0).round(1)
+    row = {"prompt_len": PREFIX_LEN, "block_size": block_size, "hash_us": hash_us, "find_us": find_us}
+    return {**row, "bar_us": PREFIX_BARS_US[block_size]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=400)
@@ -122,7 +146,8 @@ def main() -> None:
         for num_workers in args.num_workers
         for num_seqs in args.num_seqs
     ]
-    emit("scheduler", {"steps": args.steps}, rows)
+    prefixes = [measure_prefix(block_size, args.steps) for block_size in PREFIX_BARS_US]
+    emit("scheduler", {"steps": args.steps}, rows + prefixes, list(dict.fromkeys([*rows[0], *prefixes[0]])))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nanopd.async_llm import AsyncLLM, AsyncRequest
     from nanopd.config import EngineConfig, WorkerConfig
     from nanopd.errors import (
         ConfigError,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "nanopd.async_llm": ("AsyncLLM", "AsyncRequest"),
     "nanopd.config": ("EngineConfig", "WorkerConfig"),
     "nanopd.errors": (
         "ConfigError",
@@ -42,6 +44,8 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
+    "AsyncRequest",
     "CompletionOutput",
     "ConfigError",
     "EngineConfig",

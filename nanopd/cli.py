@@ -1,4 +1,4 @@
-"""The command `nanopd` (in a checkout: `python launch.py`): serve prompts, print answers, report.
+"""The command `nanopd` (in a checkout: `python launch.py`): serve prompts, print answers, report; or serve HTTP.
 
 Prompts come as JSONL, from --prompt, from a chat at the terminal, or from a built-in demo. Runs in the main thread of
 its process and is the only place with signal handlers. Uses the public face of the library, imported when it is
@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Any
 from tqdm import tqdm
 
 import nanopd
-from nanopd.config import load_config
+from nanopd.config import EngineConfig, load_config
 from nanopd.core.metrics import Summary, by_route, summarize
 from nanopd.core.tables import format_table
 from nanopd.errors import FieldError, NanopdError, RequestError
@@ -44,6 +44,7 @@ DEMO_PROMPTS = (
 )
 ROUTE_COLUMNS = ("route", "completed", "TTFT ms p50 / p99", "first gap", "TPOT", "E2E", "output tokens/s")
 WORKER_COLUMNS = ("worker", "device", "role", "peak blocks", "still used", "of blocks")
+API_KEY_HELP = "what clients must send; by default the environment's NANOPD_API_KEY, and nothing without it"
 ROW_FAILED = 1
 BAD_USAGE = 2  # as argparse has it
 KILLED = 128  # plus the number of the signal
@@ -69,13 +70,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="nanopd",
-        description="Serve prompts of a file or of the command line; without any, chat at a terminal or run a demo.",
+        description="Serve prompts of a file, of the command line or over HTTP; else chat at a terminal or run a demo.",
     )
+    parser.add_argument("command", nargs="?", choices=["profile"], help="measure the workers and fit the cost model")
+    parser.add_argument("--params", metavar="JSON", default="params.json", help="where `profile` writes what it found")
     parser.add_argument("--config", required=True, metavar="NAME_OR_PATH", help="a shipped one, or a YAML file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--input", metavar="JSONL", help="rows to serve; - for standard input")
     source.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue as it is; repeatable")
+    source.add_argument("--serve", action="store_true", help="an OpenAI-compatible server, until a signal comes")
     parser.add_argument("--output", metavar="JSONL", help="where answers go; - (and the default) is standard output")
     parser.add_argument("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
     sampling = parser.add_argument_group("sampling, where a row does not say otherwise")
@@ -84,11 +88,22 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     sampling.add_argument("--top-p", type=float, default=1.0)
     sampling.add_argument("--top-k", type=int, default=0)
     sampling.add_argument("--seed", type=int)
-    return parser.parse_args(argv)
+    server = parser.add_argument_group("server, with --serve")
+    server.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1, this machine only)")
+    server.add_argument("--port", type=int, default=8000, help="0: any free one")
+    server.add_argument("--api-key", metavar="KEY", default=os.environ.get("NANOPD_API_KEY"), help=API_KEY_HELP)
+    args = parser.parse_args(argv)
+    if args.serve and args.output:
+        parser.error("argument --output: not allowed with argument --serve")
+    return args
 
 
 def _run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.set)
+    if args.command == "profile":
+        return _profile(config, Path(args.params))
+    if args.serve:
+        return _serve(args, config)
     sampling = {key: value for key, value in vars(args).items() if key in SAMPLING_KEYS}
     params = SamplingParams(**sampling)
     is_chat = not (args.input or args.prompt or args.output) and sys.stdin.isatty() and sys.stdout.isatty()
@@ -104,6 +119,34 @@ def _run(args: argparse.Namespace) -> int:
         window = 4 * config.max_num_seqs * len(config.workers)
         num_failed = serve_rows(llm, source or _own_rows(args, llm), sampling, partial(write, target), window)
         return ROW_FAILED if num_failed else 0
+
+
+def _profile(config: EngineConfig, target: Path) -> int:
+    from nanopd import profiler
+    from nanopd.llm import load_settings
+
+    settings, model, path = load_settings(config)
+    found = profiler.profile(settings, model, path, show_progress=sys.stderr.isatty()).parameters(settings, model)
+    found.save(target)
+    errors = [(kind, f"{e['median']:.1%}", f"{e['p90']:.1%}") for kind, e in found.errors.items()]
+    print(format_table(profiler.COLUMNS, profiler.table(found, model)), "", sep="\n")
+    print(format_table(("left out of a fit", "median error", "p90"), errors))
+    return 0
+
+
+def _serve(args: argparse.Namespace, config: EngineConfig) -> int:
+    try:
+        from nanopd.serve import app
+    except ImportError as error:
+        raise NanopdError(f"--serve needs more packages: pip install nanopd[serve] ({error})") from error
+    with app.bind(args.host, args.port) as listener:  # before a model is loaded for nothing
+        llm = nanopd.AsyncLLM(config=config, show_progress=sys.stderr.isatty())
+        with llm.llm:
+            host, port, *_ = listener.getsockname()
+            address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            print(f"nanopd: serving {config.model} at http://{address}/v1", file=sys.stderr, flush=True)
+            app.run(llm, listener, args.api_key)
+    return 0
 
 
 def _open(path: str | None, mode: str, standard: IO[Any]) -> contextlib.AbstractContextManager[IO[Any]]:

@@ -88,6 +88,7 @@ class EngineConfig:
     workers: tuple[WorkerConfig, ...] = (WorkerConfig(),)
     block_size: int = 16  # tokens per KV block
     num_blocks: int | None = None  # per worker; None: derived from memory
+    enable_prefix_caching: bool = True  # requests with the same beginning share its KV blocks
     max_num_seqs: int = 256  # per worker
     max_model_len: int | None = None  # tokens, prompt and output; None: the model's own limit
     max_num_batched_tokens: int = 2048  # per worker and step
@@ -166,8 +167,9 @@ class EngineConfig:
         self._check_positive("handover_timeout_s")
         self._check_positive("start_timeout_s")
         self._check_positive("step_timeout_s")
-        if not isinstance(self.verify_transfers, bool):
-            raise ConfigError("verify_transfers", self.verify_transfers, "true or false")
+        for name in ("verify_transfers", "enable_prefix_caching"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(name, getattr(self, name), "true or false")
 
     def _check_count(self, name: str, least: int, most: float = math.inf, optional: bool = False) -> None:
         value = getattr(self, name)

@@ -19,7 +19,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from nanopd.config import EngineConfig, ModelConfig
-from nanopd.core.sequence import FINISH_REASONS, Sequence
+from nanopd.core.sequence import FINISH_REASONS, Sequence, SequenceStatus
 from nanopd.detokenizer import StoppableText, TokenPieces
 from nanopd.engine import Engine, Update
 from nanopd.errors import NanopdError, RequestError, WorkerError
@@ -43,6 +43,8 @@ class EngineStats:
     busy_s: list[float]  # per worker, spent on steps since the reset
     num_preemptions: int
     num_restarts: list[int]  # per worker, begun after it died
+    num_running: int  # requests
+    num_waiting: int  # requests, for a first or, preempted, another turn
 
 
 class RequestHandle:
@@ -54,12 +56,15 @@ class RequestHandle:
         is_streamed: bool,
         make_output: Callable[[Sequence], RequestOutput],
         abort: Callable[[str], None],
+        on_delta: Callable[[RequestOutputDelta], None] | None = None,
     ) -> None:
         self.request_id = request_id
         self.is_streamed = is_streamed
         self._make_output = make_output
         self._abort = abort
         self._deltas: SimpleQueue[RequestOutputDelta] = SimpleQueue()
+        self._put = on_delta or self._deltas.put
+        self._num_given_out = 0  # tokens
         self._is_exhausted = False
         self._done = threading.Event()
         self._seq: Sequence | None = None  # once finished
@@ -94,18 +99,19 @@ class RequestHandle:
             yield delta
 
     def _update(self, update: Update) -> None:
-        seq = update.seq
+        seq, start = update.seq, self._num_given_out
+        self._num_given_out = end = start + len(update.token_ids)
         reason = FINISH_REASONS[seq.status].value if update.is_finished else None
-        if self.is_streamed:
-            self._deltas.put(RequestOutputDelta(update.text, update.token_ids, reason, seq.error))
         if update.is_finished:
             self._seq = seq
             self._done.set()
+        logprobs = None if seq.logprobs is None else seq.logprobs[start:end]
+        self._put(RequestOutputDelta(update.text, update.token_ids, reason, seq.error, logprobs))
 
     def _fail(self, failure: NanopdError) -> None:
         self._failure = failure
-        self._deltas.put(RequestOutputDelta("", [], FinishReason.ERROR.value, str(failure)))
         self._done.set()
+        self._put(RequestOutputDelta("", [], FinishReason.ERROR.value, str(failure)))
 
 
 @dataclass(slots=True)
@@ -181,6 +187,8 @@ class EngineThread(threading.Thread):
         self._bell.ring()
 
     def take_stats(self, engine: Engine, reset: bool) -> EngineStats:
+        waiting = (SequenceStatus.WAITING, SequenceStatus.PREEMPTED)
+        num_waiting = sum(seq.status in waiting for seq in engine.seqs.values())
         pools = [scheduler.blocks for scheduler in engine.schedulers]
         blocks = [
             BlockStats(pool.num_usable - pool.num_free, peak, pool.num_usable)
@@ -192,6 +200,8 @@ class EngineThread(threading.Thread):
             [busy_us / 1e6 for busy_us in engine.busy_us],
             sum(scheduler.num_preemptions for scheduler in engine.schedulers),
             list(self._processes.num_restarts),
+            len(engine.seqs) - num_waiting,
+            num_waiting,
         )
         if reset:
             self._logs.clear()

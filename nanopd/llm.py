@@ -71,14 +71,7 @@ class LLM:
         self._start(settings, show_progress)
 
     def _start(self, config: EngineConfig, show_progress: bool) -> None:
-        if any(worker.device != "cpu" for worker in config.workers):
-            import torch
-
-            check_devices(config, torch.cuda.device_count())
-        path = resolve(config.model, load_format=config.load_format)
-        on_cpu = all(worker.device == "cpu" for worker in config.workers)
-        self.model_config = read_model_config(path, config.dtype, on_cpu)
-        self.config = _with_max_model_len(config, self.model_config)
+        self.config, self.model_config, path = load_settings(config)
         self.tokenizer = load_tokenizer(config.tokenizer or path)
         self._numbers = itertools.count()
         with tqdm(total=100, desc="loading", unit="%", disable=not show_progress) as bar:
@@ -140,6 +133,7 @@ class LLM:
         arrival_time_s: float | None = None,
         route: Route | None = None,
         stream: bool = False,
+        on_delta: Callable[[RequestOutputDelta], None] | None = None,
     ) -> RequestHandle:
         """Queue one request and return at once.
 
@@ -149,11 +143,13 @@ class LLM:
             arrival_time_s: when it was due (time.monotonic), for metrics; None: now.
             route: serve it on this route.
             stream: hand out tokens as they come, by iterating over the handle.
+            on_delta: called by the engine's thread with each increment (without `stream` the last one alone) in place
+                of iterating; must neither wait nor raise.
 
         Raises:
             RequestError: it can never be served.
         """
-        submission = self._submission(prompt, sampling_params or SamplingParams(), request_id, stream)
+        submission = self._submission(prompt, sampling_params or SamplingParams(), request_id, stream, on_delta)
         submission.deadline_s, submission.route = deadline_s, route
         if arrival_time_s is not None:
             submission.arrival_s = arrival_time_s
@@ -210,14 +206,19 @@ class LLM:
     # --------------------------------------------------------------------------------------------------- pieces
 
     def _submission(
-        self, prompt: Prompt, params: SamplingParams, request_id: str | None = None, is_streamed: bool = False
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        request_id: str | None = None,
+        is_streamed: bool = False,
+        on_delta: Callable[[RequestOutputDelta], None] | None = None,
     ) -> Submission:
         arrival_s = time.monotonic()
         if not isinstance(params, SamplingParams):
             raise RequestError("sampling_params", params, "a SamplingParams")
         text = prompt if isinstance(prompt, str) else None
         name = f"request-{next(self._numbers)}" if request_id is None else request_id
-        handle = RequestHandle(name, is_streamed, partial(self._output, prompt=text), self.abort)
+        handle = RequestHandle(name, is_streamed, partial(self._output, prompt=text), self.abort, on_delta)
         return Submission(handle, self._encode(prompt), params, arrival_s)
 
     def _encode(self, prompt: Prompt) -> list[int]:
@@ -248,6 +249,7 @@ class LLM:
             RequestMetrics.from_log(seq.log()),
             seq.route,
             seq.error,
+            num_cached_tokens=seq.num_cached_tokens or 0,
         )
 
     def _text(self, seq: Sequence) -> str:
@@ -288,11 +290,24 @@ def _settings(config: str | Path | EngineConfig | None, overrides: dict[str, Any
     return load_config(config, **overrides)
 
 
-def _with_max_model_len(config: EngineConfig, model: ModelConfig) -> EngineConfig:
+def load_settings(config: EngineConfig) -> tuple[EngineConfig, ModelConfig, Path]:
+    """The configuration with its model's own length, the model, and where its files are.
+
+    Raises:
+        ConfigError: a device that is not there, no such model, or more than its length.
+        UnsupportedModelError: the model is of a kind that nanopd does not run.
+    """
+    on_cpu = all(worker.device == "cpu" for worker in config.workers)
+    if not on_cpu:
+        import torch
+
+        check_devices(config, torch.cuda.device_count())
+    path = resolve(config.model, load_format=config.load_format)
+    model = read_model_config(path, config.dtype, on_cpu)
     longest = model.max_position_embeddings
     if config.max_model_len is not None and config.max_model_len > longest:
         raise ConfigError("max_model_len", config.max_model_len, f"at most {longest}, the model's limit")
-    return config.replace(max_model_len=config.max_model_len or longest)
+    return config.replace(max_model_len=config.max_model_len or longest), model, path
 
 
 def _as_list(prompts: Prompt | SequenceOf[Prompt]) -> list[Prompt]:

@@ -32,6 +32,7 @@ class RequestOutput:
     route: Route | None
     error: str | None = None  # why, where finish_reason is "error", or "abort" by a deadline
     finished: bool = True
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache of the worker that computed the rest
 
 
 @dataclass(slots=True)
@@ -42,6 +43,7 @@ class RequestOutputDelta:
     token_ids: list[int]
     finish_reason: str | None = None  # set in the last piece
     error: str | None = None  # why, where finish_reason is "error", or "abort" by a deadline
+    logprobs: list[dict[int, float]] | None = None  # of token_ids, as in CompletionOutput
 
 
 @dataclass(slots=True)

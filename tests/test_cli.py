@@ -364,6 +364,20 @@ def test_a_worker_that_cannot_start_is_told(
     assert capsys.readouterr().err == "nanopd: worker 1: killed while loading\n"
 
 
+def test_serving_needs_the_extra(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nanopd.serve", None)
+    assert cli.main(["--config", "cpu-demo", "--serve"]) == 1
+    assert "pip install nanopd[serve]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--input", "--output", "--prompt"])
+def test_serving_goes_with_no_rows(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--config", "cpu-demo", "--serve", option, "x"])
+    assert end.value.code == cli.BAD_USAGE
+    assert "not allowed with argument" in capsys.readouterr().err
+
+
 COMMAND = """
 import sys
 sys.path.insert(0, {tests!r})

@@ -84,6 +84,7 @@ BAD_VALUES = [
     ({"steps_in_flight": 0}, "steps_in_flight", "from 1 to 4"),
     ({"steps_in_flight": 5}, "steps_in_flight", "from 1 to 4"),
     ({"handover_timeout_s": 0}, "handover_timeout_s", "> 0"),
+    ({"enable_prefix_caching": 1}, "enable_prefix_caching", "true or false"),
     ({"handover_timeout_s": float("inf")}, "handover_timeout_s", "finite"),
     ({"start_timeout_s": "600s"}, "start_timeout_s", "number"),
     ({"seed": -1}, "seed", "from 0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from random import Random
 
@@ -11,11 +12,12 @@ from hypothesis import strategies as st
 from symbolic_worker import EOS, POISON, VOCAB_SIZE, SymbolicWorker, generate, model_config, symbolic_workers
 
 from nanopd.config import EngineConfig, routes_for_policy
+from nanopd.core.block_manager import extend_keys
 from nanopd.core.metrics import RequestMetrics
 from nanopd.core.sequence import Sequence, SequenceStatus
 from nanopd.engine import MAX_REPLAYS, Engine
 from nanopd.errors import RequestError, WorkerError
-from nanopd.messages import EventKind, Role, Route, SamplingParams
+from nanopd.messages import EventKind, Role, Route, SamplingParams, StepBatch, TransferPlan
 
 TOPOLOGIES = {
     "mixed": ["mixed"],
@@ -116,6 +118,28 @@ def assert_right(seq: Sequence) -> None:
     assert len(seq.token_times_s) == len(expected)
 
 
+def make_prompt(rng: Random, seqs: list[Sequence], num_prompt: int) -> list[int]:
+    """Random tokens, perhaps behind those of a request before, be it a prompt or a turn of a conversation."""
+    old = rng.choice(seqs).token_ids if seqs and rng.random() < 0.7 else []
+    prompt = old[: rng.choice([num_prompt, rng.randint(0, num_prompt)])][:num_prompt]
+    return prompt + [rng.randrange(VOCAB_SIZE) for _ in range(num_prompt - len(prompt))]
+
+
+def assert_caches_are_right(engine: Engine, seqs: list[Sequence]) -> None:
+    """Whatever a worker's prefix cache would find holds the tokens that its key stands for."""
+    block_size = engine.config.block_size
+    for scheduler, worker in zip(engine.schedulers, engine.workers, strict=True):
+        tokens_of = {}
+        for seq in seqs:
+            keys: list[bytes] = []
+            extend_keys(keys, seq.token_ids, block_size, scheduler._root_key)
+            for i, key in enumerate(keys):
+                tokens_of[key] = seq.token_ids[i * block_size : (i + 1) * block_size]
+        for key, tokens in tokens_of.items():
+            for block in scheduler.blocks.find([key]):
+                assert scheduler.is_dead or worker.kv[block].tolist() == tokens
+
+
 def policies_for(roles: list[str]) -> list[str]:
     return [p for p in ("collocated", "disaggregated", "round_robin") if routes_for_policy(p, [Role(r) for r in roles])]
 
@@ -138,6 +162,7 @@ def test_any_load_on_any_topology(topology: str, steps_in_flight: int, data: st.
         max_num_batched_tokens=rng.choice([1, 2, 7, 16, 17, 512]),
         steps_in_flight=steps_in_flight,
         handover_timeout_s=rng.choice([0.001, 0.05, 1.0]),
+        enable_prefix_caching=rng.random() < 0.9,
     )
     longest = 20 * block_size
     seqs: list[Sequence] = []
@@ -145,7 +170,7 @@ def test_any_load_on_any_topology(topology: str, steps_in_flight: int, data: st.
     for number in range(rng.randint(1, 14)):
         num_prompt = rng.randint(1, longest - 2)
         params = SamplingParams(temperature=0, max_tokens=rng.randint(1, min(30, longest - num_prompt)))
-        prompt = [rng.randrange(VOCAB_SIZE) for _ in range(num_prompt)]
+        prompt = make_prompt(rng, seqs, num_prompt)
         deadline_s = rng.choice([None, None, None, 0.5])
         seqs.append(engine.submit(str(number), prompt, params, deadline_s=deadline_s))
         for _ in range(rng.choice([0, 1, 3, 20])):
@@ -157,6 +182,7 @@ def test_any_load_on_any_topology(topology: str, steps_in_flight: int, data: st.
         if victim is not None and rng.random() < 0.2:
             engine.workers[victim].is_dead = True
     drain(engine, clock)
+    assert_caches_are_right(engine, seqs)
     for seq in seqs:
         assert seq.status.is_finished
         if seq.status is SequenceStatus.FINISHED_ABORTED:
@@ -191,6 +217,7 @@ def test_any_load_while_workers_die_hang_return_and_change_roles(
         max_num_batched_tokens=rng.choice([1, 2, 7, 16, 17, 512]),
         steps_in_flight=steps_in_flight,
         handover_timeout_s=rng.choice([0.001, 0.05, 1.0]),
+        enable_prefix_caching=rng.random() < 0.9,
         step_timeout_s=0.5,
     )
     longest = 20 * block_size
@@ -198,7 +225,7 @@ def test_any_load_while_workers_die_hang_return_and_change_roles(
     for number in range(rng.randint(1, 14)):
         num_prompt = rng.randint(1, longest - 2)
         params = SamplingParams(temperature=0, max_tokens=rng.randint(1, min(30, longest - num_prompt)))
-        prompt = [rng.randrange(VOCAB_SIZE) for _ in range(num_prompt)]
+        prompt = make_prompt(rng, seqs, num_prompt)
         seqs.append(engine.submit(str(number), prompt, params, deadline_s=rng.choice([None, None, 0.5])))
         for _ in range(rng.choice([0, 1, 3, 20])):
             clock.now_s += 0.01
@@ -207,6 +234,7 @@ def test_any_load_while_workers_die_hang_return_and_change_roles(
             engine.check_integrity()
             happen(engine, rng, number)
     drain(engine, clock, replacements)
+    assert_caches_are_right(engine, seqs)
     for seq in seqs:
         assert seq.status.is_finished
         expected = generate(seq.token_ids[: seq.num_prompt_tokens], seq.params.max_tokens)
@@ -252,6 +280,65 @@ def run(engine: Engine, clock: Clock, num_steps: int = 1) -> None:
 
 def expected_tokens(seq: Sequence) -> list[int]:
     return generate(seq.token_ids[: seq.num_prompt_tokens], seq.params.max_tokens, stop_ids=())
+
+
+@pytest.mark.parametrize(("roles", "policy"), [(["mixed"], "collocated"), (["prefill", "decode"], "disaggregated")])
+@pytest.mark.parametrize("is_on", [True, False])
+def test_the_next_turn_finds_the_one_before(roles: list[str], policy: str, is_on: bool) -> None:
+    engine, clock = make_engine(roles, policy, block_size=4, enable_prefix_caching=is_on)
+    plans = count_moved_blocks(engine)
+    first = engine.submit("a", PROMPT, PARAMS)  # 20 + 30 tokens
+    drain(engine, clock)
+    second = engine.submit("b", [*first.token_ids, 1, 2, 3], PARAMS)
+    drain(engine, clock)
+    assert [seq.output_token_ids for seq in (first, second)] == [expected_tokens(seq) for seq in (first, second)]
+    num_cached = {"collocated": 48, "disaggregated": 20}[policy]  # the prefill worker has not seen the answer
+    assert (first.log().num_cached_tokens, second.log().num_cached_tokens) == (0, num_cached * is_on)
+    if policy == "disaggregated":
+        assert sum(plans) == 5 + (14 - 12 * is_on)
+    assert_caches_are_right(engine, [first, second])
+
+
+def count_moved_blocks(engine: Engine) -> list[int]:
+    counts: list[int] = []
+    for worker in engine.workers:
+
+        def send(message: StepBatch | TransferPlan, send: Callable = worker.send) -> None:
+            if isinstance(message, TransferPlan):
+                counts.append(len(message.dst_blocks))
+            send(message)
+
+        worker.send = send
+    return counts
+
+
+def test_blocks_that_the_destination_has_do_not_move() -> None:
+    keys = {"block_size": 4, "max_num_batched_tokens": 6}
+    engine, clock = make_engine(["prefill", "prefill", "decode"], "disaggregated", **keys)
+    plans = count_moved_blocks(engine)
+    for prefill_worker in (0, 1):
+        seq = engine.submit("a", PROMPT, PARAMS, route=Route(prefill_worker, 2))
+        drain(engine, clock)
+        assert seq.output_token_ids == expected_tokens(seq)
+        assert seq.log().num_cached_tokens == 0
+    assert sum(plans) == 5 + 1
+
+
+def test_blocks_that_are_still_moving_are_not_shared() -> None:
+    engine, clock = make_engine(["prefill", "decode"], "disaggregated", block_size=4)
+    plans = count_moved_blocks(engine)
+    engine.workers[1].is_hung = True
+    seqs = [engine.submit("a", PROMPT, PARAMS)]
+    run(engine, clock, 4)
+    seqs += [engine.submit("b", PROMPT, PARAMS)]
+    run(engine, clock, 4)
+    engine.workers[1].is_hung = False
+    run(engine, clock, 4)
+    seqs += [engine.submit("c", PROMPT, PARAMS)]
+    drain(engine, clock)
+    assert sum(plans) == 5 + 5 + 1
+    assert [seq.log().num_cached_tokens for seq in seqs] == [0, 16, 16]
+    assert [seq.output_token_ids for seq in seqs] == [expected_tokens(seq) for seq in seqs]
 
 
 def test_a_moved_request_goes_on_elsewhere_with_the_same_tokens() -> None:

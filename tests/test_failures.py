@@ -156,7 +156,8 @@ def end(handle: RequestHandle, streamed: list[RequestOutputDelta]) -> RequestOut
 def test_killed_worker(model: Path, kill: str) -> None:
     """With a worker left its requests go on there; without one they end with an error that says why."""
     _, _, held, killed = KILLS[kill]
-    with nothing_left_behind(), make_llm(model, MIXED, MIXED, max_num_batched_tokens=16) as llm:
+    keys = {"max_num_batched_tokens": 16, "enable_prefix_caching": False}  # the victim's prompt takes several steps
+    with nothing_left_behind(), make_llm(model, MIXED, MIXED, **keys) as llm:
         processes = worker_processes()
         expected = llm.generate([PROMPT] * 4, SEEDED, use_tqdm=False)
         victim, streamed = catch(llm, processes, kill)

@@ -107,6 +107,28 @@ def test_tiny_model(reference: Reference, way: str, steps_in_flight: int) -> Non
         assert any(event.kind is EventKind.PREEMPTED for seq in seqs for event in seq.events)
 
 
+@pytest.mark.parametrize("is_on", [True, False])
+@pytest.mark.parametrize("way", ["chunks of 7", "whole", "disaggregated", "disaggregated, chunks of 33", "all routes"])
+def test_prefix_hits(reference: Reference, way: str, is_on: bool) -> None:
+    """The next turn finds the one before: the answer to a prompt and half of its answer is the other half."""
+    engine = reference.engine(**WAYS[way], enable_prefix_caching=is_on)
+    seqs = reference.submit(engine)
+    run_to_end(engine)
+    reference.check(seqs)
+    half = NUM_TOKENS // 2
+    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS - half, ignore_eos=True)
+    prompts = [seq.token_ids[: seq.num_prompt_tokens + half] for seq in seqs]
+    turns = [engine.submit(f"turn {i}", prompt, params) for i, prompt in enumerate(prompts)]
+    run_to_end(engine)
+    assert [turn.output_token_ids for turn in turns] == [answer[half:] for answer in reference.answers]
+    num_hits = [turn.log().num_cached_tokens // BLOCK_SIZE for turn in turns]
+    if way == "all routes":
+        assert (sum(num_hits) > 0) == is_on
+    else:  # what is cached where prompts are computed, but never the last token
+        num_more = 0 if "disaggregated" in way else half - 1
+        assert num_hits == [(length + num_more) // BLOCK_SIZE * is_on for length in PROMPT_LENGTHS]
+
+
 @pytest.mark.parametrize("steps_in_flight", [1, 2])
 @pytest.mark.parametrize("num_before", [1, 7, 13])
 def test_forked(reference: Reference, num_before: int, steps_in_flight: int) -> None:

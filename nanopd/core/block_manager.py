@@ -1,19 +1,39 @@
-"""The block pool of one worker: which KV blocks are in use, and how often.
+"""The block pool of one worker: which KV blocks are in use, and how often, and which tokens they are known to hold.
 
 Lives in the parent and is driven by one thread. Knows blocks and block tables, not requests: a block table is a plain
 `list[int]` that belongs to the caller, position `i` of a sequence lies in block `table[i // block_size]`.
 Contents stay with the worker; where a shared block is about to be written, the manager says which block to copy.
 Every operation is all-or-nothing: it does its work, or raises `OutOfBlocks` and has changed nothing.
+
+Prefix cache: a full block may be made findable under a key that stands for its tokens and all before them
+(`extend_keys`). It stays so, in use or free, until it is handed out for other tokens.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from array import array
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
+from hashlib import blake2b
 
 from nanopd.errors import NanopdError
 
 NULL_BLOCK = 0  # what padding rows point at; never allocated
+KEY_NBYTES = 16  # among 2^40 prefixes, two share a key with a probability of 2^-49
+
+
+def extend_keys(keys: list[bytes], token_ids: list[int], block_size: int, root: bytes) -> None:
+    """Append the keys of the full blocks of `token_ids` that have none yet.
+
+    A key is the BLAKE2b digest of the key before it (of `root`, what the model is known by) and the block's tokens, so
+    equal keys mean equal prefixes.
+    """
+    start, end = len(keys) * block_size, len(token_ids) // block_size * block_size
+    tokens = memoryview(array("i", token_ids[start:end]))
+    key = keys[-1] if keys else root
+    for i in range(0, end - start, block_size):
+        key = blake2b(key + tokens[i : i + block_size], digest_size=KEY_NBYTES).digest()
+        keys.append(key)
 
 
 class OutOfBlocks(NanopdError):
@@ -33,12 +53,15 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._ref_counts = [0] * num_blocks  # tables that hold the block, and pins
-        # A queue: the block that has been free for longest is handed out first.
+        # Queues: the block that has been free for longest is handed out first, findable ones when there are no others.
         self._free = deque(range(NULL_BLOCK + 1, num_blocks))
+        self._free_findable: OrderedDict[int, None] = OrderedDict()
+        self._by_key: dict[bytes, int] = {}  # findable blocks
+        self._key_of: dict[int, bytes] = {}  # the reverse
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        return len(self._free) + len(self._free_findable)
 
     @property
     def num_usable(self) -> int:
@@ -49,22 +72,44 @@ class BlockManager:
         """Length of the table of a sequence of `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
 
-    def can_allocate(self, num_blocks: int) -> bool:
-        return num_blocks <= len(self._free)
+    def find(self, keys: Iterable[bytes]) -> list[int]:
+        """The findable blocks of the longest prefix of `keys`, for `allocate`."""
+        blocks = []
+        for key in keys:
+            block = self._by_key.get(key)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
 
-    def allocate(self, num_blocks: int) -> list[int]:
-        """A new table of blocks that nobody else holds.
+    def make_findable(self, blocks: Iterable[int], keys: Iterable[bytes]) -> None:
+        """Blocks in use hold the tokens of `keys` and are not written any more; of two for one key, one is found."""
+        for block, key in zip(blocks, keys, strict=True):
+            if self._by_key.setdefault(key, block) == block:
+                self._key_of[block] = key
+
+    def can_allocate(self, num_blocks: int, found: Iterable[int] = ()) -> bool:
+        return num_blocks + self._num_free_of(found) <= self.num_free
+
+    def allocate(self, num_blocks: int, found: Iterable[int] = ()) -> list[int]:
+        """A new table: blocks that were found just now, and behind them `num_blocks` that nobody else holds.
 
         Raises:
-            OutOfBlocks: fewer than `num_blocks` are free.
+            OutOfBlocks: too few are free.
         """
-        if num_blocks > len(self._free):
-            raise OutOfBlocks(num_blocks, len(self._free))
-        return [self._take() for _ in range(num_blocks)]
+        table = list(found)
+        num_needed = num_blocks + self._num_free_of(table)
+        if num_needed > self.num_free:
+            raise OutOfBlocks(num_needed, self.num_free)
+        for block in table:
+            self._free_findable.pop(block, None)
+            self._ref_counts[block] += 1
+        table += [self._take() for _ in range(num_blocks)]
+        return table
 
     def can_append(self, table: list[int], first_new_token: int, num_tokens: int) -> bool:
         num_new = max(0, self.blocks_for(num_tokens) - len(table))
-        return num_new + len(self._shared(table, first_new_token, num_tokens)) <= len(self._free)
+        return num_new + len(self._shared(table, first_new_token, num_tokens)) <= self.num_free
 
     def append(self, table: list[int], first_new_token: int, num_tokens: int) -> list[tuple[int, int]]:
         """Make `table` ready for writing the positions `first_new_token .. num_tokens - 1`.
@@ -83,8 +128,8 @@ class BlockManager:
         num_new = -(-num_tokens // self.block_size) - len(table)
         shared = self._shared(table, first_new_token, num_tokens)
         num_needed = len(shared) + (num_new if num_new > 0 else 0)
-        if num_needed > len(self._free):
-            raise OutOfBlocks(num_needed, len(self._free))
+        if num_needed > len(self._free) and num_needed > self.num_free:  # called often: a property costs
+            raise OutOfBlocks(num_needed, self.num_free)
         copies = []
         for i in shared:
             src, table[i] = table[i], self._take()
@@ -102,7 +147,7 @@ class BlockManager:
 
     def free(self, table: list[int]) -> None:
         """Give the table's references back and empty it."""
-        self._release(table)
+        self._release(reversed(table))  # a block cannot be found without those before it, so these go last
         table.clear()
 
     def pin(self, blocks: Iterable[int]) -> None:
@@ -121,15 +166,18 @@ class BlockManager:
             AssertionError: names a block that is lost, held by nobody or too often, or free and in use at once.
         """
         held = Counter(int(block) for blocks in (*tables, *pinned) for block in blocks)
-        free = Counter(self._free)
+        free = Counter([*self._free, *self._free_findable])
         for block in sorted(held.keys() | free.keys() | set(range(self.num_blocks))):
             is_usable = NULL_BLOCK < block < self.num_blocks
             ref_count = self._ref_counts[block] if is_usable else 0
             if ref_count != held[block] or free[block] != (is_usable and ref_count == 0):
                 raise AssertionError(
                     f"block {block}: ref_count {ref_count}, held {held[block]} times by tables and pins, "
-                    f"{free[block]} times in the free queue"
+                    f"{free[block]} times in the free queues"
                 )
+        assert self._by_key == {key: block for block, key in self._key_of.items()}, "keys and blocks do not match"
+        findable = [block for block in self._key_of if not self._ref_counts[block]]
+        assert sorted(findable) == sorted(self._free_findable), "a free block is in the wrong queue"
 
     def _shared(self, table: list[int], first_new_token: int, num_tokens: int) -> list[int]:
         """Indices into `table` of the blocks that are to be written and that others hold too."""
@@ -139,8 +187,15 @@ class BlockManager:
         ref_counts = self._ref_counts
         return [i for i, block in enumerate(table[start : self.blocks_for(num_tokens)], start) if ref_counts[block] > 1]
 
+    def _num_free_of(self, blocks: Iterable[int]) -> int:
+        return sum(not self._ref_counts[block] for block in blocks)
+
     def _take(self) -> int:
-        block = self._free.popleft()
+        if self._free:
+            block = self._free.popleft()
+        else:
+            block, _ = self._free_findable.popitem(last=False)
+            del self._by_key[self._key_of.pop(block)]
         self._ref_counts[block] = 1
         return block
 
@@ -149,4 +204,7 @@ class BlockManager:
             assert self._ref_counts[block] > 0, f"block {block} is free already"
             self._ref_counts[block] -= 1
             if self._ref_counts[block] == 0:
-                self._free.append(block)
+                if block in self._key_of:
+                    self._free_findable[block] = None
+                else:
+                    self._free.append(block)

@@ -37,7 +37,7 @@ class _Handover:
     home: Route | None = None  # of a sequence that has decoded at the source: its route if it stays
     dst_table: list[int] | None = None  # reserved there; None: no room so far
     num_computed: int = 0  # tokens whose KV entries exist at the source and may move
-    num_planned: int = 0  # blocks that plans have been sent for
+    num_planned: int = 0  # blocks that plans have been sent for, or that the destination had already
     num_plans_out: int = 0
     is_complete: bool = False  # nothing more will be computed at the source
     waits_since_s: float = math.inf  # for room, with a time limit from then on
@@ -199,8 +199,9 @@ class Handovers:
 
     def _try_reserve(self, handover: _Handover, dst: Scheduler, now_s: float) -> bool:
         seq, src = handover.seq, handover.src
-        table = dst.reserve(seq.num_tokens if handover.home is None else src.settled_len(seq))
-        if table is None:
+        num_tokens = seq.num_tokens if handover.home is None else src.settled_len(seq)
+        reserved = dst.reserve(num_tokens, seq.block_keys)
+        if reserved is None:
             return False
         self._roomless.pop(seq.seq_id, None)
         if seq.status is SequenceStatus.RUNNING:
@@ -208,7 +209,7 @@ class Handovers:
             seq.log_event(now_s, EventKind.MOVING, src.worker)
             self._settling[seq.seq_id] = handover
         self._set_destination(handover, dst)
-        handover.dst_table, handover.num_planned = table, 0
+        handover.dst_table, handover.num_planned = reserved
         self._move_blocks(handover)
         return True
 
@@ -227,8 +228,9 @@ class Handovers:
         block_size = handover.src.blocks.block_size
         num_computed = handover.num_computed
         end = -(-num_computed // block_size) if handover.is_complete else num_computed // block_size
-        start, handover.num_planned = handover.num_planned, end
+        start = handover.num_planned
         if end > start:
+            handover.num_planned = end
             self._send_plan(handover, handover.seq.block_table[start:end], handover.dst_table[start:end])
 
     def _send_plan(self, handover: _Handover, src_blocks: list[int], dst_blocks: list[int]) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from nanopd.config import EngineConfig, ModelConfig
-from nanopd.core.block_manager import BlockManager
+from nanopd.core.block_manager import BlockManager, extend_keys
 from nanopd.core.sequence import Sequence, SequenceStatus
 from nanopd.core.slots import SlotTable
 from nanopd.messages import BLOCK_COPY, MAX_LOGPROBS, SLOT_INIT, TABLE_UPDATE, Role, RowFlag, StepBatch, StepResult
@@ -40,12 +40,13 @@ class StepOutcome:
 
 @dataclass(slots=True)
 class _Chunk:
-    """Prefill work of a sequence that leaves for another worker; its blocks may move as chunks get done."""
+    """Prefill work: as chunks get done, blocks may be shared, and move if the sequence leaves for another worker."""
 
     seq: Sequence
     slot: int
     end: int  # tokens computed when the chunk is done
     is_last: bool  # its last token's successor is sampled
+    is_leaving: bool
 
 
 @dataclass(slots=True)
@@ -162,6 +163,8 @@ class Scheduler:
         self._parked: deque[_Parked] = deque()
         self._num_parked_blocks = 0
         self._step_id = 0
+        self._caches_prefixes = config.enable_prefix_caching
+        self._root_key = repr((config.model, model)).encode()
         self._is_eos = np.zeros(model.vocab_size, np.bool_)
         self._is_eos[list(model.eos_token_ids)] = True
         self._decode_slots: np.ndarray | None = None  # the slots of `decoding`; None: it has changed
@@ -188,13 +191,21 @@ class Scheduler:
         """Queue a sequence whose tokens are all to be computed, in order of submission."""
         insort(self.waiting, seq, key=lambda s: s.seq_id)
 
-    def reserve(self, num_tokens: int) -> list[int] | None:
-        """Blocks and a place for a sequence of `num_tokens` tokens that another worker prefills; None: no room now."""
-        num_blocks = self.blocks.blocks_for(num_tokens + 1)
-        if self.num_seqs >= self.max_num_seqs or not self._has_room(num_blocks):
+    def reserve(self, num_tokens: int, block_keys: list[bytes]) -> tuple[list[int], int] | None:
+        """Blocks and a place for a sequence of `num_tokens` tokens that another worker prefills; None: no room now.
+
+        Returns:
+            The table, and how many blocks at its beginning are there already and must not be written. There is always
+            at least one behind them to be moved, whether the newest token has been computed or not.
+        """
+        if self.num_seqs >= self.max_num_seqs:
+            return None
+        found = self._find(block_keys, num_tokens - 1)
+        num_new = self.blocks.blocks_for(num_tokens + 1) - len(found)
+        if not self._has_room(num_new, found):
             return None
         self.num_reserved += 1
-        return self.blocks.allocate(num_blocks)
+        return self.blocks.allocate(num_new, found), len(found)
 
     def cancel_reservation(self, table: list[int]) -> None:
         self.num_reserved -= 1
@@ -203,7 +214,8 @@ class Scheduler:
     def take_over(self, seq: Sequence, table: list[int]) -> None:
         """Go on with a sequence whose KV entries have arrived in the reserved `table`."""
         self.num_reserved -= 1
-        seq.block_table = table
+        seq.block_table, seq.num_findable = table, 0
+        self._make_findable(seq, seq.num_tokens - 1)
         self._acquire_slot(seq, seq.num_tokens - 1)
         self._start_decoding(seq)
 
@@ -231,7 +243,8 @@ class Scheduler:
         """Let `child` go on from the tokens of `parent`, which decodes here, sharing its blocks (copy-on-write)."""
         assert parent in self.decoding and child.token_ids == parent.token_ids
         assert self.num_seqs < self.max_num_seqs
-        child.block_table = self.blocks.fork(parent.block_table)
+        child.block_table, child.num_findable = self.blocks.fork(parent.block_table), parent.num_findable
+        child.block_keys = list(parent.block_keys)
         self._acquire_slot(child, child.num_tokens - 1)
         self._start_decoding(child)
         for seq in (parent, child):  # whoever writes first gets a copy of the last block
@@ -250,7 +263,10 @@ class Scheduler:
             if seq in queue:
                 queue.remove(seq)
         self._decode_slots = None
-        self._parked.append(_Parked(self._step_id, self.slots.deactivate(seq), seq.block_table))
+        slot = self.slots.deactivate(seq)
+        if seq.num_tokens > self.slots.first_len[slot]:  # a new token is there, so all before it have been computed
+            self._make_findable(seq, seq.num_tokens - 1)
+        self._parked.append(_Parked(self._step_id, slot, seq.block_table))
         self._num_parked_blocks += len(seq.block_table)
         seq.block_table = []
 
@@ -260,7 +276,8 @@ class Scheduler:
         """The next step; None when there is nothing to compute now. Leaves news in `admitted` and `preempted`."""
         self.admitted, self.preempted = [], []
         step = self._build_step()
-        if step is None and self._parked and not self.in_flight:  # blocks of sequences preempted just now
+        # Blocks of sequences preempted just now; if others share them all, one more has to be preempted.
+        while step is None and self._parked and not self.in_flight:
             self._release_parked()
             step = self._build_step()
         return step
@@ -350,16 +367,23 @@ class Scheduler:
         """Start waiting sequences, the oldest first, while there is budget, a place and blocks."""
         while self.waiting and batch.budget and self.num_seqs < self.max_num_seqs:
             seq = self.waiting[0]
-            num_blocks = self.blocks.blocks_for(seq.num_tokens + 1)
-            if not self._has_room(num_blocks):
+            self._extend_keys(seq)
+            found = self._find(seq.block_keys, seq.num_tokens)
+            num_new = self.blocks.blocks_for(seq.num_tokens + 1) - len(found)
+            if not self._has_room(num_new, found):
                 return
             self.waiting.popleft()
-            seq.block_table = self.blocks.allocate(num_blocks)
-            seq.status = SequenceStatus.PREFILL
-            self._acquire_slot(seq, 0)
-            insort(self.prefilling, seq, key=lambda s: s.seq_id)
-            self.admitted.append(seq)
+            seq.block_table, seq.num_findable = self.blocks.allocate(num_new, found), len(found)
+            self._start_prefill(seq, len(found) * self.blocks.block_size)
             self._add_chunk(batch, seq)
+
+    def _start_prefill(self, seq: Sequence, num_cached: int) -> None:
+        if seq.num_cached_tokens is None:
+            seq.num_cached_tokens = num_cached
+        seq.status = SequenceStatus.PREFILL
+        self._acquire_slot(seq, num_cached)
+        insort(self.prefilling, seq, key=lambda s: s.seq_id)
+        self.admitted.append(seq)
 
     def _add_chunk(self, batch: _BatchBuilder, seq: Sequence) -> None:
         slot = seq.slot
@@ -371,8 +395,7 @@ class Scheduler:
         is_last = end == seq.num_tokens
         batch.add_chunk(slot, start, seq.token_ids[start:end], RowFlag.SAMPLE if is_last else 0)
         self.slots.num_computed[slot] = end
-        if not seq.route.is_collocated:
-            batch.chunks.append(_Chunk(seq, slot, end, is_last))
+        batch.chunks.append(_Chunk(seq, slot, end, is_last, not seq.route.is_collocated))
         if is_last:
             self.prefilling.remove(seq)
             self.slots.has_last_token[slot] = True
@@ -410,9 +433,25 @@ class Scheduler:
             self._needs_feedback = any(seq.needs_feedback for seq in self.decoding)
         return self._decode_slots
 
-    def _has_room(self, num_blocks: int) -> bool:
+    def _has_room(self, num_new: int, found: list[int]) -> bool:
         """Whether blocks can be had and every running sequence could still take one more."""
-        return self.blocks.can_allocate(num_blocks + len(self.decoding))
+        return self.blocks.can_allocate(num_new + len(self.decoding), found)
+
+    def _find(self, block_keys: list[bytes], num_tokens: int) -> list[int]:
+        """Blocks that hold the beginning of `num_tokens` tokens, without the last token: it must be computed."""
+        return self.blocks.find(block_keys[: (num_tokens - 1) // self.blocks.block_size])
+
+    def _make_findable(self, seq: Sequence, num_computed: int) -> None:
+        """The first `num_computed` tokens have their KV entries: others may share the full blocks of them."""
+        start, end = seq.num_findable, num_computed // self.blocks.block_size
+        if self._caches_prefixes and start < end:
+            self._extend_keys(seq)
+            self.blocks.make_findable(seq.block_table[start:end], seq.block_keys[start:end])
+            seq.num_findable = end
+
+    def _extend_keys(self, seq: Sequence) -> None:
+        if self._caches_prefixes:
+            extend_keys(seq.block_keys, seq.token_ids, self.blocks.block_size, self._root_key)
 
     def _seq(self, slot: int) -> Sequence:
         seq = self.slots.seqs[slot]
@@ -467,11 +506,14 @@ class Scheduler:
         return outcome
 
     def _advance(self, outcome: StepOutcome, chunks: list[_Chunk]) -> None:
-        """What the step's chunks mean for sequences that leave for another worker."""
+        """What the step's chunks mean for others of the same prefix, and for sequences that leave."""
         finished = [seq for seq, _ in outcome.finished]
         for chunk in chunks:
             seq = chunk.seq
-            if seq.slot == chunk.slot and seq not in finished:
+            if self.slots.seqs[chunk.slot] is not seq:
+                continue
+            self._make_findable(seq, chunk.end)
+            if chunk.is_leaving and seq not in finished:
                 self.slots.sync(seq)
                 outcome.advanced.append((seq, chunk.end))
                 if chunk.is_last:

@@ -59,6 +59,7 @@ class Sequence:
     """One prompt and the tokens generated from it."""
 
     __slots__ = (
+        "block_keys",
         "block_table",
         "end_len",
         "error",
@@ -68,7 +69,9 @@ class Sequence:
         "is_watched",
         "logprobs",
         "min_len",
+        "num_cached_tokens",
         "num_deaths",
+        "num_findable",
         "num_prompt_tokens",
         "params",
         "request_id",
@@ -115,6 +118,9 @@ class Sequence:
         self.fixed_route: Route | None = None  # asked for at submission
         self.slot: int | None = None  # in the scheduler of the worker it is on
         self.block_table: list[int] = []  # on the worker it is on
+        self.num_findable = 0  # blocks at its beginning that the worker's prefix cache has been told of
+        self.block_keys: list[bytes] = []  # of full blocks, for prefix caches; as far as they were needed
+        self.num_cached_tokens: int | None = None  # that were found when its prefill started first; None: it has not
         self.is_streamed = is_streamed
         # somebody wants to see each token as it comes
         self.is_watched = bool(is_streamed or params.stop or params.stop_token_ids or self.logprobs is not None)
@@ -155,5 +161,6 @@ class Sequence:
             self.events,
             np.array(self.token_times_s),
             self.route,
+            self.num_cached_tokens or 0,
             finish_reason=FINISH_REASONS.get(self.status),
         )

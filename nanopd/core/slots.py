@@ -31,6 +31,7 @@ class SlotTable:
         self._token_ids = np.zeros(num_slots * max_model_len, np.int32)
         self._times_s = np.zeros(num_slots * max_model_len, np.float64)
         self.num_tokens = column(np.int32)  # tokens known to the parent
+        self.first_len = column(np.int32)  # num_tokens when the slot was acquired
         self.num_computed = column(np.int32)  # tokens computed once all steps in flight are done
         self.writable_len = column(np.int32)  # positions below may be written without asking the block manager
         self.end_len = column(np.int32)
@@ -53,7 +54,7 @@ class SlotTable:
         slot = self._free.popleft()
         seq.slot = slot
         self.seqs[slot] = seq
-        self.num_tokens[slot] = seq.num_tokens
+        self.num_tokens[slot] = self.first_len[slot] = seq.num_tokens
         self.num_computed[slot] = num_computed
         self.end_len[slot] = seq.end_len
         self.last_start[slot] = seq.end_len - 1  # the token at end_len - 1 is sampled, never computed

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from nanopd.core.block_manager import NULL_BLOCK, BlockManager, OutOfBlocks
+from nanopd.core.block_manager import NULL_BLOCK, BlockManager, OutOfBlocks, extend_keys
 
 GARBAGE = -1
 INDEX = st.integers(0, 1000)
@@ -30,6 +30,9 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.sequences: list[ModelSequence] = []
         self.plans: list[tuple[list[int], list[list[int]]]] = []  # pinned blocks, their contents when pinned
         self.next_token = 0
+        self.findable: dict[tuple[int, ...], int] = {}  # a prefix of whole blocks -> the block of its end
+        self.histories: list[list[int]] = []  # tokens that sequences once had
+        self.freed: list[int] = list(range(1, num_blocks))  # the block that has been free for longest first
 
     # ------------------------------------------------------------------------------------------- the model
 
@@ -39,6 +42,26 @@ class BlockManagerMachine(RuleBasedStateMachine):
 
     def num_free(self) -> int:
         return sum(self.owners(block) == 0 for block in range(1, self.manager.num_blocks))
+
+    def prefixes(self, tokens: list[int]) -> list[tuple[int, ...]]:
+        size = self.manager.block_size
+        return [tuple(tokens[:end]) for end in range(size, len(tokens) + 1, size)]
+
+    def keys(self, tokens: list[int]) -> list[bytes]:
+        keys: list[bytes] = []
+        extend_keys(keys, tokens, self.manager.block_size, b"the model")
+        return keys
+
+    def note_taken(self, blocks: list[int]) -> None:
+        """These were handed out, in this order: findable ones only when there were no others."""
+        findable = set(self.findable.values())
+        assert blocks == sorted(self.freed, key=findable.__contains__)[: len(blocks)]
+        for prefix in [p for p, block in self.findable.items() if block in blocks]:
+            del self.findable[prefix]
+        self.freed = [block for block in self.freed if block not in blocks]
+
+    def note_freed(self, blocks: list[int]) -> None:
+        self.freed += [block for block in blocks if self.owners(block) == 0]
 
     def write(self, sequence: ModelSequence, start: int, tokens: list[int]) -> None:
         size = self.manager.block_size
@@ -52,14 +75,19 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.next_token += count
         return list(range(self.next_token - count, self.next_token))
 
-    def allocate_or_none(self, num_blocks: int) -> list[int] | None:
-        free = self.num_free()
-        assert self.manager.can_allocate(num_blocks) == (num_blocks <= free)
-        if num_blocks <= free:
-            return self.manager.allocate(num_blocks)
+    def allocate_or_none(self, num_blocks: int, found: list[int] | None = None) -> list[int] | None:
+        found, free = found or [], self.num_free()
+        num_needed = num_blocks + sum(self.owners(block) == 0 for block in found)
+        assert self.manager.can_allocate(num_blocks, found) == (num_needed <= free)
+        if num_needed <= free:
+            table = self.manager.allocate(num_blocks, found)
+            assert table[: len(found)] == found
+            self.freed = [block for block in self.freed if block not in found]
+            self.note_taken(table[len(found) :])
+            return table
         with pytest.raises(OutOfBlocks) as error:
-            self.manager.allocate(num_blocks)
-        assert (error.value.num_needed, error.value.num_free) == (num_blocks, free)
+            self.manager.allocate(num_blocks, found)
+        assert (error.value.num_needed, error.value.num_free) == (num_needed, free)
         return None
 
     # ------------------------------------------------------------------------------------------- operations
@@ -77,9 +105,12 @@ class BlockManagerMachine(RuleBasedStateMachine):
     @rule(index=INDEX, num_rewritten=st.sampled_from([0, 0, 0, 1, 5]), num_new=st.sampled_from([1, 1, 1, 2, 3, 7]))
     def append(self, index: int, num_rewritten: int, num_new: int) -> None:
         sequence = self.sequences[index % len(self.sequences)]
-        start = max(0, len(sequence.tokens) - num_rewritten)
-        end = start + num_new
         size, before = self.manager.block_size, list(sequence.table)
+        num_final = 1 + max((i for i, block in enumerate(before) if block in self.findable.values()), default=-1)
+        start = max(num_final * size, len(sequence.tokens) - num_rewritten)
+        if start > len(sequence.tokens):
+            return  # a fork of less than what its parent has made findable since
+        end = start + num_new
         touched = sorted({position // size for position in range(start, end)})
         replaced = [i for i in touched if i < len(before) and self.owners(before[i]) > 1]
         num_needed = len(replaced) + len([i for i in range(touched[-1] + 1) if i >= len(before)])
@@ -95,6 +126,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
             self.memory[dst] = list(self.memory[src])
         assert len(sequence.table) == max(len(before), touched[-1] + 1)
         assert [i for i, block in enumerate(before) if sequence.table[i] != block] == replaced
+        self.note_taken([sequence.table[i] for i in replaced] + sequence.table[len(before) :])
         self.write(sequence, start, self.new_tokens(num_new))
 
     @precondition(lambda self: self.sequences)
@@ -107,14 +139,19 @@ class BlockManagerMachine(RuleBasedStateMachine):
     @rule(index=INDEX)
     def free(self, index: int) -> None:
         sequence = self.sequences.pop(index % len(self.sequences))
+        self.histories.append(sequence.tokens)
+        blocks = sequence.table[::-1]
         self.manager.free(sequence.table)
         assert sequence.table == []
+        self.note_freed(blocks)
 
     @precondition(lambda self: self.sequences)
     @rule(index=INDEX)
     def preempt(self, index: int) -> None:
         sequence = self.sequences.pop(index % len(self.sequences))
+        blocks = sequence.table[::-1]
         self.manager.free(sequence.table)
+        self.note_freed(blocks)
         self.overwrite_free_blocks()
         table = self.allocate_or_none(self.manager.blocks_for(len(sequence.tokens)))
         if table is not None:
@@ -133,13 +170,37 @@ class BlockManagerMachine(RuleBasedStateMachine):
     def unpin(self, index: int) -> None:
         blocks, _ = self.plans.pop(index % len(self.plans))
         self.manager.unpin(np.array(blocks, np.int32))
+        self.note_freed(blocks)
+
+    @precondition(lambda self: self.sequences)
+    @rule(index=INDEX, first=st.integers(0, 2))
+    def make_findable(self, index: int, first: int) -> None:
+        sequence = self.sequences[index % len(self.sequences)]
+        prefixes = self.prefixes(sequence.tokens)
+        self.manager.make_findable(sequence.table[first : len(prefixes)], self.keys(sequence.tokens)[first:])
+        for prefix, block in list(zip(prefixes, sequence.table, strict=False))[first:]:
+            self.findable.setdefault(prefix, block)
+
+    @precondition(lambda self: self.histories)
+    @rule(index=INDEX, length=st.integers(0, 30), num_new=st.integers(0, 5))
+    def start_with_old_tokens(self, index: int, length: int, num_new: int) -> None:
+        tokens = self.histories[index % len(self.histories)][:length] + self.new_tokens(num_new)
+        prefixes = self.prefixes(tokens)
+        num_found = next((i for i, prefix in enumerate(prefixes) if prefix not in self.findable), len(prefixes))
+        found = self.manager.find(self.keys(tokens))
+        assert found == [self.findable[prefix] for prefix in prefixes[:num_found]]
+        table = self.allocate_or_none(self.manager.blocks_for(len(tokens)) - num_found, found)
+        if table is not None:
+            num_cached = num_found * self.manager.block_size
+            self.sequences.append(ModelSequence(table, tokens[:num_cached]))
+            self.write(self.sequences[-1], num_cached, tokens[num_cached:])
 
     # ------------------------------------------------------------------------------------------- what must hold
 
     @invariant()
     def overwrite_free_blocks(self) -> None:
         for block, contents in enumerate(self.memory):
-            if self.owners(block) == 0:
+            if self.owners(block) == 0 and block not in self.findable.values():
                 contents[:] = [GARBAGE] * len(contents)
 
     @invariant()
@@ -154,6 +215,11 @@ class BlockManagerMachine(RuleBasedStateMachine):
     def pinned_blocks_keep_their_contents(self) -> None:
         for blocks, contents in self.plans:
             assert [self.memory[block] for block in blocks] == contents
+
+    @invariant()
+    def findable_blocks_hold_their_tokens(self) -> None:
+        for prefix, block in self.findable.items():
+            assert tuple(self.memory[block]) == prefix[-self.manager.block_size :]
 
     @invariant()
     def no_block_is_lost(self) -> None:
@@ -186,7 +252,35 @@ def test_blocks_are_handed_out_in_the_order_in_which_they_became_free() -> None:
     assert (first, second) == ([1, 2], [3, 4])
     manager.free(second)
     manager.free(first)
-    assert manager.allocate(5) == [5, 3, 4, 1, 2]
+    assert manager.allocate(5) == [5, 4, 3, 2, 1]
+
+
+def test_findable_blocks_are_handed_out_last_and_from_their_end() -> None:
+    manager = BlockManager(num_blocks=6, block_size=2)
+    keys: list[bytes] = []
+    extend_keys(keys, [7, 8, 9, 10, 11], 2, b"")
+    table = manager.allocate(3)
+    manager.make_findable(table[:2], keys)
+    manager.free(table)
+    assert manager.find(keys) == [1, 2]
+    assert manager.allocate(4) == [4, 5, 3, 2]
+    assert manager.find(keys) == [1]
+    manager.check_integrity([[4, 5, 3, 2]])
+
+
+def test_keys_are_of_all_tokens_before_and_of_the_model() -> None:
+    def keys_of(token_ids: list[int], root: bytes = b"a") -> list[bytes]:
+        keys: list[bytes] = []
+        for end in (3, len(token_ids)):  # extended as tokens come
+            extend_keys(keys, token_ids[:end], 2, root)
+        return keys
+
+    keys = keys_of([1, 2, 3, 4, 5])
+    assert len(set(keys)) == 2
+    assert keys_of([1, 2, 3, 4]) == keys
+    assert keys_of([1, 2, 3, 5])[0] == keys[0]
+    others = [keys_of([1, 2, 3, 5])[1], *keys_of([2, 1, 3, 4]), *keys_of([3, 4, 1, 2]), *keys_of([1, 2, 3, 4], b"b")]
+    assert len({*others, *keys}) == len(others) + 2
 
 
 def test_append_copies_only_the_shared_block_that_keeps_tokens() -> None:

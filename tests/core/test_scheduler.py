@@ -171,17 +171,140 @@ def test_forked_sequences_share_blocks_until_one_of_them_writes() -> None:
 
 def test_reservations_count_as_places_and_blocks() -> None:
     scheduler = make_scheduler(num_blocks=9, max_num_seqs=2)
-    table = scheduler.reserve(15)
+    table, _ = scheduler.reserve(15, [])
     assert len(table) == 4
-    assert scheduler.reserve(20) is None, "no blocks"
-    other = scheduler.reserve(3)
-    assert scheduler.reserve(1) is None, "no place"
+    assert scheduler.reserve(20, []) is None, "no blocks"
+    other, _ = scheduler.reserve(3, [])
+    assert scheduler.reserve(1, []) is None, "no place"
     scheduler.cancel_reservation(other)
     seq = make_sequence(0, 15)
     scheduler.take_over(seq, table)
     batch = scheduler.schedule()
     assert rows(batch) == [(0, 14, 1, SAMPLE)]
     assert batch.token_ids.tolist() == seq.token_ids[-1:]
+
+
+def run_to_end(scheduler: Scheduler, seq: Sequence) -> None:
+    scheduler.add(seq)
+    while (batch := scheduler.schedule()) is not None:
+        for done, _ in answer(scheduler, batch).finished:
+            scheduler.remove(done)
+    scheduler.check_integrity()
+
+
+@pytest.mark.parametrize(("num_prompt", "num_cached"), [(7, 4), (8, 4), (9, 8), (16, 12), (17, 16), (25, 16)])
+def test_full_blocks_of_an_earlier_prompt_are_found_but_the_last_token_is_computed(
+    num_prompt: int, num_cached: int
+) -> None:
+    scheduler = make_scheduler()
+    run_to_end(scheduler, make_sequence(0, 18, max_tokens=1))
+    seq = make_sequence(1, num_prompt)
+    scheduler.add(seq)
+    assert rows(scheduler.schedule()) == [(seq.slot, num_cached, num_prompt - num_cached, SAMPLE)]
+    assert seq.log().num_cached_tokens == num_cached
+
+
+def test_blocks_are_found_when_the_step_that_computes_them_is_done() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=8)
+    scheduler.add(make_sequence(0, 16))
+    first, second = scheduler.schedule(), scheduler.schedule()
+    answer(scheduler, first)
+    scheduler.add(make_sequence(1, 20))
+    assert rows(scheduler.schedule()) == [(0, 16, 1, DECODE), (1, 8, 7, 0)], "the second step is not done"
+    answer(scheduler, second)
+    scheduler.add(make_sequence(2, 20))
+    assert rows(scheduler.schedule())[2] == (2, 16, 2, 0)
+    scheduler.check_integrity()
+
+
+def test_cached_tokens_do_not_count_against_the_budget() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=16)
+    run_to_end(scheduler, make_sequence(0, 32, max_tokens=1))
+    for seq_id in (1, 2, 3):
+        scheduler.add(make_sequence(seq_id, 36))
+    assert [row[1:3] for row in rows(scheduler.schedule())] == [(32, 4)] * 3
+
+
+def test_shared_blocks_take_no_room() -> None:
+    scheduler = make_scheduler(num_blocks=9)
+    scheduler.add(make_sequence(0, 20, max_tokens=4))
+    answer(scheduler, scheduler.schedule())  # has 6 of 8 blocks
+    scheduler.add(make_sequence(1, 18, max_tokens=2))
+    assert len(rows(scheduler.schedule())) == 2
+    assert scheduler.blocks.num_free == 1
+
+
+def test_the_answer_is_found_in_the_next_turn() -> None:
+    scheduler = make_scheduler()
+    first = make_sequence(0, 6, max_tokens=8)
+    run_to_end(scheduler, first)
+    second = make_sequence(1, 6)
+    second.token_ids = [*first.token_ids, 1, 2, 3]  # 17; the last token of the answer was never computed
+    scheduler.add(second)
+    assert rows(scheduler.schedule()) == [(second.slot, 12, 5, SAMPLE)]
+
+
+def test_a_preempted_sequence_finds_its_own_blocks() -> None:
+    scheduler = make_scheduler(num_blocks=8)
+    old, young = make_sequence(0, 3, max_tokens=20), make_sequence(1, 13, max_tokens=20)
+    for seq in (old, young):
+        scheduler.add(seq)
+    while not scheduler.preempted:
+        answer(scheduler, scheduler.schedule(), token=6)
+    assert young.num_tokens > 17
+    scheduler.remove(old)
+    scheduler.add(young)
+    (row,) = rows(scheduler.schedule())
+    assert row[1] == 16
+    assert young.log().num_cached_tokens == 0, "its prompt was computed"
+
+
+def test_an_aborted_prompt_leaves_what_was_computed_of_it() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=9)
+    seq = make_sequence(0, 30)
+    scheduler.add(seq)
+    batches = [scheduler.schedule(), scheduler.schedule()]
+    answer(scheduler, batches[0])
+    scheduler.remove(seq)
+    answer(scheduler, batches[1])
+    scheduler.add(make_sequence(1, 30))
+    assert rows(scheduler.schedule())[0][1:3] == (8, 9)
+
+
+def test_a_reservation_shares_blocks_that_need_not_move() -> None:
+    scheduler = make_scheduler(role="decode")
+    first, second = make_sequence(0, 18), make_sequence(1, 17)
+    table, num_there = scheduler.reserve(18, [])
+    first.token_ids.append(5)
+    scheduler.take_over(first, table)
+    scheduler._extend_keys(second)
+    assert scheduler.reserve(17, second.block_keys)[1] == 3, "one block at least is left to move"
+    again, num_there = scheduler.reserve(18, second.block_keys)
+    assert (again[:4], num_there, len(again)) == (table[:4], 4, 5)
+
+
+def test_without_prefix_caching_everything_is_computed() -> None:
+    scheduler = make_scheduler(enable_prefix_caching=False)
+    run_to_end(scheduler, make_sequence(0, 18))
+    scheduler.add(make_sequence(1, 18))
+    assert rows(scheduler.schedule())[0][1:3] == (0, 18)
+
+
+def test_more_are_preempted_if_the_youngest_shares_all_its_blocks() -> None:
+    """All need a block, none is free, and taking those of the youngest gives none back."""
+    scheduler = make_scheduler(num_blocks=5)
+    oldest, parent, child = make_sequence(0, 3), make_sequence(1, 7), make_sequence(2, 7)
+    for seq in (oldest, parent):
+        scheduler.add(seq)
+    for _ in range(2):
+        answer(scheduler, scheduler.schedule())
+    scheduler.slots.sync(parent)
+    child.token_ids = list(parent.token_ids)
+    scheduler.fork(parent, child)
+    others = scheduler.blocks.allocate(scheduler.blocks.num_free)
+    assert rows(scheduler.schedule()) == [(oldest.slot, 4, 1, DECODE)]
+    assert scheduler.preempted == [child, parent]
+    scheduler.check_integrity([others])
 
 
 def test_steps_are_the_same_whatever_was_in_the_sets_and_dictionaries() -> None:

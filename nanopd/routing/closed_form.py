@@ -1,0 +1,66 @@
+"""The seed's closed form: what a request takes collocated and disaggregated, from the load alone.
+
+    T_prefill(L)    = alpha * L
+    T_transfer(L)   = L * bytes_per_token / bandwidth
+    T_step(B)       = beta                 if B <= batch_thresh else beta * B / batch_thresh
+    T_collocated    = T_prefill(L) + T_step(max(load, 1)) * O + [load > 0] * gamma * L * min(load, thr) / thr
+    T_disaggregated = T_prefill(L) + T_transfer(L) + T_step(B_decode + 1) * O
+
+Kept as it is, queues and memory left out, so that the adaptive router can be compared with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from nanopd.messages import Route
+from nanopd.routing.cost_model import Parameters
+
+
+@dataclass(frozen=True, slots=True)
+class ClosedForm:
+    alpha: float  # prefill, ms per token
+    beta: float  # decode step at batch 1, ms
+    batch_thresh: float  # batch size from which a decode step is bound by compute
+    gamma: float  # interference of prefill with decode, ms per token
+    bandwidth: float  # between two workers, GB/s
+    bytes_per_token: int
+
+    @classmethod
+    def of(cls, parameters: Parameters) -> ClosedForm:
+        t = parameters.terms
+        return cls(t.a1, t.beta, t.batch_thresh, t.gamma, t.bandwidth, parameters.kv_bytes_per_token)
+
+    @property
+    def transfer_rate(self) -> float:
+        """Milliseconds per token moved."""
+        return self.bytes_per_token / (self.bandwidth * 1e6)
+
+    def step_ms(self, batch: int) -> float:
+        return self.beta if batch <= self.batch_thresh else self.beta * batch / self.batch_thresh
+
+    def collocated_ms(self, num_prompt: float, num_output: float, load: int) -> float:
+        interference = self.gamma * num_prompt * min(load, self.batch_thresh) / self.batch_thresh if load > 0 else 0.0
+        return self.alpha * num_prompt + self.step_ms(max(load, 1)) * num_output + interference
+
+    def disaggregated_ms(self, num_prompt: float, num_output: float, num_decoding: int) -> float:
+        """`num_decoding`: sequences that the decode worker has without this one."""
+        return (self.alpha + self.transfer_rate) * num_prompt + self.step_ms(num_decoding + 1) * num_output
+
+    def disaggregated_wins(self, load: int) -> bool:
+        return load > 0 and self.gamma / self.transfer_rate > self.batch_thresh / load
+
+    def winning_load(self) -> int:
+        """The least load from which disaggregated wins."""
+        return int(self.batch_thresh * self.transfer_rate / self.gamma) + 1
+
+    def choose(self, feasible: list[Route], num_prompt: float, num_output: float, load: Callable[[int], int]) -> Route:
+        """The fastest route; among equals, the one whose workers have the least to do."""
+
+        def cost(route: Route) -> tuple[float, int, Route]:
+            num_seqs = load(route.decode_worker)
+            predict = self.collocated_ms if route.is_collocated else self.disaggregated_ms
+            return predict(num_prompt, num_output, num_seqs), num_seqs + load(route.prefill_worker), route
+
+        return min(feasible, key=cost)

@@ -1,0 +1,282 @@
+"""What a step, a prompt and a move cost on a machine: fitted terms, predictions, corrections, parameter files.
+
+    T_prefill = a0 + a1 * new + a2 * pairs                   pairs: sum over prompt chunks of new * (cached + new / 2)
+    T_step    = beta + row * batch + excess * max(0, batch - batch_thresh) + kv * KV tokens
+    T_mixed   = max(T_prefill, T_step + gamma * new + a2 * pairs)
+    T_move    = c0 + bytes / bandwidth
+
+A decode step reads all weights (beta) and the context of its rows; above `batch_thresh` rows it is bound by compute.
+a1, beta, batch_thresh and gamma are the seed's alpha, beta, batch_thresh and gamma. Numbers only: knows neither
+requests nor workers, and whether a time was measured or simulated makes no difference to it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from nanopd.errors import ConfigError
+
+Numbers = Any  # a number, or an array of them
+
+
+def chunk_pairs(num_new: Numbers, num_cached: Numbers) -> Numbers:
+    """Query-key pairs of a causal chunk of `num_new` tokens behind `num_cached` others."""
+    return num_new * (num_cached + num_new / 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """Fitted terms of one machine and model, in milliseconds per unit."""
+
+    a0: float  # a prefill step
+    a1: float  # a prompt token (alpha)
+    a2: float  # a query-key pair
+    beta: float  # a decode step
+    row: float  # a decode row
+    excess: float  # a decode row above batch_thresh, on top of `row`
+    batch_thresh: float  # rows
+    kv: float  # a token of context that a decode row reads
+    gamma: float  # a prompt token in a step that also decodes
+    c0: float  # a move of blocks
+    bandwidth: float  # GB/s between two workers
+
+    def prefill_ms(self, num_new: int, num_pairs: float = 0.0) -> float:
+        return self.step_ms(0, 0, num_new, num_pairs)
+
+    def step_ms(
+        self,
+        num_decodes: Numbers,
+        num_kv_tokens: Numbers,
+        num_new: Numbers = 0,
+        num_pairs: Numbers = 0.0,
+        maximum: Callable[[Any, Any], Any] = max,
+    ) -> Any:
+        """A step of `num_decodes` rows with `num_kv_tokens` tokens of context in all, and a prompt's chunks.
+
+        Numbers, or with `maximum=np.maximum` arrays of them, one step each.
+        """
+        pairs_ms = self.a2 * num_pairs
+        step_ms = self.beta + self.row * num_decodes + self.excess * maximum(num_decodes - self.batch_thresh, 0.0)
+        mixed_ms = (num_decodes > 0) * (step_ms + self.kv * num_kv_tokens + self.gamma * num_new + pairs_ms)
+        return maximum(mixed_ms, self.a0 * (num_new > 0) + self.a1 * num_new + pairs_ms)
+
+    def move_ms(self, num_bytes: float) -> float:
+        return self.c0 + num_bytes / (self.bandwidth * 1e6)
+
+
+# ------------------------------------------------------------------------------------------------------- fitting
+
+
+@dataclass(frozen=True, slots=True)
+class StepSample:
+    """A measured step: what it computed and how long it took."""
+
+    num_decodes: int
+    num_kv_tokens: int
+    num_new: int
+    num_pairs: float
+    ms: float
+
+    @property
+    def kind(self) -> str:
+        return "prefill" if not self.num_decodes else "mixed" if self.num_new else "step"
+
+    def predict(self, terms: Terms) -> float:
+        return terms.step_ms(self.num_decodes, self.num_kv_tokens, self.num_new, self.num_pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class MoveSample:
+    """A measured move of blocks from one worker to another."""
+
+    num_bytes: int
+    ms: float
+
+    @property
+    def kind(self) -> str:
+        return "move"
+
+    def predict(self, terms: Terms) -> float:
+        return terms.move_ms(self.num_bytes)
+
+
+Sample = StepSample | MoveSample
+FITTED_TERMS = {  # by kind of sample, in the order in which they are fitted
+    "prefill": ("a0", "a1", "a2"),
+    "step": ("beta", "row", "excess", "batch_thresh", "kv"),
+    "mixed": ("gamma",),
+    "move": ("c0", "bandwidth"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    terms: Terms
+    stderr: dict[str, float]  # of each fitted term, in its unit
+    errors: dict[str, dict[str, float]]  # kind -> {median, p90} of the relative error over the samples
+
+
+def fit(samples: Sequence[Sample], start: Terms) -> Fit:
+    """Terms of least squared relative error, all >= 0; a term whose kind of sample is missing stays as in `start`."""
+    terms = start
+    stderr: dict[str, float] = {}
+    for kind, names in FITTED_TERMS.items():
+        group = [sample for sample in samples if sample.kind == kind]
+        if group and kind == "mixed":  # from below, the prompt's own time would hide it
+            terms = replace(terms, gamma=max(terms.gamma, terms.a1))
+        if group:
+            terms, errors = _fit_group(terms, names, group)
+            stderr |= errors
+    return Fit(terms, stderr, prediction_errors(samples, terms))
+
+
+def prediction_errors(samples: Sequence[Sample], terms: Terms) -> dict[str, dict[str, float]]:
+    """Relative errors by kind of sample, also of samples that were not fitted."""
+    result = {}
+    for kind in FITTED_TERMS:
+        errors = [abs(s.predict(terms) / s.ms - 1) for s in samples if s.kind == kind]
+        if errors:
+            median, p90 = np.percentile(errors, (50, 90))
+            result[kind] = {"median": float(median), "p90": float(p90)}
+    return result
+
+
+def _fit_group(terms: Terms, names: Sequence[str], group: Sequence[Sample]) -> tuple[Terms, dict[str, float]]:
+    def residuals(values: np.ndarray) -> np.ndarray:  # [num_names] -> [num_samples], relative
+        trial = replace(terms, **dict(zip(names, values, strict=True)))
+        return np.array([sample.predict(trial) / sample.ms - 1 for sample in group])
+
+    starts = [[max(getattr(terms, name), 1e-9) for name in names]]
+    if "batch_thresh" in names:  # where the curve bends is not convex: try every batch size
+        batches = sorted({sample.num_decodes for sample in group if isinstance(sample, StepSample)})
+        starts = [[*starts[0][:3], float(batch), starts[0][4]] for batch in batches]
+    fits = [least_squares(residuals, x, bounds=(0, np.inf), x_scale="jac") for x in starts]
+    best = min(fits, key=lambda result: result.cost)
+    variance = 2 * best.cost / max(1, len(group) - len(names))
+    deviations = np.sqrt(np.diag(np.linalg.pinv(best.jac.T @ best.jac)) * variance)
+    values = dict(zip(names, map(float, best.x), strict=True))
+    return replace(terms, **values), dict(zip(names, map(float, deviations), strict=True))
+
+
+# ------------------------------------------------------------------------------------------------ parameter files
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Everything that has to be known of a machine to plan for it."""
+
+    machine: str
+    model: str
+    provenance: str  # where the numbers come from
+    kv_bytes_per_token: int
+    num_kv_tokens: int  # that one worker's cache holds
+    terms: Terms
+    pair_bandwidth: dict[str, float] = field(default_factory=dict)  # "p->d": GB/s, where it differs from the terms'
+    stderr: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Parameters:
+        """Raises ConfigError for a missing, unknown or impossible entry."""
+        _check_keys("parameters", values, cls)
+        _check_keys("terms", values["terms"], Terms)
+        for name, value in values["terms"].items():
+            least = 0.0 if name != "bandwidth" else 1e-9
+            _check_number(f"terms.{name}", value, least)
+        for name in ("kv_bytes_per_token", "num_kv_tokens"):
+            _check_number(name, values[name], 1)
+        for pair, bandwidth in values.get("pair_bandwidth", {}).items():
+            _check_number(f"pair_bandwidth.{pair}", bandwidth, 1e-9)
+            if not re.fullmatch(r"\d+->\d+", pair):
+                raise ConfigError("pair_bandwidth", pair, 'pairs of workers like "0->1"')
+        return cls(**{**values, "terms": Terms(**values["terms"])})
+
+    @classmethod
+    def load(cls, path: Path) -> Parameters:
+        """Raises ConfigError: no such file, no JSON, or not what a parameter file holds."""
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, json.JSONDecodeError) as error:
+            raise ConfigError("params", str(path), f"a JSON file of fitted terms ({error})") from None
+
+    def pair_terms(self) -> dict[tuple[int, int], Terms]:
+        """By source and destination, where a pair of workers has a bandwidth of its own."""
+        return {
+            tuple(map(int, pair.split("->"))): replace(self.terms, bandwidth=bandwidth)  # type: ignore[misc]
+            for pair, bandwidth in self.pair_bandwidth.items()
+        }
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+def _check_keys(what: str, values: object, kind: type) -> None:
+    names = [f.name for f in fields(kind)]
+    needed = names if kind is Terms else names[:6]
+    if not isinstance(values, Mapping) or not set(needed) <= set(values) <= set(names):
+        raise ConfigError(what, values, f"a mapping with {', '.join(needed)}")
+
+
+def _check_number(name: str, value: object, least: float) -> None:
+    if type(value) not in (int, float) or not least <= value < math.inf:  # type: ignore[operator]
+        raise ConfigError(name, value, f"a finite number >= {least}")
+
+
+# -------------------------------------------------------------------------------------------- online correction
+
+
+class Correction:
+    """Measured over predicted of one kind of work, smoothed (geometrically) and bounded."""
+
+    WEIGHT, BOUND = 0.02, 2.0
+
+    def __init__(self) -> None:
+        self.factor = 1.0
+
+    def update(self, predicted_ms: float, measured_ms: float) -> None:
+        """`predicted_ms` is the model's own, without this correction."""
+        ratio = min(max(measured_ms / predicted_ms, 1 / self.BOUND), self.BOUND)
+        self.factor *= (ratio / self.factor) ** self.WEIGHT
+
+
+class CostModel:
+    """Predictions for one machine that follow what is measured while it runs."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        self.parameters = parameters
+        self.terms = parameters.terms
+        self.corrections = {kind: Correction() for kind in FITTED_TERMS}
+        self.pair_terms = parameters.pair_terms()
+
+    def step_ms(self, num_decodes: np.ndarray, num_kv_tokens: np.ndarray) -> np.ndarray:
+        """`Terms.step_ms` of arrays without prompts, corrected."""
+        return self.corrections["step"].factor * self.terms.step_ms(num_decodes, num_kv_tokens, maximum=np.maximum)
+
+    def mixed_ms(
+        self, num_decodes: np.ndarray, num_kv_tokens: np.ndarray, num_new: np.ndarray, num_pairs: np.ndarray
+    ) -> np.ndarray:
+        """`Terms.step_ms` of arrays with prompts, corrected."""
+        prefill, mixed = self.corrections["prefill"].factor, self.corrections["mixed"].factor
+        predicted_ms = self.terms.step_ms(num_decodes, num_kv_tokens, num_new, num_pairs, np.maximum)
+        return predicted_ms * (prefill + (mixed - prefill) * (num_decodes > 0))
+
+    def move_ms(self, src_worker: np.ndarray, dst_worker: np.ndarray, num_tokens: float) -> np.ndarray:
+        """`Terms.move_ms` between pairs of workers, corrected."""
+        num_bytes = num_tokens * self.parameters.kv_bytes_per_token
+        predicted_ms = np.full(len(src_worker), self.terms.move_ms(num_bytes))
+        for (src, dst), terms in self.pair_terms.items():
+            predicted_ms[(src_worker == src) & (dst_worker == dst)] = terms.move_ms(num_bytes)
+        return self.corrections["move"].factor * predicted_ms
+
+    def observe(self, sample: Sample) -> None:
+        """Take a measured step or move into account."""
+        self.corrections[sample.kind].update(sample.predict(self.terms), sample.ms)

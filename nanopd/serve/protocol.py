@@ -1,0 +1,245 @@
+"""Requests and answers of the OpenAI API, as far as nanopd serves them.
+
+`CompletionBody` and `ChatBody` check what a client sends, turn it into prompts and `SamplingParams`, and give answers
+their shape. A parameter that nanopd does not have is refused by name, unless its value asks for nothing. Beyond the
+API: `top_k`, `min_tokens`, `ignore_eos`, `stop_token_ids`, and `chat_template_kwargs` with `enable_thinking`.
+Knows neither HTTP nor the event loop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from nanopd.detokenizer import REPLACEMENT
+from nanopd.llm import LLM, Prompt
+from nanopd.messages import MAX_LOGPROBS, SamplingParams
+from nanopd.outputs import CompletionOutput, RequestOutput, RequestOutputDelta
+
+MAX_CHOICES = 128  # of one prompt
+LEAST_LOGPROB = -9999.0  # JSON has no infinity
+SEEDS = 2**64
+SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_tokens", "stop", "stop_token_ids", "ignore_eos")
+NO_EFFECT = {"user", "metadata", "safety_identifier", "prompt_cache_key"}
+# parameters that nanopd does not have, with the values that ask for nothing; None does so for every parameter
+ASKS_NOTHING: dict[str, tuple] = {
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "presence_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+}
+
+Text = Annotated[str, AfterValidator(lambda text: text.encode().decode())]  # refuses half surrogate pairs
+Json = dict[str, Any]
+TokenText = Callable[[int], str]
+Piece = CompletionOutput | RequestOutputDelta
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_asks_nothing(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {
+            key: value
+            for key, value in values.items()
+            if value is not None and key not in NO_EFFECT and value not in ASKS_NOTHING.get(key, ())
+        }
+
+
+class StreamOptions(_Strict):
+    include_usage: bool = False
+
+
+class _Body(_Strict):
+    """What both kinds of requests have in common."""
+
+    model: str | None = None
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    min_tokens: int = 0
+    stop: Text | list[Text] = []
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> _Body:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is for stream=true")
+        return self
+
+    @property
+    def includes_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def _params(self, max_tokens: int | None, logprobs: int | None) -> list[SamplingParams]:
+        """One for each choice; choice i of a seeded request has the seed + i.
+
+        Raises:
+            RequestError: a value out of range.
+        """
+        first = SamplingParams(  # with the seed as it came, which is checked here
+            **self.model_dump(include=set(SAMPLING_KEYS)), seed=self.seed, max_tokens=max_tokens, logprobs=logprobs
+        )
+        seeds = [None if self.seed is None else (self.seed + i) % SEEDS for i in range(self.n)]
+        return [dataclasses.replace(first, seed=seed) for seed in seeds]
+
+
+class CompletionBody(_Body):
+    ID: ClassVar = "cmpl-"
+    OBJECT: ClassVar = "text_completion"
+    CHUNK_OBJECT: ClassVar = "text_completion"
+
+    prompt: Text | list[Text] | list[int] | list[list[int]]
+    max_tokens: int = 16
+    logprobs: int | None = None
+
+    def prompts(self, llm: LLM) -> list[Prompt]:
+        is_one = isinstance(self.prompt, str) or not self.prompt or isinstance(self.prompt[0], int)
+        prompts: list[Any] = [self.prompt] if is_one else list(self.prompt)
+        return [llm.tokenizer.encode(p) if isinstance(p, str) and llm.tokenizer is not None else p for p in prompts]
+
+    def params(self) -> list[SamplingParams]:
+        return self._params(self.max_tokens, self.logprobs)
+
+    def choice(self, index: int, piece: Piece, token_text: TokenText, start: int = 0) -> Json:
+        """An answer, or a part of it that begins at character `start`."""
+        logprobs = None if piece.logprobs is None else _completion_logprobs(piece.logprobs, token_text, start)
+        return {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish_reason}
+
+    chunk = choice
+
+    def opening(self, index: int) -> Json | None:
+        """What goes before all other chunks of a choice."""
+        return None
+
+
+class TextPart(_Strict):
+    type: Literal["text"]
+    text: Text
+
+
+class Message(_Strict):
+    role: Text
+    content: Text | list[TextPart]
+
+    def as_text(self) -> Json:
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": self.role, "content": content}
+
+
+class TemplateArgs(_Strict):
+    enable_thinking: bool | None = None
+
+
+class ChatBody(_Body):
+    ID: ClassVar = "chatcmpl-"
+    OBJECT: ClassVar = "chat.completion"
+    CHUNK_OBJECT: ClassVar = "chat.completion.chunk"
+
+    messages: list[Message]
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    chat_template_kwargs: TemplateArgs = TemplateArgs()
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> ChatBody:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs is for logprobs=true")
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise ValueError("max_tokens and max_completion_tokens are the same; give one of them")
+        return self
+
+    def prompts(self, llm: LLM) -> list[Prompt]:
+        template_args = self.chat_template_kwargs.model_dump(exclude_none=True)
+        return [llm.encode_chat([message.as_text() for message in self.messages], **template_args)]
+
+    def params(self) -> list[SamplingParams]:
+        max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return self._params(max_tokens, (self.top_logprobs or 0) if self.logprobs else None)
+
+    def choice(self, index: int, piece: Piece, token_text: TokenText) -> Json:
+        message = {"role": "assistant", "content": piece.text, "refusal": None}
+        return {"index": index, "message": message, **self._rest(piece, token_text)}
+
+    def chunk(self, index: int, piece: Piece, token_text: TokenText, start: int) -> Json:
+        return {"index": index, "delta": {"content": piece.text} if piece.text else {}, **self._rest(piece, token_text)}
+
+    def opening(self, index: int) -> Json | None:
+        delta = {"role": "assistant", "content": ""}
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def _rest(self, piece: Piece, token_text: TokenText) -> Json:
+        num_best = self.top_logprobs or 0
+        logprobs = None if piece.logprobs is None else _chat_logprobs(piece.logprobs, token_text, num_best)
+        return {"logprobs": logprobs, "finish_reason": piece.finish_reason}
+
+
+def usage(outputs: list[RequestOutput], n: int) -> Json:
+    """Tokens of an answer with `n` choices for each prompt; a prompt counts once."""
+    prompts = outputs[::n]
+    num_prompt_tokens = sum(len(output.prompt_token_ids) for output in prompts)
+    num_output_tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_output_tokens,
+        "total_tokens": num_prompt_tokens + num_output_tokens,
+        "prompt_tokens_details": {"cached_tokens": sum(output.metrics.num_cached_tokens for output in prompts)},
+    }
+
+
+def _completion_logprobs(rows: list[dict[int, float]], token_text: TokenText, start: int) -> Json:
+    tokens = [token_text(next(iter(row))) for row in rows]  # the chosen one stands first
+    lengths = itertools.accumulate(map(len, tokens), initial=start)
+    return {
+        "tokens": tokens,
+        "token_logprobs": [_finite(next(iter(row.values()))) for row in rows],
+        "top_logprobs": [_by_text(row, token_text) for row in rows],
+        "text_offset": list(lengths)[:-1],
+    }
+
+
+def _by_text(row: dict[int, float], token_text: TokenText) -> dict[str, float]:
+    """Of tokens with the same text (parts of characters have it) the likeliest."""
+    return {token_text(token): _finite(value) for token, value in sorted(row.items(), key=lambda item: item[1])}
+
+
+def _chat_logprobs(rows: list[dict[int, float]], token_text: TokenText, num_best: int) -> Json:
+    content = []
+    for row in rows:
+        chosen, *_ = tokens = [_chat_logprob(token_text(token), value) for token, value in row.items()]
+        best = sorted(tokens, key=lambda token: -token["logprob"])[:num_best]
+        content.append({**chosen, "top_logprobs": best})
+    return {"content": content, "refusal": None}
+
+
+def _chat_logprob(text: str, value: float) -> Json:
+    is_whole = REPLACEMENT not in text  # no part of a character
+    return {"token": text, "logprob": _finite(value), "bytes": list(text.encode()) if is_whole else None}
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LEAST_LOGPROB)
