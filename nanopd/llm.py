@@ -194,8 +194,9 @@ class LLM:
         return self._thread.call(lambda engine: self._thread.take_stats(engine, reset))
 
     def shutdown(self) -> None:
-        """End the workers; unfinished requests fail. May be called twice."""
+        """End the workers; unfinished requests fail. Returns when they have ended; may be called twice."""
         self._stop()
+        _join(self._thread)  # who called before, in another thread, may still be at it
 
     def __enter__(self) -> LLM:
         return self
@@ -272,6 +273,10 @@ def _increments(handle: RequestHandle) -> Iterator[RequestOutputDelta]:
 
 def _end_thread(thread: EngineThread) -> None:
     thread.stop()
+    _join(thread)
+
+
+def _join(thread: EngineThread) -> None:
     if thread is not threading.current_thread():  # the garbage collector may call from anywhere
         thread.join(SHUTDOWN_TIMEOUT_S)
 
