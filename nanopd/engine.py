@@ -36,6 +36,7 @@ from nanopd.messages import (
     TransferPath,
     TransferPlan,
 )
+from nanopd.routing.decision import Policy
 from nanopd.routing.router import Router
 
 MAX_REPLAYS = 2  # of a request that was being computed when a worker died
@@ -77,6 +78,7 @@ class Engine:
         clock: Callable[[], float],
         make_text: Callable[[list[int], tuple[str, ...]], TextStream] | None = None,
         replace: Callable[[int], bool] | None = None,
+        policy: Policy | None = None,
     ) -> None:
         """Serve on `workers`, a list that is the engine's from now on.
 
@@ -95,7 +97,7 @@ class Engine:
         roles = config.roles
         self.schedulers = [self._new_scheduler(w, role) for w, role in enumerate(roles)]
         self._allowed = allowed_routes(roles)
-        self.router = Router(config.policy, routes_for_policy(config.policy, roles))
+        self.router: Policy = policy or Router(config.policy, routes_for_policy(config.policy, roles))
         self._pacer = Pacer(len(workers))
         self._watchdog = watchdog = Watchdog(len(workers), config.step_timeout_s)
 
@@ -278,7 +280,7 @@ class Engine:
             batch = scheduler.schedule()
             for seq in scheduler.admitted:
                 seq.log_event(self.clock(), EventKind.SCHEDULED, worker)
-                self.handovers.start(seq)
+                self.handovers.start(seq, self.clock())
             for seq in scheduler.preempted:
                 self._requeue(seq, scheduler)
                 has_left |= seq.worker != worker
@@ -331,6 +333,7 @@ class Engine:
         seq.status = status
         seq.log_event(self.clock(), EventKind.FINISHED, worker)
         del self.seqs[seq.request_id]
+        self.router.finished(seq)
         self._updates.append(Update(seq, [], seq.text.finish() if seq.text is not None else "", is_finished=True))
 
     # ------------------------------------------------------------------------------------- routes and workers
@@ -345,8 +348,15 @@ class Engine:
             else:
                 self._fail(seq, f"no route is left: {'; '.join(map(str, self._errors.values()))}")
             return
-        seq.route = self.router.choose(routes, lambda w: self.schedulers[w].load)
+        decision = self.router.choose(routes, seq, self.schedulers, self.clock())
+        seq.decision = decision
+        if decision.route is None:
+            self._fail(seq, "turned away: no route keeps the service levels")
+            return
+        seq.route = decision.route
         scheduler = self.schedulers[seq.route.prefill_worker]
+        if decision.chunk_budget is not None:
+            scheduler.max_num_batched_tokens = decision.chunk_budget
         seq.log_event(self.clock(), EventKind.ROUTED, scheduler.worker)
         if not seq.route.is_collocated:
             self.handovers.begin(seq)

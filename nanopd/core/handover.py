@@ -77,10 +77,10 @@ class Handovers:
         src, dst = self._schedulers[seq.route.prefill_worker], self._schedulers[seq.route.decode_worker]
         self._add(_Handover(seq, src, dst))
 
-    def start(self, seq: Sequence) -> None:
+    def start(self, seq: Sequence, now_s: float) -> None:
         """The prefill has started: from now on a reservation is worth its blocks."""
         handover = self._by_seq.get(seq.seq_id)
-        if handover is not None:
+        if handover is not None and not self._try_reserve(handover, handover.dst, now_s):
             self._roomless[seq.seq_id] = handover
 
     def move(self, seq: Sequence, dst: int, now_s: float) -> None:
@@ -105,7 +105,7 @@ class Handovers:
             if seq.route.is_collocated and (others := self.destinations(seq, src)):
                 seq.route = Route(worker, others[0].worker)
                 self.begin(seq)
-                self.start(seq)
+                self.start(seq, now_s)
 
     def advance(self, seq: Sequence, num_computed: int) -> None:
         """The first `num_computed` tokens have their KV entries: whole blocks of them may move."""

@@ -55,6 +55,7 @@ class _StepInFlight:
     row_slots: np.ndarray  # [num_rows] int32
     sampled_slots: np.ndarray  # [*] int32, in the order of the rows that sample
     chunks: list[_Chunk]
+    num_prompt_tokens: int  # of the chunks
 
 
 @dataclass(slots=True)
@@ -82,6 +83,7 @@ class _BatchBuilder:
         self.rows: list[tuple[int, int, int, int]] = []  # prefill rows: slot, start, length, flags
         self.token_ids: list[int] = []
         self.chunks: list[_Chunk] = []
+        self.num_prompt_tokens = 0  # of the chunks
 
     @property
     def is_empty(self) -> bool:
@@ -100,6 +102,7 @@ class _BatchBuilder:
         self.rows.append((slot, start, len(token_ids), flags))
         self.token_ids += token_ids
         self.budget -= len(token_ids)
+        self.num_prompt_tokens += len(token_ids)
 
     def build(self) -> StepBatch:
         slots, starts, lens, flags = self.decodes
@@ -157,6 +160,7 @@ class Scheduler:
         self.num_expected = 0  # sequences bound for this worker that another one has or will prefill
         self.num_reserved = 0  # places promised to some of them
         self.num_preemptions = 0
+        self.num_waiting_tokens = 0  # to be computed of sequences that wait or prefill, those in flight included
         self.is_dead = False
         self.generation = 0  # of the worker process; raised when it is replaced
         self.in_flight: deque[_StepInFlight] = deque()
@@ -183,6 +187,23 @@ class Scheduler:
         """Sequences it has to serve, with those that wait and those that are still bound for it."""
         return len(self.waiting) + self.num_seqs - self.num_reserved + self.num_expected
 
+    @property
+    def num_decoding(self) -> int:
+        return len(self.decoding)
+
+    @property
+    def num_context_tokens(self) -> int:
+        """Tokens in the cache of the sequences that decode."""
+        return int(self.slots.num_computed[self._slots_of_decoding()].sum())
+
+    @property
+    def num_free_tokens(self) -> int:
+        return self.blocks.num_free * self.blocks.block_size
+
+    @property
+    def num_usable_tokens(self) -> int:
+        return self.blocks.num_usable * self.blocks.block_size
+
     def can_hold(self, num_tokens: int) -> bool:
         """Whether the pool is large enough for a sequence of so many tokens, if it had it for itself."""
         return self.blocks.blocks_for(num_tokens) <= self.blocks.num_usable
@@ -190,6 +211,7 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         """Queue a sequence whose tokens are all to be computed, in order of submission."""
         insort(self.waiting, seq, key=lambda s: s.seq_id)
+        self.num_waiting_tokens += seq.num_tokens
 
     def reserve(self, num_tokens: int, block_keys: list[bytes]) -> tuple[list[int], int] | None:
         """Blocks and a place for a sequence of `num_tokens` tokens that another worker prefills; None: no room now.
@@ -254,11 +276,14 @@ class Scheduler:
         """Forget a sequence in whatever state it is; its blocks are free once no step in flight names them."""
         if seq.slot is None:
             self.waiting.remove(seq)
+            self.num_waiting_tokens -= seq.num_tokens
         else:
             self._evict(seq)
             self._release_parked()
 
     def _evict(self, seq: Sequence) -> None:
+        if seq in self.prefilling:  # what is in flight is still computed
+            self.num_waiting_tokens -= seq.num_tokens - int(self.slots.num_computed[seq.slot])
         for queue in (self.decoding, self.prefilling, self.departing):
             if seq in queue:
                 queue.remove(seq)
@@ -292,7 +317,9 @@ class Scheduler:
             self._step_id -= 1
             return None
         step = batch.build()
-        self.in_flight.append(_StepInFlight(step.step_id, step.row_slots, batch.sampled_slots(), batch.chunks))
+        self.in_flight.append(
+            _StepInFlight(step.step_id, step.row_slots, batch.sampled_slots(), batch.chunks, batch.num_prompt_tokens)
+        )
         return step
 
     def _schedule_decodes(self, batch: _BatchBuilder) -> None:
@@ -382,6 +409,7 @@ class Scheduler:
             seq.num_cached_tokens = num_cached
         seq.status = SequenceStatus.PREFILL
         self._acquire_slot(seq, num_cached)
+        self.num_waiting_tokens -= num_cached
         insort(self.prefilling, seq, key=lambda s: s.seq_id)
         self.admitted.append(seq)
 
@@ -466,6 +494,7 @@ class Scheduler:
         Tokens of sequences that have been removed since the step was built are dropped.
         """
         step = self.in_flight.popleft()
+        self.num_waiting_tokens -= step.num_prompt_tokens
         assert step.step_id == result.step_id, (step.step_id, result.step_id)
         slots, tokens = step.sampled_slots, result.token_ids
         if len(result.logprob_rows):
@@ -549,3 +578,7 @@ class Scheduler:
         self.blocks.check_integrity(tables, pinned)
         num_slots = self.slots.num_free + len(holders) + len(self._parked)
         assert num_slots == len(self.slots.seqs), f"{len(self.slots.seqs) - num_slots} slots lost"
+        left = [seq.num_tokens - int(self.slots.num_computed[seq.slot]) for seq in self.prefilling]
+        num_waiting = sum(seq.num_tokens for seq in self.waiting) + sum(left)
+        num_waiting += sum(step.num_prompt_tokens for step in self.in_flight)
+        assert self.num_waiting_tokens == num_waiting, f"{self.num_waiting_tokens} tokens wait, not {num_waiting}"

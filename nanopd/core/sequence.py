@@ -61,6 +61,7 @@ class Sequence:
     __slots__ = (
         "block_keys",
         "block_table",
+        "decision",
         "end_len",
         "error",
         "events",
@@ -127,6 +128,7 @@ class Sequence:
         self.stop_reason: int | str | None = None
         self.text: TextStream | None = None  # where tokens become text while they come
         self.error: str | None = None
+        self.decision: object = None  # of the router, with the numbers behind it
         self.num_deaths = 0  # of workers that were computing it
         self.events = [RequestEvent(arrival_s, EventKind.ARRIVED)]
 

@@ -12,10 +12,14 @@ Kept as it is, queues and memory left out, so that the adaptive router can be co
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Workers
 from dataclasses import dataclass
 
+from nanopd.core.sequence import Sequence, SequenceStatus
 from nanopd.messages import Route
 from nanopd.routing.cost_model import Parameters
+from nanopd.routing.decision import Decision, WorkerLoad
+from nanopd.routing.length_predictor import LengthPredictor
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,3 +68,24 @@ class ClosedForm:
             return predict(num_prompt, num_output, num_seqs), num_seqs + load(route.prefill_worker), route
 
         return min(feasible, key=cost)
+
+
+class ClosedFormRouter:
+    """Takes the fastest route by the closed form. A `Policy`."""
+
+    def __init__(self, routes: list[Route], parameters: Parameters, predictor: LengthPredictor | None = None) -> None:
+        self.routes = routes
+        self.predictor = predictor or LengthPredictor()
+        self._form = ClosedForm.of(parameters)
+
+    def choose(self, feasible: list[Route], seq: Sequence, workers: Workers[WorkerLoad], now_s: float) -> Decision:
+        """See `Policy.choose`."""
+        num_generated = seq.num_tokens - seq.num_prompt_tokens
+        num_output = self.predictor.mean(seq.num_prompt_tokens, num_generated)
+        route = self._form.choose(feasible, seq.num_tokens, num_output - num_generated, lambda w: workers[w].load)
+        return Decision(route, num_output=num_output)
+
+    def finished(self, seq: Sequence) -> None:
+        """See `Policy.finished`; a complete answer's length is learned."""
+        if seq.status in (SequenceStatus.FINISHED_STOPPED, SequenceStatus.FINISHED_LENGTH):
+            self.predictor.observe(seq.num_prompt_tokens, seq.num_tokens - seq.num_prompt_tokens)

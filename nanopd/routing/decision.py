@@ -1,0 +1,77 @@
+"""What a router is asked and what it answers: workers as it sees them, predictions, decisions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Workers
+from dataclasses import dataclass
+from typing import Protocol
+
+from nanopd.core.sequence import Sequence
+from nanopd.messages import Role, Route
+
+
+class WorkerLoad(Protocol):
+    """One worker at the moment of a decision; its scheduler looks like this."""
+
+    role: Role
+    num_waiting_tokens: int  # of prompts to be computed there, steps in flight included
+
+    @property
+    def load(self) -> int:
+        """Sequences that it has to serve, with those that wait and those that are still bound for it."""
+
+    @property
+    def num_seqs(self) -> int:
+        """Places taken: of `load`, those that have blocks there already."""
+
+    @property
+    def num_decoding(self) -> int:
+        """Sequences that decode now."""
+
+    @property
+    def num_context_tokens(self) -> int:
+        """Their tokens in the cache."""
+
+    @property
+    def num_free_tokens(self) -> int:
+        """What the cache has room for now."""
+
+    @property
+    def num_usable_tokens(self) -> int:
+        """What the cache has room for at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What is expected of one request on one route."""
+
+    route: Route
+    ttft_ms: float
+    first_gap_ms: float
+    tpot_ms: float
+    caused_ms: float  # delay of requests already there, summed over them
+    excess: float  # over the service levels, its own and that caused to others; 0: all are kept
+    cost_ms: float  # time to the end of the answer, and the delay caused
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A route and why; policies that predict nothing give the route alone."""
+
+    route: Route | None  # None: turned away
+    taken: Prediction | None = None  # of that route, or of the best one if turned away
+    best_other: Prediction | None = None  # of the best route not taken
+    num_output: float | None = None  # tokens predicted
+    chunk_budget: int | None = None  # tokens per step of the prefill worker from now on
+
+
+class Policy(Protocol):
+    """Chooses routes; told of every end."""
+
+    routes: list[Route]  # all it may choose from
+
+    def choose(self, feasible: list[Route], seq: Sequence, workers: Workers[WorkerLoad], now_s: float) -> Decision:
+        """One of `feasible`, not empty and in the order of `routes`; again for a sequence that has lost its route."""
+
+    def finished(self, seq: Sequence) -> None:
+        """A request has ended, in whatever way."""

@@ -1,0 +1,94 @@
+"""How many workers should only prefill, at the present mix of requests.
+
+A fluid model: k workers do nothing but prefill; all answers decode on the others, which put prompts into what the TPOT
+limit leaves of their steps. How many times the present load could be served so? The k that bears the most wins, so that
+it is right before the load comes; at a clear gain only, lest workers change sides with every request.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nanopd.routing.cost_model import Terms, chunk_pairs
+
+CLEAR_GAIN = 1.02
+MIN_REQUESTS = 5
+LOADS = np.geomspace(0.2, 5, 200)[:, None]  # times the present one
+NUM_ITERATIONS = 8  # until a batch and its step time agree
+MAX_BATCH = 1e4
+PLAN_SHARE = 0.02  # of the memory, between one plan and the next
+
+
+class Split:
+    """Counts what is asked for, and says how many workers should do nothing but prefill."""
+
+    def __init__(self, num_workers: int, terms: Terms, max_chunk: int, tpot_ms: float | None, memory_ms: float) -> None:
+        self.num_prefill = 0
+        self.mean_prompt = 0.0
+        self.prompt_rate = np.zeros(num_workers)  # tokens per ms sent to each worker to prefill
+        self._terms, self._max_chunk, self._tpot_ms, self._memory_ms = terms, max_chunk, tpot_ms, memory_ms
+        self._sums = np.zeros(4)  # requests, their prompt, output and context tokens, decaying
+        self._prompts = np.zeros(num_workers)
+        self._seen_ms = 0.0
+        self._total_ms = 0.0
+        self._planned_ms = -np.inf
+        self._updated_s: float | None = None
+
+    def advance(self, now_s: float) -> None:
+        """Let time pass: what was long ago counts less."""
+        elapsed_s = 0.0 if self._updated_s is None else now_s - self._updated_s
+        kept = np.exp(-elapsed_s * 1e3 / self._memory_ms)
+        self._updated_s = now_s
+        self._total_ms += elapsed_s * 1e3
+        self._sums *= kept
+        self._prompts *= kept
+        self._seen_ms = self._seen_ms * kept + self._memory_ms * (1 - kept)
+        self.prompt_rate = self._prompts / self._elapsed_ms
+
+    @property
+    def _elapsed_ms(self) -> float:
+        return max(self._seen_ms, 0.05 * self._memory_ms)  # the first requests say little about the rate
+
+    @property
+    def request_rate(self) -> float:
+        """Per ms."""
+        return float(self._sums[0] / self._elapsed_ms)
+
+    def count(self, prefill_worker: int, num_prompt: int, num_output: float) -> None:
+        self._sums += (1, num_prompt, num_output, num_prompt + num_output / 2)
+        self._prompts[prefill_worker] += num_prompt
+        self.mean_prompt = float(self._sums[1] / self._sums[0])
+
+    def update(self, num_usable_tokens: float) -> int:
+        """The number of workers to keep free of decodes; each has a cache of `num_usable_tokens`."""
+        num_requests, _, output, context = self._sums
+        if self._tpot_ms is None or num_requests < MIN_REQUESTS:
+            return 0
+        if self._total_ms - self._planned_ms < PLAN_SHARE * self._memory_ms:
+            return self.num_prefill
+        self._planned_ms = self._total_ms
+        limit_ms, num_workers = self._tpot_ms, len(self._prompts)
+        num_prefill = np.arange(num_workers)  # arrays are [num_workers] or, with loads, [num_loads, num_workers]
+        num_decode = num_workers - num_prefill
+        token_rate = LOADS * output / self._elapsed_ms / num_decode  # per ms and decoding worker
+        num_context = context / num_requests
+
+        def step_ms(batch: np.ndarray) -> np.ndarray:
+            return self._terms.step_ms(batch, batch * num_context, maximum=np.maximum)
+
+        batch = token_rate * self._terms.beta  # with prompts elsewhere
+        for _ in range(NUM_ITERATIONS):
+            batch = np.minimum(token_rate * step_ms(batch), MAX_BATCH)
+        batch = batch + np.sqrt(batch)  # it fluctuates
+        is_kept = (step_ms(batch) <= limit_ms) & (batch * num_context <= num_usable_tokens)
+        pairs_ms = self._terms.a2 * chunk_pairs(self.mean_prompt, 0)
+        alone_ms = (self._terms.a0 / self._max_chunk + self._terms.a1) * self.mean_prompt + pairs_ms
+        beside_ms = self._terms.gamma * self.mean_prompt + pairs_ms
+        # with prompts that stretch the steps to the limit
+        left = np.maximum(1 - step_ms(np.minimum(token_rate * limit_ms, MAX_BATCH)) / limit_ms, 0)
+        room = num_prefill + num_decode * left * alone_ms / beside_ms  # in workers that only prefill
+        is_kept &= LOADS * self.request_rate * alone_ms <= room
+        bearable = (is_kept * LOADS).max(axis=0)
+        if bearable.max() > CLEAR_GAIN * bearable[self.num_prefill]:
+            self.num_prefill = int(np.argmax(bearable))
+        return self.num_prefill

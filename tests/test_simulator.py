@@ -1,0 +1,100 @@
+"""Virtual time: steps and moves take what the cost model says, jumps change nothing, every request is answered."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from nanopd.config import EngineConfig, ModelConfig, allowed_routes
+from nanopd.config_files import config_dir
+from nanopd.core.metrics import SLO
+from nanopd.core.workload import MIXED_PROMPTS, FixedLength, LogNormalLength, WorkloadRequest, synthetic_requests
+from nanopd.messages import EventKind, RequestLog
+from nanopd.routing.adaptive import AdaptiveRouter
+from nanopd.routing.closed_form import ClosedFormRouter
+from nanopd.routing.cost_model import CostModel, Parameters, chunk_pairs
+from nanopd.simulator import simulate
+
+MODEL = ModelConfig("qwen3", 1000, 4096, 12288, 36, 32, 8, 128, 8192, 1e-6, 1e6, dtype="bfloat16")
+H200 = Parameters.load(config_dir() / "params" / "8xh200.json")
+ROLES = {
+    "4 mixed": ["mixed"] * 4,
+    "2P2D": ["prefill", "prefill", "decode", "decode"],
+    "P + 2 mixed": ["prefill", "mixed", "mixed"],
+}
+
+
+def config(roles: list[str], policy: str, **keys) -> EngineConfig:
+    workers = [{"device": "cpu", "role": role} for role in roles]
+    return EngineConfig(model="none", workers=workers, policy=policy, max_num_seqs=64, **keys)
+
+
+def run(roles: list[str], policy: str, requests: list[WorkloadRequest], **keys) -> dict[str, RequestLog]:
+    parameters = keys.pop("parameters", H200)
+    router = keys.pop("router", None)
+    may_jump = keys.pop("may_jump", True)
+    engine, logs = simulate(config(roles, policy, **keys), MODEL, parameters, requests, router, may_jump)
+    engine.check_integrity()
+    assert len(logs) == len(requests)
+    return {log.request_id: log for log in logs}
+
+
+def test_one_request_takes_what_its_steps_take() -> None:
+    (log,) = run(["mixed"], "collocated", [WorkloadRequest(2.0, 5000, 4, 0)], steps_in_flight=1).values()
+    terms = H200.terms
+    chunks = [(2048, 0), (2048, 2048), (904, 4096)]
+    durations_ms = [sum(terms.step_ms(0, 0, new, chunk_pairs(new, cached)) for new, cached in chunks)]
+    durations_ms += [terms.step_ms(1, 5000 + i) for i in (1, 2, 3)]
+    assert log.token_times_s == pytest.approx(2.0 + np.cumsum(durations_ms) / 1e3)
+
+
+def test_a_hand_over_takes_what_its_blocks_take() -> None:
+    slow = replace(H200, terms=replace(H200.terms, bandwidth=1.0))
+    (log,) = run(["prefill", "decode"], "disaggregated", [WorkloadRequest(0.0, 1000, 3, 0)], parameters=slow).values()
+    moving, moved = (
+        next(e.time_s for e in log.events if e.kind is kind) for kind in (EventKind.MOVING, EventKind.MOVED)
+    )
+    block_bytes = 16 * slow.kv_bytes_per_token
+    plans_ms = slow.terms.move_ms(62 * block_bytes) + slow.terms.move_ms(block_bytes)  # full blocks, then the last one
+    assert moved - moving == pytest.approx(plans_ms / 1e3)
+    assert log.token_times_s[1] - moved == pytest.approx(slow.terms.step_ms(1, 1001) / 1e3)
+
+
+def test_moves_between_the_same_workers_take_turns() -> None:
+    slow = replace(H200, terms=replace(H200.terms, bandwidth=0.1))
+    logs = run(
+        ["prefill", "decode"], "disaggregated", [WorkloadRequest(0.0, 160, 2, i) for i in range(3)], parameters=slow
+    )
+    moved_s = sorted(next(e.time_s for e in log.events if e.kind is EventKind.MOVED) for log in logs.values())
+    assert np.diff(moved_s) == pytest.approx([slow.terms.move_ms(160 * slow.kv_bytes_per_token) / 1e3] * 2)
+
+
+@pytest.mark.parametrize("roles", ROLES)
+@pytest.mark.parametrize("policy", ["fixed", "closed_form", "adaptive"])
+def test_jumps_change_nothing(roles: str, policy: str) -> None:
+    requests = synthetic_requests(150, MIXED_PROMPTS, LogNormalLength(80, 0.8, 400), 60.0, cv=2.0, seed=3)
+    small = replace(H200, num_kv_tokens=30_000)  # sequences are preempted
+    fixed = "disaggregated" if roles == "2P2D" else "round_robin"
+    outcomes = []
+    for may_jump in (False, True):
+        settings = config(ROLES[roles], fixed)
+        routes = allowed_routes(settings.roles)
+        router = {
+            "fixed": None,
+            "closed_form": ClosedFormRouter(routes, small),
+            "adaptive": AdaptiveRouter(routes, len(settings.roles), CostModel(small), 2048, SLO(200, 10, 50)),
+        }[policy]
+        outcomes.append(run(ROLES[roles], fixed, requests, parameters=small, router=router, may_jump=may_jump))
+    for stepped, jumped in zip(*(sorted(o.items()) for o in outcomes), strict=True):
+        kinds, jumped_kinds = ([(e.kind, e.worker) for e in log.events] for _, log in (stepped, jumped))
+        assert kinds == jumped_kinds
+        # steps are held back by what the last one took, which after a jump is one some steps before
+        assert jumped[1].token_times_s == pytest.approx(stepped[1].token_times_s, abs=5e-6)
+
+
+def test_answers_have_the_lengths_of_the_workload() -> None:
+    requests = synthetic_requests(100, FixedLength(300), LogNormalLength(50, 1.0, 300), 100.0)
+    logs = run(ROLES["2P2D"], "disaggregated", requests)
+    assert [len(logs[str(i)].token_times_s) for i in range(100)] == [r.num_output_tokens for r in requests]
