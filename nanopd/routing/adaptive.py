@@ -81,7 +81,7 @@ class AdaptiveRouter:
         p, d = taken.route.prefill_worker, taken.route.decode_worker
         self._remember(seq, _Bound(d, np.array((1, seq.num_tokens + num_output / 2, num_output))))
         self.split.count(p, seq.num_tokens, num_output)
-        budget = int(outlook.chunk[p] + outlook.batch[p])
+        budget = outlook.parts[p].batch + int(outlook.parts[p].chunk)
         return Decision(taken.route, taken, best_other, num_output + num_generated, budget)
 
     def foresee(self, seq: Sequence) -> tuple[float, np.ndarray]:
@@ -122,6 +122,25 @@ class AdaptiveRouter:
             self.bound[:, bound.worker] -= bound.amounts
 
 
+@dataclass(slots=True)
+class _Part:
+    """What is expected at one worker. Plain numbers: eight workers are too few for arrays to be faster."""
+
+    batch: int  # that decodes now
+    context: int
+    waiting: int  # prompt tokens
+    others_output: float  # tokens of an answer there
+    idle_ms: float  # a decode step
+    room_ms: float  # in which ends of answers free the room of a token
+    chunk: float = 0.0
+    ttft_ms: float = 0.0  # of the request, if it is prefilled here
+    beside: float = 0.0  # who will decode then
+    before_ms: float = 0.0  # a decode step then, without the request
+    after_ms: float = 0.0  # and with it
+    tpot_ms: float = 0.0  # with prompts in between
+    wait_ms: float = 0.0  # for room, if it decodes here
+
+
 class _Outlook:
     """What one request would mean on every route. Arrays are [num_workers] unless said otherwise."""
 
@@ -133,98 +152,84 @@ class _Outlook:
         num_output: float,
         spread: np.ndarray,  # [num_quantiles] of output lengths, over their mean
     ) -> None:
-        self._costs, self._slo, self._split, self._bound = router.costs, router.slo, router.split, router.bound
-        self._num_new, self._num_output, self._spread = num_new, num_output, spread
-        columns = [
-            (
-                w.num_decoding,
-                w.num_context_tokens,
-                w.num_waiting_tokens,
-                w.num_free_tokens,
-                w.num_usable_tokens,
-                w.load - w.num_seqs,  # have no blocks yet
-            )
-            for w in workers
-        ]
-        self.batch, self._context, self._waiting, self._free, self._usable, self._roomless = np.array(
-            columns, np.float64
-        ).T
-        num_bound, _, outputs = self._bound
-        self._others_output = np.where(num_bound > 0, outputs / np.maximum(num_bound, 1), num_output)
-        self._idle_ms = self._costs.step_ms(self.batch, self._context)
-        self.chunk = self._plan_chunk(router.max_chunk)
-        self._predict_prefill()
-        self._predict_decode()
-        self._add_excess(np.array([role is Role.PREFILL for role in router.roles(self._usable.min())]))
+        self._costs, self._slo, self._split = router.costs, router.slo, router.split
+        self._max_chunk, self._num_new, self._num_output, self._spread = router.max_chunk, num_new, num_output, spread
+        self._pairs = chunk_pairs(num_new, 0)
+        self._delay_ms = self._costs.terms.gamma * num_new + self._costs.terms.a2 * self._pairs  # of a decode beside it
+        bound = list(zip(*router.bound.tolist(), strict=True))
+        self.parts = [self._prefill_part(load, *of) for load, of in zip(workers, bound, strict=True)]
+        soonest_ms = min(part.ttft_ms for part in self.parts)
+        rates = self._split.prompt_rate.tolist()
+        for part, load, of, rate in zip(self.parts, workers, bound, rates, strict=True):
+            self._add_decode(part, load, soonest_ms, of[0], of[1], rate)
+        roles = router.roles(min(load.num_usable_tokens for load in workers))
+        self._add_excess(np.array([role is Role.PREFILL for role in roles]))
 
-    def _plan_chunk(self, max_chunk: int) -> np.ndarray:
+    def _prefill_part(self, load: WorkerLoad, num_bound: float, _: float, outputs: float) -> _Part:
+        """The queue ahead and the prompt itself, in chunks beside the decodes that are there."""
+        batch, context, waiting = load.num_decoding, load.num_context_tokens, load.num_waiting_tokens
+        others = outputs / num_bound if num_bound > 0 else self._num_output
+        idle_ms = self._costs.step_ms(batch, context)
+        part = _Part(batch, context, waiting, others, idle_ms, others * idle_ms / max(context, 1))
+        part.chunk = self._plan_chunk(part)
+        num_tokens = waiting + self._num_new
+        pairs = (self._pairs + waiting * self._split.mean_prompt / 2) / num_tokens  # per token
+        num_full, rest = divmod(num_tokens, part.chunk)
+        # half a step until the next begins, and another one if that has been sent already
+        part.ttft_ms = idle_ms * (0.5 if waiting else 1.5)
+        if num_full:
+            part.ttft_ms += num_full * self._costs.mixed_ms(batch, context, part.chunk, pairs * part.chunk)
+        if rest:
+            part.ttft_ms += self._costs.mixed_ms(batch, context, rest, pairs * rest)
+        part.ttft_ms += max(self._num_new - (load.num_usable_tokens - context), 0) * part.room_ms
+        return part
+
+    def _plan_chunk(self, part: _Part) -> float:
         """Prompt tokens per step: as few as keep the TPOT of the decodes there, but as many as the TTFT needs."""
         slo, gamma = self._slo, self._costs.terms.gamma
-        most = np.maximum(max_chunk - self.batch, 1.0)
-        if slo.tpot_ms is None or slo.ttft_ms is None:
+        most = max(self._max_chunk - part.batch, 1)
+        if slo.tpot_ms is None or slo.ttft_ms is None or not part.batch:
             return most
-        gentle = (slo.tpot_ms - self._idle_ms) / gamma
-        num_tokens = self._waiting + self._num_new
-        left_ms = np.maximum(TTFT_SHARE * slo.ttft_ms - gamma * num_tokens, 1e-3)
-        needed = num_tokens * self._idle_ms / left_ms
-        chunk = np.where(self.batch > 0, np.maximum(gentle, needed), most)
-        return np.clip(np.floor(chunk), min(MIN_CHUNK, max_chunk), most)
+        gentle = (slo.tpot_ms - part.idle_ms) / gamma
+        num_tokens = part.waiting + self._num_new
+        needed = num_tokens * part.idle_ms / max(TTFT_SHARE * slo.ttft_ms - gamma * num_tokens, 1e-3)
+        return min(max(gentle, needed, MIN_CHUNK), most) // 1
 
-    def _predict_prefill(self) -> None:
-        """The queue ahead and the prompt itself, in chunks beside the decodes that are there."""
-        num_tokens = self._waiting + self._num_new
-        pairs = chunk_pairs(self._num_new, 0) + self._waiting * self._split.mean_prompt / 2
-        num_full = np.floor(num_tokens / self.chunk)
-        sizes = np.array((self.chunk, num_tokens - num_full * self.chunk))  # [2, num_workers]: full chunks, the rest
-        chunk_ms = self._costs.mixed_ms(self.batch, self._context, sizes, pairs / num_tokens * sizes)
-        # half a step until the next begins, and another one if that has been sent already
-        start_ms = self._idle_ms * (1.5 - (self._waiting > 0))
-        self.ttft_ms = start_ms + num_full * chunk_ms[0] + (sizes[1] > 0) * chunk_ms[1]
-        lacking = np.maximum(self._num_new - (self._usable - self._context), 0)
-        self.ttft_ms += lacking * self._room_ms(self._idle_ms)
-        pairs_ms = self._costs.terms.a2 * chunk_pairs(self._num_new, 0)
-        self._delay_ms = self._costs.terms.gamma * self._num_new + pairs_ms  # of each decode beside it
-
-    def _room_ms(self, step_ms: np.ndarray) -> np.ndarray:
-        """Milliseconds in which ends of answers free the room of a token."""
-        return self._others_output * step_ms / np.maximum(self._context, 1)
-
-    def _predict_decode(self) -> None:
+    def _add_decode(
+        self, part: _Part, load: WorkerLoad, soonest_ms: float, num_bound: float, context: float, prompt_rate: float
+    ) -> None:
         """A row more beside those that will decode then, prompts in between, and the wait for room."""
-        num_bound, context, _ = self._bound
         # those that decode now are leaving evenly until its first token; those to come will be there if they last
-        last_ms = np.maximum(self._others_output * self._idle_ms, self._num_output * self._costs.terms.beta)
-        share = self.ttft_ms.min() / last_ms
-        self._beside = self.batch * np.maximum(1 - share, 0)
-        self._beside += np.maximum(num_bound - self.batch, 0) / np.maximum(share, 1)
-        context = context / np.maximum(num_bound, 1) * self._beside
-        own_context = self._num_new + self._num_output / 2
-        batches = np.array((self._beside, self._beside + 1))  # [2, num_workers]: without it, with it
-        steps_ms = self._costs.step_ms(batches, np.array((context, context + own_context)))
-        self._before_ms, self._after_ms = steps_ms
-        gamma = self._costs.terms.gamma
-        busy = np.minimum(gamma * self._split.prompt_rate, MAX_BUSY)
-        self._tpot_ms = self._after_ms / (1 - busy) + gamma * self._waiting / self._num_output
-        lacking = np.maximum(self._roomless * self._split.mean_prompt + self._num_new - self._free, 0)
-        self._wait_ms = lacking * self._room_ms(self._before_ms)
+        terms, num_output = self._costs.terms, self._num_output
+        share = soonest_ms / max(part.others_output * part.idle_ms, num_output * terms.beta)
+        part.beside = part.batch * max(1 - share, 0) + max(num_bound - part.batch, 0) / max(share, 1)
+        context = context / max(num_bound, 1) * part.beside
+        part.before_ms = self._costs.step_ms(part.beside, context)
+        part.after_ms = self._costs.step_ms(part.beside + 1, context + self._num_new + num_output / 2)
+        busy = min(terms.gamma * prompt_rate, MAX_BUSY)
+        part.tpot_ms = part.after_ms / (1 - busy) + terms.gamma * part.waiting / num_output
+        roomless = (load.load - load.num_seqs) * self._split.mean_prompt
+        part.wait_ms = max(roomless + self._num_new - load.num_free_tokens, 0) * part.room_ms
 
     def _add_excess(self, is_kept: np.ndarray) -> None:
         """Over the service levels, by the part that a worker plays; `is_kept`: should be free of decodes."""
-        zeros = np.zeros_like(self.batch)
-        own_output = np.full_like(self.batch, self._num_output)
-        queue_ms = self._costs.terms.gamma * self._waiting
-        late_ms = np.array((zeros + self._delay_ms, zeros, zeros, zeros, queue_ms))
-        steps_ms = np.array((self._idle_ms, self._idle_ms, self._after_ms, self._before_ms, self._after_ms))
-        others = self._others_output
-        outputs = np.array((others, others, others, others, own_output))
-        disturbed, quiet, grown, before, own = self._tpot_excess(steps_ms, outputs, late_ms)
-        self._prefill_excess = self.batch * (disturbed - quiet)
-        self._decode_excess = self._beside * (grown - before) + own + is_kept
+        columns = [
+            (p.batch, p.waiting, p.others_output, p.idle_ms, p.beside, p.before_ms, p.after_ms) for p in self.parts
+        ]
+        batch, waiting, others, idle_ms, beside, before_ms, after_ms = np.array(columns, np.float64).T
+        gamma, zeros, own_output = self._costs.terms.gamma, 0 * batch, 0 * batch + self._num_output
+        disturbed, quiet, grown, before, own = self._tpot_excess(
+            np.array((idle_ms, idle_ms, after_ms, before_ms, after_ms)),
+            np.array((others, others, others, others, own_output)),
+            np.array((zeros + self._delay_ms, zeros, zeros, zeros, gamma * waiting)),
+        )
+        self._prefill_excess = batch * (disturbed - quiet)
+        self._decode_excess = beside * (grown - before) + own + is_kept
+        self._prefill_caused_ms = batch * self._delay_ms
         # a decode keeps prompts away until the last one has left
-        stay_ms = self._num_output * self._after_ms / (1 + self._beside)
-        stall_ms = self._costs.terms.gamma * self._split.mean_prompt
-        self._decode_caused_ms = self._beside * (self._after_ms - self._before_ms) * self._num_output
-        self._decode_caused_ms += self._split.request_rate * stay_ms * stall_ms
+        stay_ms = self._num_output * after_ms / (1 + beside)
+        self._decode_caused_ms = beside * (after_ms - before_ms) * self._num_output
+        self._decode_caused_ms += self._split.request_rate * stay_ms * gamma * self._split.mean_prompt
 
     def _tpot_excess(self, step_ms: np.ndarray, num_output: np.ndarray, late_ms: np.ndarray) -> np.ndarray:
         """Expected over the lengths of the answer and over whether prompts come in between; all [..., num_workers].
@@ -247,16 +252,16 @@ class _Outlook:
         """The best route and the second best, of `pairs` [num_routes, 2] of workers; arrays are [num_routes]."""
         p, d = pairs.T
         is_moved = p != d
-        move_ms = self._costs.move_ms(p, d, self._num_new)
-        wait_ms = np.maximum(self._wait_ms[d] - self.ttft_ms[p], 0)
-        late_ms = is_moved * (move_ms + self._tpot_ms[d] + wait_ms)
-        ttft_ms = self.ttft_ms[p] + ~is_moved * wait_ms
-        first_gap_ms = self._tpot_ms[d] + late_ms
-        tpot_ms = self._tpot_ms[d] + late_ms / self._num_output
+        prefill_ms, step_ms, room_ms = np.array([(w.ttft_ms, w.tpot_ms, w.wait_ms) for w in self.parts]).T
+        wait_ms = np.maximum(room_ms[d] - prefill_ms[p], 0)
+        late_ms = is_moved * (self._costs.move_ms(p, d, self._num_new) + step_ms[d] + wait_ms)
+        ttft_ms = prefill_ms[p] + ~is_moved * wait_ms
+        first_gap_ms = step_ms[d] + late_ms
+        tpot_ms = step_ms[d] + late_ms / self._num_output
         excess = self._prefill_excess[p] + self._decode_excess[d]
         excess += _excess(ttft_ms, self._slo.ttft_ms) + _excess(first_gap_ms, self._slo.first_gap_ms)
-        excess += _excess(tpot_ms, self._slo.tpot_ms) - _excess(self._tpot_ms, self._slo.tpot_ms)[d]
-        caused_ms = self.batch[p] * self._delay_ms + self._decode_caused_ms[d]
+        excess += _excess(tpot_ms, self._slo.tpot_ms) - _excess(step_ms, self._slo.tpot_ms)[d]
+        caused_ms = self._prefill_caused_ms[p] + self._decode_caused_ms[d]
         cost_ms = ttft_ms + self._num_output * tpot_ms + caused_ms
         ranked = np.lexsort((cost_ms, np.rint(excess / EXCESS_STEP)))[:2].tolist()
         columns = (ttft_ms, first_gap_ms, tpot_ms, caused_ms, excess, cost_ms)

@@ -257,17 +257,14 @@ class CostModel:
         self.corrections = {kind: Correction() for kind in FITTED_TERMS}
         self.pair_terms = parameters.pair_terms()
 
-    def step_ms(self, num_decodes: np.ndarray, num_kv_tokens: np.ndarray) -> np.ndarray:
-        """`Terms.step_ms` of arrays without prompts, corrected."""
-        return self.corrections["step"].factor * self.terms.step_ms(num_decodes, num_kv_tokens, maximum=np.maximum)
+    def step_ms(self, num_decodes: float, num_kv_tokens: float) -> float:
+        """`Terms.step_ms` without prompts, corrected."""
+        return self.corrections["step"].factor * self.terms.step_ms(num_decodes, num_kv_tokens)
 
-    def mixed_ms(
-        self, num_decodes: np.ndarray, num_kv_tokens: np.ndarray, num_new: np.ndarray, num_pairs: np.ndarray
-    ) -> np.ndarray:
-        """`Terms.step_ms` of arrays with prompts, corrected."""
-        prefill, mixed = self.corrections["prefill"].factor, self.corrections["mixed"].factor
-        predicted_ms = self.terms.step_ms(num_decodes, num_kv_tokens, num_new, num_pairs, np.maximum)
-        return predicted_ms * (prefill + (mixed - prefill) * (num_decodes > 0))
+    def mixed_ms(self, num_decodes: float, num_kv_tokens: float, num_new: float, num_pairs: float) -> float:
+        """`Terms.step_ms` with prompts, corrected."""
+        factor = self.corrections["mixed" if num_decodes else "prefill"].factor
+        return factor * self.terms.step_ms(num_decodes, num_kv_tokens, num_new, num_pairs)
 
     def move_ms(self, src_worker: np.ndarray, dst_worker: np.ndarray, num_tokens: float) -> np.ndarray:
         """`Terms.move_ms` between pairs of workers, corrected."""
