@@ -320,10 +320,10 @@ def bench_launch(report: Report) -> None:
     x, weight = random(1, HIDDEN), random(HIDDEN)
     kernel = kernel_for(norm_spec("bf16"), 0)
     out = torch.empty_like(x)
-    arguments = (x.data_ptr(), 0, weight.data_ptr(), out.data_ptr(), HIDDEN // 8, 1e-6)
+    arguments = (x.data_ptr(), weight.data_ptr(), out.data_ptr(), HIDDEN // 8, 1e-6)
     case = AttentionCase([64] * 4, 16)
     work: dict[str, Call] = {
-        "a kernel with six arguments": partial(kernel, 1, *arguments),
+        "a kernel with five arguments": partial(kernel, 1, *arguments),
         "rms_norm": partial(cuda.rms_norm, x, weight, 1e-6),
         "attention": case.calls(overlap=False)[0],
         "torch add_": partial(x.add_, 1),

@@ -27,21 +27,18 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("architecture", MODELS)
-def test_greedy_and_seeded(architecture: str, tmp_path: Path) -> None:
+def test_greedy(architecture: str, tmp_path: Path) -> None:
     path = make_tiny_model(tmp_path, architecture, **MODELS[architecture])
     rng = np.random.default_rng(0)
     prompts = [rng.integers(4, 512, length).tolist() for length in PROMPT_LENGTHS]
     greedy = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
     shown = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=3)
-    seeded = SamplingParams(temperature=1, seed=3, max_tokens=12, ignore_eos=True)
     keys = {"dtype": "bfloat16", "num_blocks": 400, "max_num_seqs": 16, "max_num_batched_tokens": 64}
+    keys["enable_prefix_caching"] = False  # other chunks, other rounding
     with LLM(str(path), workers=[{"device": "cuda:0"}], **keys) as llm:
         outputs = [output.outputs[0] for output in llm.generate(prompts, shown, use_tqdm=False)]
         plain = [output.outputs[0] for output in llm.generate(prompts, greedy, use_tqdm=False)]
-        alone = llm.generate(prompts[1], seeded, use_tqdm=False)[0].outputs[0].token_ids
-        among = llm.generate([prompts[1]] * 8, seeded, use_tqdm=False)[5].outputs[0].token_ids
     assert [o.token_ids for o in outputs] == [o.token_ids for o in plain], "logprobs change nothing"
-    assert alone == among
     model = load_hf(path)
     for prompt, output in zip(prompts, outputs, strict=True):
         with torch.no_grad():
@@ -54,13 +51,15 @@ def test_greedy_and_seeded(architecture: str, tmp_path: Path) -> None:
         assert (expected - reported).abs().max() < MAX_LOGPROB_ERROR
 
 
-def test_seeded_tokens_in_batches_of_1_and_32(tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", MODELS)
+def test_seeded_tokens_in_batches_of_1_and_32(architecture: str, tmp_path: Path) -> None:
     """Equal where the number drawn is further from the borders of the token's share than rounding moves them."""
-    path, num_tokens = make_tiny_model(tmp_path, "llama", **MODELS["llama"]), 12
+    path, num_tokens = make_tiny_model(tmp_path, architecture, **MODELS[architecture]), 12
     rng = np.random.default_rng(1)
     prompts = [rng.integers(4, 512, length).tolist() for length in rng.integers(1, 60, 32)]
     params = [SamplingParams(temperature=1, seed=2**63 + i, max_tokens=num_tokens, ignore_eos=True) for i in range(32)]
     keys = {"dtype": "bfloat16", "num_blocks": 400, "max_num_seqs": 32, "max_num_batched_tokens": 4096}
+    keys["enable_prefix_caching"] = False
     with LLM(str(path), workers=[{"device": "cuda:0"}], **keys) as llm:
         among = [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
         alone = [llm.generate(p, s, use_tqdm=False)[0].outputs[0].token_ids for p, s in zip(prompts, params)]

@@ -133,11 +133,7 @@ def rotary_kernel(head_dim: int, dtype: str) -> Callable[..., None]:
 
     @macro
     def head_sum(emit: Any, x: Any) -> Any:
-        lanes = LANES // 2
-        while lanes:
-            x = emit(warp.ADD_F32, x, emit(warp.SHUFFLE_XOR, x, lanes))
-            lanes //= 2
-        return x
+        return warp.add_lanes(emit, x, LANES)
 
     def kernel(  # type: ignore[no-untyped-def]
         qkv,  # [num_tokens, num_heads + 2 * num_kv_heads, head_dim]

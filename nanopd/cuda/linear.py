@@ -4,8 +4,8 @@ For up to 16 rows one kernel does all of it and costs what reading the weights c
 memory straight into operand registers of the tensor cores: y^T [16 rows of W, 8 rows of x] += W x^T, where the order
 of the contraction index is free as long as both operands agree. The warps of a CTA split the contraction and add up in
 shared memory, so that x is read once per CTA, through L1. A launch that overlaps its predecessor has its first weights
-under way before it waits for x; they arrive while each CTA computes the norms of all rows of x for itself, which is
-less than another launch would take. More rows go to torch.
+under way before it waits for x. A norm costs next to nothing: x passes through registers anyway, so each CTA adds up
+the squares on the way, and y is divided by the rms at the end. More rows go to torch.
 """
 
 from __future__ import annotations
@@ -34,24 +34,28 @@ PITCH = TILE_ROWS + 4  # of the sums of one row of x in shared memory: spreads a
 SKINNY_ARGUMENTS = "lllllrrrrrrf"
 PLAIN, ADD, GATE = 0, 1, 2  # what becomes of a product: y = it, y += it, y = silu(first tile's) * second tile's
 MAX_ROWS = 16
+MUCH_SHARED_BYTES = 128 << 10
+# x * norm is not divided by the rms yet: in float16 it is kept this much smaller, so that it stays within its range
+PRESCALE = {"bf16": 1.0, "f16": 2.0**-4}
+PRESCALE_BITS = {"bf16": None, "f16": 0x2C002C00}  # of a pair
 # What a CTA needs. Loads under way take room in L1: after attention, whose shared memory leaves L1 little, and without
 # this hint, which makes a multiprocessor change over, products took twice as long.
 SHARED_PERCENT = 20
 
 
-def skinny_kernel(dtype: str, x_tiles: int) -> Callable[..., None]:
+def skinny_kernel(dtype: str, x_tiles: int, unroll: int) -> Callable[..., None]:
     """For up to 8 * x_tiles rows of x; rows past the last repeat it and are not stored."""
     ROWS = 8 * x_tiles
-    UNROLL = 4 // x_tiles  # keeps what is in flight within the registers
+    UNROLL = unroll
     UNIT = 64 * UNROLL  # bytes of a row of W that a warp takes at a time
     SUMS_OF_WARP = 4 * ROWS * PITCH
-    WARPS_OF_ROW = NUM_WARPS // ROWS  # that compute the norm of a row of x
-    SQUARES = NUM_WARPS * SUMS_OF_WARP  # in shared memory, [ROWS, WARPS_OF_ROW] float32
-    MMA = warp.MMA[dtype]
+    SQUARES = NUM_WARPS * SUMS_OF_WARP  # in shared memory, [NUM_WARPS, ROWS] float32
+    MMA, MUL_PAIR = warp.MMA[dtype], warp.MUL_PAIR[dtype]
+    PRESCALE_PAIR, UNSCALE = PRESCALE_BITS[dtype], 1 / PRESCALE[dtype]
     PACK, UNPACK = warp.PACK[dtype], warp.UNPACK[dtype]
     pack, unpack = warp.function(PACK), warp.function(UNPACK)
-    no_sums = warp.zeros(4 * ROW_TILES * x_tiles)
-    SQUARE, SCALE = eight_at_a_time(dtype)
+    no_sums, no_squares = warp.zeros(4 * ROW_TILES * x_tiles), warp.zeros(x_tiles)
+    SQUARE, _ = eight_at_a_time(dtype)
 
     @macro
     def load_weights(emit: Any, address: Any, eight_rows: Any, second_tile: Any) -> list[Any]:
@@ -67,38 +71,40 @@ def skinny_kernel(dtype: str, x_tiles: int) -> Callable[..., None]:
         return [r for u in range(UNROLL) for row in rows for r in emit(warp.LOAD_X.at(64 * u), row)]
 
     @macro
-    def load_norm(emit: Any, address: Any) -> list[Any]:
-        """[UNROLL] 16 bytes: the weights of the norm for what `load_x` loads of a row."""
-        return [r for u in range(UNROLL) for r in emit(warp.LOAD_X.at(64 * u), address)]
-
-    @macro
-    def normalize(emit: Any, x: Any, weights: Any, factor0: Any, factor1: Any) -> list[Any]:
+    def times_norm(emit: Any, x: Any, address: Any) -> list[Any]:
+        """What `load_x` loaded, times the weights of the norm at `address`."""
         out = []
         for u in range(UNROLL):
-            for x_tile in range(x_tiles):
-                at = 4 * (u * x_tiles + x_tile)
-                factor = factor1 if x_tile else factor0
-                out += SCALE.body(emit, x[at : at + 4], weights[4 * u : 4 * u + 4], factor)
+            weights = emit(warp.LOAD_X.at(64 * u), address)
+            if PRESCALE_PAIR is not None:
+                weights = [emit(MUL_PAIR, weight, PRESCALE_PAIR) for weight in weights]
+            for register in range(4 * u * x_tiles, 4 * (u + 1) * x_tiles):
+                out.append(emit(MUL_PAIR, x[register], weights[register % 4]))
         return out
 
     @macro
-    def add_squares(emit: Any, total: Any, row: Any, at: Any, row_bytes: Any) -> Any:
-        """total += squares of the 16 bytes at `at`, and at the next 7 places of this warp, where the row has them."""
-        end = emit(warp.ADD_I32, row_bytes, -16)
-        places = [emit(warp.ADD_I32, at, 512 * WARPS_OF_ROW * i) for i in range(8)]
-        loaded = [emit(warp.LOAD_X, emit(warp.MAD_WIDE, row, emit(warp.MIN_I32, place, end), 1)) for place in places]
-        for place, values in zip(places, loaded):
-            rest = emit(warp.MAD_I32, place, -1, end)  # negative past the end of the row
-            total = emit(warp.SELECT, SQUARE.body(emit, total, values), total, rest)
-        return total
+    def add_squares(emit: Any, totals: Any, x: Any) -> list[Any]:
+        """totals [x tile] += this lane's squares."""
+        out = list(totals)
+        for i in range(0, len(x), 4):
+            row = i // 4 % x_tiles
+            out[row] = SQUARE.body(emit, out[row], x[i : i + 4])
+        return out
 
-    @inlined
-    def factor_of(squares, row_bytes, eps):  # type: ignore[no-untyped-def]
-        """1 / rms of a row, from its warps' sums of squares."""
-        total = f32(0.0)
-        for w in range(WARPS_OF_ROW):
-            total = total + warp.load_f32_of_cta(squares + 4 * w)
-        return warp.rsqrt(total / f32(row_bytes // 2) + eps)
+    @macro
+    def store_squares(emit: Any, address: Any, totals: Any, is_first: Any) -> None:
+        """Of rows g and g + 8, from the 4 lanes with the same g."""
+        for x_tile, total in enumerate(totals):
+            emit(warp.STORE_F32_OF_CTA_IF.at(32 * x_tile), address, warp.add_lanes(emit, total, 4), is_first)
+
+    @macro
+    def factor_of(emit: Any, squares: Any, lane: Any, row_bytes: Any, eps: Any) -> Any:
+        """1 / rms of the row whose sums of squares begin at `squares`; 8 neighbouring lanes ask for the same row."""
+        mine = emit(warp.MAD_I32, lane, 4 * ROWS * NUM_WARPS // 8, squares)
+        loads = [emit(warp.LOAD_F32_OF_CTA.at(4 * ROWS * i), mine) for i in range(NUM_WARPS // 8)]
+        total = warp.add_lanes(emit, functools.reduce(functools.partial(emit, warp.ADD_F32), loads), 8)
+        mean = emit(warp.MUL_F32, total, emit(warp.RECIPROCAL, emit(warp.F32_OF_I32, row_bytes)))
+        return emit(warp.MUL_F32, emit(warp.RSQRT, emit(warp.FMA_F32, mean, 2.0, eps)), UNSCALE)
 
     @macro
     def multiply(emit: Any, sums: Any, w: Any, x: Any) -> list[Any]:
@@ -174,26 +180,16 @@ def skinny_kernel(dtype: str, x_tiles: int) -> Callable[..., None]:
         if num_rows > 0:  # always; but ptxas would move the loads behind a wait in the same basic block
             warp.wait_for_predecessor()
         warp.let_successor_start()
-        factor0 = factor1 = f32(1.0)
-        if norm != 0:
-            row = x + warp.wide(warp.min_i32(wid // WARPS_OF_ROW, last_row)) * row_bytes
-            at = i32(512 * (wid % WARPS_OF_ROW) + 16 * lane)
-            squares = f32(0.0)
-            while at - 16 * lane < row_bytes:
-                squares = add_squares(squares, row, at, row_bytes)
-                at = i32(at + 512 * WARPS_OF_ROW * 8)
-            warp.store_f32_of_cta_if(shared + SQUARES + 4 * wid, warp.warp_sum(squares), lane == 0)
-            warp.sync_cta()
-            factor0 = factor_of(shared + SQUARES + 4 * WARPS_OF_ROW * g, row_bytes, eps)
-            factor1 = factor_of(shared + SQUARES + 4 * WARPS_OF_ROW * (g + ROWS - 8), row_bytes, eps)
         xs = load_x(row0 + start, row1 + start)
         while tile < num_tiles:
             sums = no_sums()
+            squares = no_squares()
             at = begin
             next_tile = i32(tile + warp.num_ctas())
             while at < row_bytes:
                 if norm != 0:
-                    xs = normalize(xs, load_norm(lane_norm + at), factor0, factor1)
+                    squares = add_squares(squares, xs)
+                    xs = times_norm(xs, lane_norm + at)
                 sums = multiply(sums, w, xs)
                 at = i32(at + NUM_WARPS * UNIT)
                 if at < row_bytes:
@@ -205,6 +201,8 @@ def skinny_kernel(dtype: str, x_tiles: int) -> Callable[..., None]:
                 w = load_weights(address, eight_rows, second_tile)
                 xs = load_x(row0 + start, row1 + start)
             store_sums(shared + wid * SUMS_OF_WARP + 4 * (2 * t * PITCH + g), sums)
+            if norm != 0:
+                store_squares(shared + SQUARES + 4 * (wid * ROWS + g), squares, t == 0)
             warp.sync_cta()
             pair = thread  # of neighbours in y
             while pair < ROWS * columns // 2:
@@ -212,6 +210,11 @@ def skinny_kernel(dtype: str, x_tiles: int) -> Callable[..., None]:
                 column = i32(2 * (pair - row * (columns // 2)))
                 to = y + warp.wide(warp.min_i32(row, last_row)) * y_stride + 2 * warp.wide(tile * columns + column)
                 y0, y1 = sum_of_warps(shared, row, column)
+                factor = f32(1.0)
+                if norm != 0:
+                    factor = factor_of(shared + SQUARES + 4 * row, thread & 7, row_bytes, eps)
+                    y0 = y0 * factor
+                    y1 = y1 * factor
                 if bias != 0:
                     b0, b1 = unpack(warp.load_constant_i32(bias + 2 * warp.wide(tile * columns + column)))
                     y0 = y0 + b0
@@ -222,8 +225,8 @@ def skinny_kernel(dtype: str, x_tiles: int) -> Callable[..., None]:
                     y1 = y1 + r1
                 if result == GATE:
                     up0, up1 = sum_of_warps(shared, row, column + MMA_ROWS)
-                    y0 = silu(y0) * up0
-                    y1 = silu(y1) * up1
+                    y0 = silu(y0) * (up0 * factor)
+                    y1 = silu(y1) * (up1 * factor)
                 warp.store_i32_if(to, pack(y0, y1), row < num_rows)
                 pair = i32(pair + THREADS)
             warp.sync_cta()
@@ -232,9 +235,16 @@ def skinny_kernel(dtype: str, x_tiles: int) -> Callable[..., None]:
     return kernel
 
 
-def skinny_spec(dtype: str, x_tiles: int) -> Spec:
-    shared_bytes = 4 * NUM_WARPS * (8 * x_tiles * PITCH + 1)
-    return Spec(skinny_kernel, (dtype, x_tiles), SKINNY_ARGUMENTS, THREADS, shared_bytes, shared_percent=SHARED_PERCENT)
+def skinny_spec(dtype: str, x_tiles: int, shared_limit: int) -> Spec:
+    """The variant for a device whose CTAs may have `shared_limit` bytes of shared memory: Hopper 227 KiB, Ada 99.
+
+    As much in flight as registers hold; Ada's memory, a fifth as fast, needs less, and its compiler more registers.
+    """
+    unroll = (4 if shared_limit > MUCH_SHARED_BYTES else 2) // x_tiles
+    shared_bytes = 4 * NUM_WARPS * 8 * x_tiles * (PITCH + 1)
+    return Spec(
+        skinny_kernel, (dtype, x_tiles, unroll), SKINNY_ARGUMENTS, THREADS, shared_bytes, shared_percent=SHARED_PERCENT
+    )
 
 
 def norm_linear(
@@ -304,5 +314,7 @@ def is_skinny(x: Tensor, weight: Tensor) -> bool:
 
 @functools.cache
 def _kernel(dtype: torch.dtype, x_tiles: int, device: int) -> tuple[Kernel, int]:
-    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return kernel_for(skinny_spec(warp.NAMES[dtype], x_tiles), device), num_sms
+    properties = torch.cuda.get_device_properties(device)
+    shared_limit: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    spec = skinny_spec(warp.NAMES[dtype], x_tiles, shared_limit)
+    return kernel_for(spec, device), properties.multi_processor_count

@@ -15,5 +15,5 @@ def all_variants(shared_limit: int) -> list[Spec]:
         specs += [attention.decode_spec(head_dim, dtype, shared_limit) for head_dim in attention.HEAD_DIMS]
         specs += [elementwise.rotary_spec(head_dim, dtype) for head_dim in elementwise.HEAD_DIMS]
         specs += [elementwise.norm_spec(dtype), elementwise.silu_spec(dtype)]
-        specs += [skinny_spec(dtype, x_tiles) for x_tiles in (1, 2)]
+        specs += [skinny_spec(dtype, x_tiles, shared_limit) for x_tiles in (1, 2)]
     return specs

@@ -59,13 +59,15 @@ MIN_F32 = Instruction("min.f32 $0, $1, $2;", "f", "ff")
 MAX_F32 = Instruction("max.f32 $0, $1, $2;", "f", "ff")
 EXP2 = Instruction("ex2.approx.ftz.f32 $0, $1;", "f", "f")
 RECIPROCAL = Instruction("rcp.approx.ftz.f32 $0, $1;", "f", "f")
+RSQRT = Instruction("rsqrt.approx.ftz.f32 $0, $1;", "f", "f")
+F32_OF_I32 = Instruction("cvt.rn.f32.s32 $0, $1;", "f", "r")
 SELECT = Instruction("slct.f32.s32 $0, $1, $2, $3;", "f", "ffr")  # c >= 0 ? a : b
 BITS_OF_F32 = Instruction("mov.b32 $0, $1;", "r", "f")
 F32_OF_BITS = Instruction("mov.b32 $0, $1;", "f", "r")
 max_f32 = function(MAX_F32)
 exp2 = function(EXP2)
 log2 = function(Instruction("lg2.approx.ftz.f32 $0, $1;", "f", "f"))
-rsqrt = function(Instruction("rsqrt.approx.ftz.f32 $0, $1;", "f", "f"))
+rsqrt = function(RSQRT)
 reciprocal = function(RECIPROCAL)
 # a where number >= 0, else b: a choice per lane is no branch
 select = function(SELECT)
@@ -79,6 +81,11 @@ UNPACK = {
     # a bf16 is the upper half of the float32 of the same value
     "bf16": Instruction("{shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;}", "ff", "r"),
     "f16": Instruction("{.reg .b16 x, y; mov.b32 {x, y}, $2; cvt.f32.f16 $0, x; cvt.f32.f16 $1, y;}", "ff", "r"),
+}
+# Two products, each rounded. Ada has no mul of bf16, and x * y + -0 is x * y.
+MUL_PAIR = {
+    "bf16": Instruction("{.reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, $2, z;}", "r", "rr"),
+    "f16": Instruction("mul.rn.f16x2 $0, $1, $2;", "r", "rr"),
 }
 MMA = {
     dtype: Instruction(
@@ -126,7 +133,8 @@ count_arrival = function(
 # ---- shared memory
 LOAD_TILE = Instruction("ld.shared.v4.b32 {$0,$1,$2,$3}, [$4];", "rrrr", "r", effect=True)
 load_4_f32_of_cta = function(Instruction("ld.shared.v4.f32 {$0,$1,$2,$3}, [$4];", "ffff", "r", effect=True))
-load_f32_of_cta = function(Instruction("ld.shared.f32 $0, [$1];", "f", "r", effect=True))
+LOAD_F32_OF_CTA = Instruction("ld.shared.f32 $0, [$1];", "f", "r", effect=True)
+load_f32_of_cta = function(LOAD_F32_OF_CTA)
 STORE_F32_OF_CTA = Instruction("st.shared.f32 [$0], $1;", "", "rf", effect=True)
 STORE_F32_OF_CTA_IF = Instruction("st.shared.f32 [$0], $1;", "", "rfr", effect=True, predicated=True)
 store_f32_of_cta_if = function(STORE_F32_OF_CTA_IF)
@@ -215,11 +223,17 @@ wait_for_predecessor = function(Instruction("griddepcontrol.wait;", effect=True)
 let_successor_start = function(Instruction("griddepcontrol.launch_dependents;", effect=True))
 
 
+def add_lanes(emit: Any, x: Any, num_lanes: int) -> Any:
+    """For macros: the sum over so many neighbouring lanes, a power of two."""
+    while num_lanes > 1:
+        num_lanes //= 2
+        x = emit(ADD_F32, x, emit(SHUFFLE_XOR, x, num_lanes))
+    return x
+
+
 @macro
 def warp_sum(emit: Any, x: Any) -> Any:
-    for lanes in (16, 8, 4, 2, 1):
-        x = emit(ADD_F32, x, emit(SHUFFLE_XOR, x, lanes))
-    return x
+    return add_lanes(emit, x, 32)
 
 
 @macro

@@ -247,6 +247,11 @@ class Warp:
         x, y = words_of(x), words_of(y)
         return ints((x & 0xFFFF) | (y << 16) if found[1] == "5410" else (x >> 16) | (y & 0xFFFF0000))
 
+    def mul_pair(self, found: re.Match[str], _: Instruction, _mask: np.ndarray, x: Any, y: Any) -> Lanes:
+        dtype = found[1] or found[2]
+        low, high = (to_bits(a * b, dtype).astype(np.uint32) for a, b in zip(halves(x, dtype), halves(y, dtype)))
+        return ints(low | high << 16)
+
     def pack(self, found: re.Match[str], _: Instruction, _mask: np.ndarray, low: Any, high: Any) -> Lanes:
         low, high = (to_bits(np.asarray(x), found[1]).astype(np.uint32) for x in (low, high))
         return ints(low | high << 16)
@@ -299,6 +304,7 @@ RULES: list[tuple[str, Callable[..., Any]]] = [
     (r"^mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(\w+)", Warp.mma),
     (r"^movmatrix", Warp.transpose),
     (r"^prmt.* 0x(5410|7632)", Warp.permute),
+    (r"fma\.rn\.(bf16)x2 \$0, \$1, \$2, z|^mul\.rn\.(f16)x2", Warp.mul_pair),
     (r"^cvt\.rn\.(bf16|f16)x2", Warp.pack),
     (r"shl\.b32 \$0, \$2, 16", _unpack("bf16")),
     (r"mov\.b32 \{x, y\}", _unpack("f16")),
@@ -325,9 +331,11 @@ RULES: list[tuple[str, Callable[..., Any]]] = [
     (r"^mad\.wide\.s32", _simple(lambda a, b, c: a + b * c)),
     (r"^mad\.lo\.s32", _simple(lambda a, b, c: a * b + c)),
     (r"^cvt\.s64\.s32", _simple(lambda x: x)),
+    (r"^cvt\.rn\.f32\.s32", _float(lambda x: x)),
+    (r"and\.b32 x, \$1, 0xffffff;", _float(lambda x: x & 0xFFFFFF)),
     (r"^add\.f32", _float(np.add)),
     (r"^sub\.f32", _float(np.subtract)),
-    (r"^mul\.f32", _float(np.multiply)),
+    (r"^mul(\.rn)?\.f32", _float(np.multiply)),
     (r"^fma\.rn\.f32", _float(lambda a, b, c: a * b + c)),
     (r"^min\.f32", _float(np.fmin)),  # of a number and a NaN, the number
     (r"^max\.f32", _float(np.fmax)),

@@ -87,7 +87,7 @@ def test_plan_of_many_rows() -> None:
     np.testing.assert_array_equal(gpu.get(plan, (76,), np.int32), expected)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+@pytest.mark.parametrize(("dtype", "shared_limit"), [("bf16", 227 << 10), ("f16", 99 << 10)])
 @pytest.mark.parametrize(
     ("num_rows", "in_size", "result", "norm", "bias"),
     [
@@ -99,7 +99,9 @@ def test_plan_of_many_rows() -> None:
         (2, 384, GATE, False, False),
     ],
 )
-def test_skinny_linear(dtype: str, num_rows: int, in_size: int, result: int, norm: bool, bias: bool) -> None:
+def test_skinny_linear(
+    dtype: str, shared_limit: int, num_rows: int, in_size: int, result: int, norm: bool, bias: bool
+) -> None:
     rng, num_tiles = np.random.default_rng(2), 3
     out_size = num_tiles * (MMA_ROWS if result == GATE else TILE_ROWS)
     x = random(rng, num_rows, in_size, dtype=dtype)
@@ -114,7 +116,7 @@ def test_skinny_linear(dtype: str, num_rows: int, in_size: int, result: int, nor
     addresses = (gpu.put(to_bits(w, dtype)), gpu.put(to_bits(x, dtype)), norm_address, b_address, y)
     second_tile = 2 * in_size * (num_tiles if result == GATE else 1) * MMA_ROWS
     sizes = (num_rows, num_tiles, 2 * in_size, 2 * (out_size + 2), second_tile, result)
-    gpu.launch(skinny_spec(dtype, -(-num_rows // 8)), 2, *addresses, *sizes, 1e-5)
+    gpu.launch(skinny_spec(dtype, -(-num_rows // 8), shared_limit), 2, *addresses, *sizes, 1e-5)
     got = to_values(gpu.get(y, before.shape, np.uint16), dtype)
     rows = to_values(to_bits(ref.rms_norm(x, norm_weight, 1e-5), dtype), dtype) if norm else x
     expected = rows.astype(np.float64) @ w.T.astype(np.float64) + bias * b
@@ -250,7 +252,7 @@ def test_sampling_at_the_border(
 ) -> None:
     gpu, logits = Emulator(), np.full(12, -np.inf, np.float32)
     logits[[0, 5, 9]] = log2_likelihoods
-    tokens, draw = gpu.put(np.full(1, -1, np.int64)), gpu.put(np.array((uniform, top_p, top_k, 1.0), DRAW))
+    tokens, draw = gpu.put(np.full(1, -1, np.int64)), gpu.put(np.array((uniform, top_p, top_k, 1.0, 0, 0), DRAW))
     gpu.launch(sampling.sampling_spec("f32"), 1, gpu.put(logits), draw, tokens, 3, 12)
     assert gpu.get(tokens, (1,), np.int64)[0] == (0, 5, 9)[expected]
 
@@ -260,6 +262,6 @@ def test_sampling_of_what_is_no_number(value: float) -> None:
     """Some token of the vocabulary: what is wrong with a model must not become a wrong address."""
     gpu = Emulator()
     tokens = gpu.put(np.full(1, -1, np.int64))
-    logits, draw = gpu.put(np.full(64, value, np.float32)), gpu.put(np.array((2**64 - 1, 2**63, 30, 1.0), DRAW))
+    logits, draw = gpu.put(np.full(64, value, np.float32)), gpu.put(np.array((2**64 - 1, 2**63, 30, 1.0, 0, 0), DRAW))
     gpu.launch(sampling.sampling_spec("f32"), 1, logits, draw, tokens, 16, 61)
     assert 0 <= gpu.get(tokens, (1,), np.int64)[0] < 61
