@@ -31,7 +31,7 @@ from nanopd.core.workload import FixedLength, WorkloadRequest, prompt_token_ids,
 from nanopd.messages import EventKind, RequestLog
 
 POLICIES = {"disaggregated": ("prefill", "decode"), "collocated": ("mixed", "mixed")}
-CHUNK, SMALL_CHUNK = 8192, 1024  # tokens of a step
+CHUNK, SMALL_CHUNK = 2048, 1024  # tokens of a step
 MOVED_BARS = {CHUNK: 1.5, SMALL_CHUNK: 0.75}  # ms, of 2048 tokens
 NUM_DECODING, DECODE_CONTEXT = 60, 512
 

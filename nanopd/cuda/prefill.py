@@ -3,12 +3,14 @@
 K and V of the rows' contexts are gathered from the cache, token after token. Flash attention takes all rows in one
 call, packed. Where cuDNN is faster (on Hopper twice as fast; measured at the first step), it takes the long prompts.
 It makes a plan for each new shape, which takes 36 ms, and its causal mask knows no history. So it gets the head of a
-prompt's first chunk, a multiple of GRAIN tokens; the rest is a packed row with the head as its history.
+prompt's first chunk, a multiple of GRAIN tokens; the rest is a packed row with the head as its history. Prompts of
+equal length share a call when as many of that length have come together REPEATS times.
 Knows no model; `rows` are objects with the attributes of `nanopd.models.batch.PrefillRow`.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -20,6 +22,7 @@ from torch import Tensor
 
 LONG = 1024  # tokens of a first chunk from which on its head is worth a call of its own
 GRAIN = 256
+REPEATS = 3
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
 MEASURED_TOKENS = 2048
 MEASURED_RUNS = 5
@@ -68,6 +71,7 @@ class PrefillAttention:
         self._max_tokens = max_tokens
         self._backends = backends
         self._plan: Plan | None = None
+        self._num_seen: Counter[tuple[int, int]] = Counter()  # steps, by number and length of rows of equal length
 
     def begin_step(self, slot_mapping: Tensor) -> None:
         """slot_mapping [T] int64, of the step's tokens."""
@@ -88,8 +92,17 @@ class PrefillAttention:
             self._backends = fastest_backends(q, kv.shape[3])
             self._warm_up(q, kv.shape[3])
         if self._plan is None:
-            self._plan = make_plan(rows, self._slot_mapping, kv.shape[4], self._backends.dense is not None)
+            has_dense = self._backends.dense is not None
+            self._plan = make_plan(rows, self._slot_mapping, kv.shape[4], has_dense, self._is_frequent(rows))
         return attend(q, gather(kv, layer, self._plan), self._plan, self._backends)
+
+    def _is_frequent(self, rows: Sequence[Any]) -> bool:
+        """Whether the rows are of equal length, and as many of it have come together before."""
+        length, *others = {row.end - row.start for row in rows}
+        if others:
+            return False
+        self._num_seen[len(rows), length] += 1
+        return self._num_seen[len(rows), length] > REPEATS
 
     def _warm_up(self, q: Tensor, num_kv_heads: int) -> None:
         """Lets the dense backend make its plans for the heads of all lengths now: 1 s for 8,192 tokens on an H200."""
@@ -103,11 +116,11 @@ class PrefillAttention:
             attend(queries, context, Plan(nowhere, nowhere, [Dense(0, 1, length, 0)], None), self._backends)
 
 
-def make_plan(rows: Sequence[Any], slot_mapping: Tensor, block_size: int, has_dense: bool) -> Plan:
-    """Decides which tokens go where."""
+def make_plan(rows: Sequence[Any], slot_mapping: Tensor, block_size: int, has_dense: bool, share_call: bool) -> Plan:
+    """Decides which tokens go where; `share_call`: rows of equal length may share a call of the dense backend."""
     lengths = [row.end - row.start for row in rows]
     is_fresh = [has_dense and not row.num_cached for row in rows]
-    are_alike = all(is_fresh) and len(set(lengths)) == 1 and lengths[0] % GRAIN == 0
+    are_alike = share_call and all(is_fresh) and len(set(lengths)) == 1 and lengths[0] % GRAIN == 0
     is_long = [fresh and (length >= LONG or are_alike) for fresh, length in zip(is_fresh, lengths, strict=True)]
     heads = [length // GRAIN * GRAIN if long else 0 for length, long in zip(lengths, is_long, strict=True)]
     has_rest = [head < length for head, length in zip(heads, lengths, strict=True)]

@@ -35,6 +35,7 @@ from nanopd.worker.worker import Worker
 PROGRESS_INTERVAL_S = 0.1
 IDLE_WAIT_S = 10.0
 CPU_POLL_INTERVAL_S = 0.001  # while a CPU worker waits for the other side of a relay
+GPU_SPIN_S = 0.1  # of a GPU's worker before it sleeps: sequences that are handed over to it should find it awake
 CONTROL_INTERVAL_S = 0.01
 RING_FULL_WAIT_S = 0.001
 
@@ -54,8 +55,9 @@ def main(
         worker = Worker(index, config, model, path, memories, _progress_reporter(control))
         endpoint.open()
         control.send(Ready(worker.num_blocks, os.getpid(), worker.kv_handle, worker.paths))
-        poll_interval_s = CPU_POLL_INTERVAL_S if config.workers[index].device == "cpu" else 0.0
-        _Server(worker, endpoint, control, poll_interval_s).run()
+        is_cpu = config.workers[index].device == "cpu"
+        waits = (CPU_POLL_INTERVAL_S, 0.0) if is_cpu else (0.0, GPU_SPIN_S)
+        _Server(worker, endpoint, control, *waits).run()
     except BaseException as error:
         with contextlib.suppress(OSError):  # the parent is gone
             control.send(Failed(f"{type(error).__name__}: {error}", traceback.format_exc()))
@@ -78,10 +80,12 @@ def _use_threads(count: int) -> None:
 class _Server:
     """Begins what comes in and reports what is done: steps in order, and the plans of each pair of workers in order."""
 
-    def __init__(self, worker: Worker, endpoint: Endpoint, control: Connection, poll_interval_s: float) -> None:
+    def __init__(
+        self, worker: Worker, endpoint: Endpoint, control: Connection, poll_interval_s: float, spin_s: float
+    ) -> None:
         self._worker, self._endpoint, self._control = worker, endpoint, control
         self._poll_interval_s = poll_interval_s
-        self._waiter = Waiter()
+        self._waiter = Waiter(spin_s)
         self._waiter.add(endpoint.bell)
         self._waiter.add(control)
         self._under_way: defaultdict[Pair | None, deque[Launched]] = defaultdict(deque)  # None: steps

@@ -72,32 +72,37 @@ def test_rows_of_any_lengths(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prefill, "LONG", 8)
         patch.setattr(prefill, "GRAIN", 4)
+        patch.setattr(prefill, "REPEATS", 1)  # the second step shares a call, the first does not
         backends = Backends(attention_of_any_type, dense_attention if has_dense else None)
         Step(num_decode_rows, chunks, head_dim).check(backends, torch.float32, "cpu", 1e-6)
 
 
 @pytest.mark.parametrize("num_decode_rows", [0, 2])
 @pytest.mark.parametrize(
-    ("lengths", "shapes", "num_packed"),
+    ("lengths", "repeats", "shapes", "num_packed"),
     [
-        ([8], [(1, 8)], 0),
-        ([8, 8, 8], [(3, 8)], 0),
-        ([8, 12], [(1, 8), (1, 12)], 0),
-        ([9], [(1, 8)], 1),
-        ([11, 7, 8], [(1, 8), (1, 8)], 10),
-        ([4, 4], [(2, 4)], 0),
-        ([4, 7], [], 11),
+        ([8], 0, [(1, 8)], 0),
+        ([8, 8, 8], 0, [(3, 8)], 0),
+        ([8, 8, 8], 2, [(1, 8), (1, 8), (1, 8)], 0),
+        ([8, 12], 0, [(1, 8), (1, 12)], 0),
+        ([9], 0, [(1, 8)], 1),
+        ([11, 7, 8], 0, [(1, 8), (1, 8)], 10),
+        ([4, 4], 0, [(2, 4)], 0),
+        ([4, 4], 2, [], 8),
+        ([4, 7], 0, [], 11),
     ],
 )
 def test_which_tokens_are_dense(
     num_decode_rows: int,
     lengths: list[int],
+    repeats: int,
     shapes: list[tuple[int, int]],
     num_packed: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(prefill, "LONG", 8)
     monkeypatch.setattr(prefill, "GRAIN", 4)
+    monkeypatch.setattr(prefill, "REPEATS", repeats)
     seen: list[tuple[int, int]] = []
     packed: list[int] = []
 
