@@ -23,15 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from load import Job, Workload, greedy, play
 from report import Row, emit
 
-from nanopd import LLM, SamplingParams
+from nanopd import LLM
 from nanopd.core.metrics import Percentiles, summarize
-from nanopd.core.workload import FixedLength, WorkloadRequest, prompt_token_ids, synthetic_requests
 from nanopd.messages import EventKind, RequestLog
 
 POLICIES = {"disaggregated": ("prefill", "decode"), "collocated": ("mixed", "mixed")}
-CHUNK, SMALL_CHUNK = 2048, 1024  # tokens of a step
+CHUNK, SMALL_CHUNK = 4096, 1024  # tokens of a step
 MOVED_BARS = {CHUNK: 1.5, SMALL_CHUNK: 0.75}  # ms, of 2048 tokens
 NUM_DECODING, DECODE_CONTEXT = 60, 512
 
@@ -71,10 +71,6 @@ PEERS: dict[tuple[str, str], tuple[float | None, float | None]] = {
     ("1024/128 at 32/s", "TPOT"): (8.7, 11.0),
     ("4096/256 at 6/s", "TPOT"): (9.5, 14.8),
 }
-
-
-def greedy(max_tokens: int) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
 
 
 def prompts(count: int, length: int, vocab_size: int) -> list[list[int]]:
@@ -159,27 +155,27 @@ def head_row(llm: LLM, device: str) -> Row | None:
 # ------------------------------------------------------------------------------------------------- interference
 
 
-def decode_gaps(llm: LLM, num_decoding: int, requests: Sequence[WorkloadRequest], seconds: float) -> list[float]:
-    """Gaps between tokens, in ms, of sequences that decode while `requests` arrive, over `seconds`."""
+def decode_gaps(llm: LLM, num_decoding: int, jobs: Sequence[Job], seconds: float) -> list[float]:
+    """Gaps between tokens, in ms, of sequences that decode while `jobs` arrive, over `seconds`."""
     vocab_size, room = llm.model_config.vocab_size, llm.config.max_model_len - DECODE_CONTEXT
     decoding = [llm.submit(ids, greedy(room)) for ids in prompts(num_decoding, DECODE_CONTEXT, vocab_size)]
     time.sleep(1.0)  # until all decode
     start_s = time.monotonic()
-    others = submit_all(llm, requests, vocab_size)
+    play(llm, jobs)
     time.sleep(max(0.0, start_s + seconds - time.monotonic()))
     end_s = time.monotonic()
     for handle in decoding:
         handle.abort()
-    for handle in decoding + others:
+    for handle in decoding:
         handle.result()
-    times = [log.token_times_s for log in take_logs(llm) if log.num_prompt_tokens == DECODE_CONTEXT]
+    times = [log.token_times_s for log in take_logs(llm)]
     return np.concatenate([np.diff(t[(t > start_s) & (t < end_s)]) * 1e3 for t in times]).tolist()
 
 
 def interference_rows(llm: LLM, load: Load, num_decoding: int, seconds: float) -> list[Row]:
-    moving = workload(Load(load.num_in, 2, load.requests_per_s), load.requests_per_s * seconds)
+    moving = Workload(f"{load.num_in}/2", load.requests_per_s, seed=1).jobs(llm, seconds)
     cases = {"alone": [], f"beside {load.requests_per_s:g} hand-overs/s": moving}
-    gaps = {name: decode_gaps(llm, num_decoding, requests, seconds) for name, requests in cases.items()}
+    gaps = {name: decode_gaps(llm, num_decoding, jobs, seconds) for name, jobs in cases.items()}
     rows = [percentile_row(f"decode step, {num_decoding} x {DECODE_CONTEXT}, {name}", g) for name, g in gaps.items()]
     alone, beside = (float(np.median(g)) for g in gaps.values())
     return [*rows, row("slow-down of a decode step", beside / alone - 1, None, unit="share", bar=0.05)]
@@ -188,32 +184,11 @@ def interference_rows(llm: LLM, load: Load, num_decoding: int, seconds: float) -
 # ------------------------------------------------------------------------------------------------------- loads
 
 
-def workload(load: Load, count: float) -> list[WorkloadRequest]:
-    lengths = FixedLength(load.num_in), FixedLength(load.num_out)
-    return synthetic_requests(int(count), *lengths, load.requests_per_s, seed=1)
-
-
-def submit_all(llm: LLM, requests: Sequence[WorkloadRequest], vocab_size: int) -> list:
-    """Each when it is due; returns when the last one is."""
-    tokens = [prompt_token_ids(request, vocab_size) for request in requests]
-    start_s = time.monotonic() + 0.1
-    handles = []
-    for request, ids in zip(requests, tokens, strict=True):
-        due_s = start_s + request.arrival_s
-        time.sleep(max(0.0, due_s - time.monotonic()))
-        handles.append(llm.submit(ids, greedy(request.num_output_tokens), arrival_time_s=due_s))
-    return handles
-
-
 def load_rows(llm: LLM, policy: str, load: Load) -> list[Row]:
-    requests = workload(load, load.requests_per_s * (load.warm_up_s + load.window_s) * 1.5)
-    requests = [r for r in requests if r.arrival_s < load.warm_up_s + load.window_s]
-    for handle in submit_all(llm, requests, llm.model_config.vocab_size):
-        handle.result()
-    logs = take_logs(llm)
-    first_s = min(log.events[0].time_s for log in logs) - requests[0].arrival_s
-    window_s = first_s + load.warm_up_s, first_s + load.warm_up_s + load.window_s
-    summary = summarize(logs, window_s=window_s)
+    end_s = load.warm_up_s + load.window_s
+    jobs = Workload(f"{load.num_in}/{load.num_out}", load.requests_per_s, seed=1).jobs(llm, end_s)
+    run = play(llm, jobs, f"{policy}, {load}")
+    summary = summarize(run.logs, window_s=(run.start_s + load.warm_up_s, run.start_s + end_s))
     figures = {
         "TTFT": summary.ttft_ms,
         "first gap": summary.first_gap_ms,
