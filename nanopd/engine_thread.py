@@ -29,6 +29,7 @@ from nanopd.outputs import BlockStats, RequestOutput, RequestOutputDelta
 from nanopd.worker_process import WorkerProcesses
 
 MAX_WAIT_S = 1.0
+MAX_COMMANDS_S = 0.002  # between steps: workers go on while thousands of requests come in
 MAX_LOGS = 100_000  # of the latest finished requests
 
 logger = logging.getLogger(__name__)
@@ -236,7 +237,8 @@ class EngineThread(threading.Thread):
 
     def _loop(self, engine: Engine) -> None:
         while not self._is_stopping:
-            while self._commands:
+            until_s = time.monotonic() + MAX_COMMANDS_S
+            while self._commands and time.monotonic() < until_s:
                 _run_command(engine, *self._commands.popleft())
             for outcome in self._processes.replaced():
                 if isinstance(outcome, WorkerError):
