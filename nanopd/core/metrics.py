@@ -35,6 +35,8 @@ class RequestMetrics:
     num_prompt_tokens: int
     num_output_tokens: int
     num_cached_tokens: int
+    num_draft_tokens: int  # that steps have verified
+    num_accepted_tokens: int  # of these
     num_preemptions: int
 
     @classmethod
@@ -59,6 +61,8 @@ class RequestMetrics:
             num_prompt_tokens=log.num_prompt_tokens,
             num_output_tokens=len(times_s),
             num_cached_tokens=log.num_cached_tokens,
+            num_draft_tokens=log.num_draft_tokens,
+            num_accepted_tokens=log.num_accepted_tokens,
             num_preemptions=sum(event.kind is EventKind.PREEMPTED for event in log.events),
         )
 
@@ -131,6 +135,8 @@ class Summary:
     num_preemptions: int  # of all arrivals
     num_prompt_tokens: int
     num_cached_tokens: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
     num_output_tokens: int
     duration_s: float  # first arrival to last finish, the drain included
     queue_ms: Percentiles | None
@@ -195,6 +201,8 @@ def _summarize(requests: Sequence[RequestMetrics], duration_s: float, slo: SLO |
         num_preemptions=sum(request.num_preemptions for request in requests),
         num_prompt_tokens=num_prompt_tokens,
         num_cached_tokens=sum(request.num_cached_tokens for request in completed),
+        num_draft_tokens=sum(request.num_draft_tokens for request in completed),
+        num_accepted_tokens=sum(request.num_accepted_tokens for request in completed),
         num_output_tokens=num_output_tokens,
         duration_s=duration_s,
         queue_ms=Percentiles.of([request.queue_ms for request in completed]),

@@ -1,0 +1,411 @@
+"""The open-loop driver of the serving benches: requests in when they are due, one row of figures out.
+
+Every bench that serves requests over time plays them here, through `LLM.submit`. The clock of a request starts when its
+arrival is due, whether or not anybody is ready to take it. Prompts and arrivals follow from a workload's name, its rate
+and a seed alone, so each policy is given the same. Ctrl-C ends a run early: its row tells of what was done by then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import sys
+import threading
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from report import Row, emit, figures_of, save
+from tqdm import tqdm
+
+from nanopd import LLM, EngineConfig, NanopdError, SamplingParams
+from nanopd.cli import DEMO_PROMPTS
+from nanopd.config import POLICIES, load_config
+from nanopd.core.metrics import SLO, Percentiles, RequestMetrics, summarize
+from nanopd.core.workload import (
+    LONG_PROMPTS,
+    MIXED_PROMPTS,
+    SHORT_PROMPTS,
+    FixedLength,
+    LengthDistribution,
+    WorkloadRequest,
+    prompt_token_ids,
+    read_trace,
+    synthetic_requests,
+)
+from nanopd.errors import ConfigError
+from nanopd.messages import FinishReason, RequestLog, Work
+
+PROMPTS: dict[str, LengthDistribution] = {"short": SHORT_PROMPTS, "long": LONG_PROMPTS, "mixed": MIXED_PROMPTS}
+NATURAL = "natural"
+WORKLOADS = f"{', '.join(PROMPTS)}, IN/OUT (tokens), {NATURAL}, a *.txt file with a prompt per line"
+ROLES = {"P": "prefill", "D": "decode", "M": "mixed"}
+LOOK_S = 0.5  # between two looks at the engine while it serves
+WARM_UP_TOKENS = 64
+SAMPLES = ("ttft_ms", "first_gap_ms", "tpot_ms", "e2e_ms")  # of each request, in a row's `samples`
+
+Prompt = str | list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request that is ready to be submitted."""
+
+    due_s: float  # since the start of the run
+    prompt: Prompt
+    params: SamplingParams
+
+
+# ---------------------------------------------------------------------------------------------------- policies
+
+
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """`[policy:]split`: what the workers of a configuration do, in their order.
+
+    `2M` are two mixed ones, collocated; `1P1D` one that prefills and one that decodes, disaggregated. Other policies
+    are named, as in `adaptive:2M`.
+
+    Raises:
+        ConfigError: another form, or an unknown policy.
+    """
+
+    policy: str
+    split: str
+
+    @classmethod
+    def parse(cls, text: str) -> Arrangement:
+        policy, _, split = text.rpartition(":")
+        if not re.fullmatch(r"(?:\d+[PDM])+", split) or policy not in ("", *POLICIES):
+            raise ConfigError("policy", text, f"[policy:]split, as 2M, 1P1D or adaptive:2M, a policy of {POLICIES}")
+        return cls(policy or ("collocated" if set(split) <= {*"0123456789M"} else "disaggregated"), split)
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> Arrangement:
+        """What the configuration says itself."""
+        letters = "".join(worker.role.value[0].upper() for worker in config.workers)
+        return cls(config.policy, "".join(f"{len(same[0])}{same[1]}" for same in re.finditer(r"(.)\1*", letters)))
+
+    def __str__(self) -> str:
+        return f"{self.policy} {self.split}"
+
+    def applied(self, config: EngineConfig) -> EngineConfig:
+        """The same devices with these roles and this policy; a ConfigError if their numbers differ."""
+        roles = [ROLES[kind] for count, kind in re.findall(r"(\d+)([PDM])", self.split) for _ in range(int(count))]
+        if len(roles) != len(config.workers):
+            raise ConfigError("policy", str(self), f"as many workers as the configuration has: {len(config.workers)}")
+        workers = [{"device": w.device, "role": role} for w, role in zip(config.workers, roles, strict=True)]
+        return config.replace(policy=self.policy, workers=workers)
+
+
+# ---------------------------------------------------------------------------------------------------- workloads
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Requests by name: a distribution of lengths, a trace (*.csv Azure, *.jsonl Mooncake), or prompts of text."""
+
+    name: str
+    rate: float | None = None  # requests/s; None: the trace's own times
+    seed: int = 0
+    cv: float = 1.0  # of the gaps between arrivals; 1: Poisson
+    output_len: int = 128  # of what has no output lengths of its own
+
+    @property
+    def label(self) -> str:
+        return Path(self.name).stem if self.is_trace else self.name
+
+    @property
+    def is_trace(self) -> bool:
+        return self.name.endswith((".csv", ".jsonl"))
+
+    def jobs(self, llm: LLM, seconds: float, max_requests: int | None = None) -> list[Job]:
+        """What arrives within `seconds`, and of that the first `max_requests`."""
+        if self.name == NATURAL or self.name.endswith(".txt"):
+            return self._text_jobs(llm, seconds, max_requests)
+        requests = self.requests(llm, seconds, max_requests)
+        vocab_size = llm.model_config.vocab_size
+        return [Job(r.arrival_s, prompt_token_ids(r, vocab_size), greedy(r.num_output_tokens)) for r in requests]
+
+    def requests(self, llm: LLM, seconds: float, max_requests: int | None = None) -> list[WorkloadRequest]:
+        """As `jobs`, with lengths in place of tokens. Runs in one engine share no prompts, unless a trace does."""
+        salt = zlib.crc32(f"{self.label} {self.rate} {self.seed}".encode()) << 40
+        requests = self._trace(llm, seconds, max_requests) if self.is_trace else self._synthetic(seconds, max_requests)
+        return [
+            replace(r, prompt_seed=r.prompt_seed + salt, hash_ids=tuple(h + salt for h in r.hash_ids))
+            for r in requests
+            if r.arrival_s < seconds
+        ]
+
+    def _synthetic(self, seconds: float, max_requests: int | None) -> list[WorkloadRequest]:
+        num_in, _, num_out = self.name.partition("/")
+        if self.name not in PROMPTS and not (num_in.isdecimal() and num_out.isdecimal()):
+            raise ConfigError("workload", self.name, WORKLOADS)
+        prompts = PROMPTS.get(self.name) or FixedLength(int(num_in))
+        outputs = FixedLength(int(num_out or self.output_len))
+        return self._timed(prompts, outputs, seconds, max_requests)
+
+    def _trace(self, llm: LLM, seconds: float, max_requests: int | None) -> list[WorkloadRequest]:
+        """What is longer than the engine allows is cut: answers to a quarter of it, prompts to the rest."""
+        most = llm.config.max_model_len or llm.model_config.max_position_embeddings
+        if max_requests is None and self.rate is not None:
+            max_requests = ceil(seconds * self.rate)
+        return read_trace(
+            self.name,
+            max_requests=max_requests,
+            requests_per_s=self.rate,
+            max_prompt_tokens=most - most // 4,
+            max_output_tokens=most // 4,
+            seed=self.seed,
+        ).requests
+
+    def _text_jobs(self, llm: LLM, seconds: float, max_requests: int | None) -> list[Job]:
+        lines = DEMO_PROMPTS if self.name == NATURAL else Path(self.name).read_text(encoding="utf-8").splitlines()
+        texts = [line for line in lines if line.strip()]
+        params = SamplingParams(temperature=0, max_tokens=self.output_len)
+        timed = self._timed(FixedLength(1), FixedLength(1), seconds, max_requests)  # only the times are used
+        prompts = [_as_chat(llm, texts[i % len(texts)]) for i in range(len(timed))]
+        return [Job(r.arrival_s, p, params) for r, p in zip(timed, prompts, strict=True) if r.arrival_s < seconds]
+
+    def _timed(
+        self, prompts: LengthDistribution, outputs: LengthDistribution, seconds: float, max_requests: int | None
+    ) -> list[WorkloadRequest]:
+        if self.rate is None:
+            raise ConfigError("rate", None, "requests per second, for what is no trace")
+        count = max_requests or int(1.5 * self.rate * seconds) + 20  # more than will arrive
+        return synthetic_requests(count, prompts, outputs, self.rate, self.cv, self.seed)
+
+
+def _as_chat(llm: LLM, text: str) -> Prompt:
+    has_template = llm.tokenizer is not None and llm.tokenizer.chat_template is not None
+    return llm.encode_chat([{"role": "user", "content": text}]) if has_template else text
+
+
+def greedy(max_tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+
+
+# ------------------------------------------------------------------------------------------------------- driver
+
+
+@dataclass(slots=True)
+class Run:
+    """What came of jobs; times are of `time.monotonic`."""
+
+    start_s: float
+    late_s: list[float] = field(default_factory=list)  # how long after each job was due it had been submitted
+    logs: list[RequestLog] = field(default_factory=list)
+    work: list[Work] = field(default_factory=list)
+    busy_s: list[float] = field(default_factory=list)  # per worker
+    num_used: list[list[int]] = field(default_factory=list)  # KV blocks per worker, at each look
+    num_devices: int = 1  # GPUs, or workers on the CPU
+    num_blocks: list[int] = field(default_factory=list)  # per worker
+    num_peak: list[int] = field(default_factory=list)  # blocks per worker
+    seconds: float = 0.0  # to the end of the last request
+    is_interrupted: bool = False
+
+
+def play(llm: LLM, jobs: Sequence[Job], label: str = "", one_by_one: bool = False) -> Run:
+    """Submit each job when it is due, or `one_by_one` when the one before has ended, and wait for all.
+
+    The engine must be idle. Ctrl-C aborts what is under way.
+    """
+    llm.stats(reset=True)
+    run = Run(time.monotonic() + (0.0 if one_by_one else 0.1))
+    llm.observe(run.work.append)
+    handles = []
+    with _looking(llm, run, len(jobs), label):
+        try:
+            for job in jobs:
+                due_s = time.monotonic() if one_by_one else run.start_s + job.due_s
+                time.sleep(max(0.0, due_s - time.monotonic()))
+                handles.append(llm.submit(job.prompt, job.params, arrival_time_s=due_s))
+                run.late_s.append(time.monotonic() - due_s)
+                if one_by_one:
+                    handles[-1].result()
+            while not all(handle.done() for handle in handles):
+                time.sleep(0.02)
+        except KeyboardInterrupt:
+            run.is_interrupted = True
+            for handle in handles:
+                if not handle.done():
+                    handle.abort()
+    run.seconds = time.monotonic() - run.start_s
+    llm.observe(None)
+    stats = llm.stats(reset=True)
+    run.logs, run.busy_s = stats.logs, stats.busy_s
+    if run.is_interrupted:  # what was aborted would count as missed
+        run.logs = [log for log in run.logs if log.finish_reason is not FinishReason.ABORT]
+    run.num_devices = len({worker.device for worker in llm.config.workers} - {"cpu"}) or len(llm.config.workers)
+    run.num_blocks, run.num_peak = [b.total for b in stats.blocks], [b.peak for b in stats.blocks]
+    return run
+
+
+@contextmanager
+def _looking(llm: LLM, run: Run, total: int, label: str) -> Iterator[None]:
+    """Look at the engine from a thread of its own, which no arrival waits for; live figures at a terminal."""
+    is_over = threading.Event()
+
+    def look() -> None:
+        with tqdm(total=total, desc=label, unit="req", file=sys.stderr, disable=None) as bar:
+            while not is_over.wait(LOOK_S):
+                try:
+                    stats = llm.stats()
+                except NanopdError:
+                    return  # who waits for the requests will tell
+                run.num_used.append([blocks.used for blocks in stats.blocks])
+                ttft = Percentiles.of([RequestMetrics.from_log(log).ttft_ms for log in stats.logs[-50:]])
+                full = max(blocks.used / blocks.total for blocks in stats.blocks)
+                bar.set_postfix_str(
+                    f"{stats.num_running} running, {stats.num_waiting} waiting, KV {full:.0%}"
+                    + (f", TTFT p50 {ttft.p50:.0f} ms" if ttft else ""),
+                    refresh=False,
+                )
+                bar.update(len(stats.logs) - bar.n)
+
+    thread = threading.Thread(target=look, name="bench-look", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def result_row(run: Run, key: Row, slo: SLO | None, window_s: tuple[float, float] | None = None) -> Row:
+    """Figures of the requests that were due within `window_s` of the run (None: of all), the same for every bench.
+
+    `samples` are of completed requests, in order of arrival; latencies in milliseconds.
+    """
+    start_s, end_s = window_s or (0.0, run.seconds)
+    end_s = run.seconds if run.is_interrupted else end_s
+    clock_s = run.start_s + start_s, run.start_s + end_s
+    summary = summarize(run.logs, slo, clock_s)
+    requests = [r for r in map(RequestMetrics.from_log, run.logs) if clock_s[0] <= r.arrived_s < clock_s[1]]
+    done = sorted((r for r in requests if r.is_completed), key=lambda r: r.arrived_s)
+    routes = Counter(str(r.route) for r in requests)
+    gaps = np.concatenate([np.empty(0), *(r.itl_ms for r in done)])
+    samples = {name: [_rounded(getattr(r, name)) for r in done] for name in SAMPLES}
+    quantiles = np.percentile(gaps, range(101)).round(3).tolist() if len(gaps) else []
+    return {
+        **key,
+        "num_devices": run.num_devices,
+        "offered_per_s": len(requests) / (end_s - start_s) if window_s else None,
+        "late_ms_max": 1e3 * max(run.late_s, default=0.0),
+        "slo": slo and {name: limit for name, limit in asdict(slo).items() if limit is not None},
+        **asdict(summary),
+        "output_tokens_per_s_per_device": summary.output_tokens_per_s / run.num_devices,
+        "requests_per_s_per_device": summary.requests_per_s / run.num_devices,
+        "routes": {route: count / len(requests) for route, count in sorted(routes.items())},
+        "busy": [busy_s / run.seconds for busy_s in run.busy_s],
+        "kv_peak": [n / total for n, total in zip(run.num_peak, run.num_blocks)],
+        "kv_mean": (np.mean(run.num_used or [run.num_peak], axis=0) / run.num_blocks).tolist(),
+        "is_interrupted": run.is_interrupted,
+        "samples": {**samples, "itl_ms_percentiles": quantiles},
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 2)
+
+
+def save_timeline(run: Run, config: EngineConfig, title: str, path: Path, window_s: tuple[float, float]) -> None:
+    """What each worker did within `window_s` of the run, for Perfetto (ui.perfetto.dev) and `plots.timeline`.
+
+    The format is Chrome's trace events: times in microseconds, a thread for a worker's steps, one for what moves to it.
+    """
+    names = [(2 * w, f"worker {w} ({worker.role.value})") for w, worker in enumerate(config.workers)]
+    names += [(2 * w + 1, f"moves to {w}") for w, worker in enumerate(config.workers) if worker.role.may_decode]
+    events = [{"name": "thread_name", "ph": "M", "pid": 0, "tid": tid, "args": {"name": name}} for tid, name in names]
+    for work in run.work:
+        end_s = work.end_s - run.start_s
+        if end_s > window_s[0] and end_s - work.duration_s < window_s[1]:
+            events.append(_event(work, end_s - work.duration_s - window_s[0]))
+    path.write_text(json.dumps({"otherData": {"title": title}, "traceEvents": events}) + "\n", encoding="utf-8")
+
+
+def _event(work: Work, start_s: float) -> dict[str, Any]:
+    is_step = work.num_prompt_tokens + work.num_decoding > 0
+    phase = "decode" if not work.num_prompt_tokens else "mixed" if work.num_decoding else "prefill"
+    return {
+        "name": phase if is_step else "move",
+        "ph": "X",
+        "pid": 0,
+        "tid": 2 * work.worker + (not is_step),
+        "ts": round(start_s * 1e6),
+        "dur": round(work.duration_s * 1e6),
+        "args": {"prompt_tokens": work.num_prompt_tokens, "decoding": work.num_decoding, "bytes": work.num_moved_bytes},
+    }
+
+
+# ------------------------------------------------------------------------------------------------ command lines
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What all serving benches take."""
+    parser.add_argument("--config", default="cpu-demo", help="a shipped configuration, or a YAML file")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """What those take that serve one arrangement."""
+    add_arguments(parser)
+    parser.add_argument("--policy", help="[policy:]split, as 2M, 1P1D, adaptive:2M; default: the configuration's own")
+    parser.add_argument("--slo", type=SLO.parse, help="limits in ms, as ttft=200,tpot=10")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write the report here, with samples; bench/report.py draws it")
+
+
+def engine_config(args: argparse.Namespace, defaults: Sequence[str] = ()) -> EngineConfig:
+    """The configuration of a command line; `defaults` are overrides too, unless their keys are given."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    given = {override.partition("=")[0] for override in args.set}
+    return load_config(args.config, [*args.set, *(d for d in defaults if d.partition("=")[0] not in given)])
+
+
+@contextmanager
+def serving(config: EngineConfig) -> Iterator[LLM]:
+    """An engine whose workers have all done something."""
+    with LLM(config=config, show_progress=sys.stderr.isatty()) as llm:
+        ids = np.random.default_rng(1).integers(llm.model_config.vocab_size, size=(8, WARM_UP_TOKENS)).tolist()
+        llm.generate(ids, greedy(8), False)
+        yield llm
+
+
+def serve_and_report(
+    bench: str, args: argparse.Namespace, measure: Callable[[LLM, Row], list[Row]], **settings: object
+) -> None:
+    """Start the engine of the command line, `measure` with it and the key of its arrangement, and report."""
+    base = engine_config(args)
+    arrangement = Arrangement.parse(args.policy) if args.policy else Arrangement.of(base)
+    config = arrangement.applied(base)
+    with serving(config) as llm:
+        rows = measure(llm, {"policy": arrangement.policy, "split": arrangement.split, "seed": args.seed})
+    settings = {"engine": settings_of(config), **settings}
+    report = emit(bench, settings, rows, device=device_name(config), table=[figures_of(row) for row in rows])
+    if args.json:
+        save(report, args.json)
+
+
+def settings_of(config: EngineConfig) -> dict[str, Any]:
+    """What a report says of an engine; the arrangement is the rows' own."""
+    rest = {name: value for name, value in asdict(config).items() if name not in ("policy", "workers")}
+    return {**rest, "devices": [worker.device for worker in config.workers]}
+
+
+def device_name(config: EngineConfig) -> str | None:
+    """Of the GPUs; None: the CPU."""
+    if config.workers[0].device == "cpu":
+        return None
+    import torch
+
+    return f"{len(config.workers)} x {torch.cuda.get_device_name(config.workers[0].device)}"

@@ -1,0 +1,226 @@
+"""Policies x workloads x rates x seeds on the same devices, then figures and a page, in one command.
+
+Every policy is given the same prompts, sampling and arrivals, and the same devices; an engine is started once for each
+policy. After each run the report is written anew, with a line for it. What it holds already is not run again: a sweep
+that was interrupted, or stopped by --budget-s, goes on where it was. `SWEEPS` says what is run under the name of a
+configuration, and every part of it has an option.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from load import (
+    Arrangement,
+    Workload,
+    add_arguments,
+    device_name,
+    engine_config,
+    play,
+    result_row,
+    save_timeline,
+    serving,
+    settings_of,
+)
+from report import Row, emit, figures_of, load, make_report, save, write_page
+
+from nanopd import LLM, EngineConfig
+from nanopd.config import LEVELS
+from nanopd.core.metrics import SLO
+from nanopd.errors import ConfigError
+
+TIMELINE_S = 1.5
+PROGRESS = ("policy", "workload", "requests/s", "served", "TTFT", "TPOT", "attained")  # of each run, as it ends
+RESULTS = Path(__file__).parent / "results"
+FIGURES = Path(__file__).parents[1] / "docs" / "figures"
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    policies: tuple[str, ...]
+    points: tuple[str, ...]  # WORKLOAD@RATE,RATE,...
+    slo: str  # milliseconds; the adaptive policy is told of it too
+    window_s: float = 20.0
+    warm_up_s: float = 3.0
+    settings: tuple[str, ...] = ()  # as with --set
+    beside: tuple[str, ...] = ()  # reports of others
+
+    def quick(self) -> Sweep:
+        """The first workload, in short windows."""
+        return replace(self, points=self.points[:1], window_s=10.0, warm_up_s=1.0)
+
+
+PAIR = ("2M", "1P1D", "adaptive:2M")
+SWEEPS = {
+    "cpu-demo": Sweep(PAIR, ("64/32@0.5,1,2", "256/32@0.25,0.5,1"), "ttft=1000,tpot=100"),
+    "2xh200": Sweep(
+        PAIR,
+        ("mixed@16,32", "long@16", "short@40"),
+        "ttft=200,tpot=10",
+        warm_up_s=2.0,
+        settings=("model=Qwen3-8B", "load_format=dummy"),
+        beside=("vllm-h200.json",),
+    ),
+}
+OTHER = Sweep(("2M", "1P1D"), ("mixed@1,2,4",), "ttft=1000,tpot=100")
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One run of a policy."""
+
+    workload: Workload
+    slo: SLO
+    window_s: float
+    warm_up_s: float
+
+    def key(self, arrangement: Arrangement) -> dict[str, Any]:
+        """What tells its row from all others."""
+        return {
+            "workload": self.workload.label,
+            "rate": self.workload.rate,
+            "seed": self.workload.seed,
+            "cv": self.workload.cv,
+            "policy": arrangement.policy,
+            "split": arrangement.split,
+            "window_s": self.window_s,
+        }
+
+    def run(self, llm: LLM, arrangement: Arrangement, timeline: Path | None) -> Row:
+        start_s, end_s = self.warm_up_s, self.warm_up_s + self.window_s
+        title = f"{arrangement}, {self.workload.label} at {self.workload.rate:g} requests/s"
+        run = play(llm, self.workload.jobs(llm, end_s), title)
+        if timeline is not None:
+            middle_s = (start_s + end_s) / 2
+            save_timeline(run, llm.config, title, timeline, (middle_s, middle_s + TIMELINE_S))
+        return result_row(run, self.key(arrangement), self.slo, (start_s, end_s))
+
+
+class Results:
+    """The report on disk."""
+
+    def __init__(self, path: Path, config: dict[str, Any], device: str | None) -> None:
+        """Go on with what is there. Raises ConfigError if that was measured with other settings."""
+        self.path, self.config, self.device = path, config, device
+        self.rows: list[Row] = []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            before = load(path)
+            if before["config"]["engine"] != config["engine"]:
+                raise ConfigError("out", str(path), "a new file, or one of the same model, devices and settings")
+            self.rows = before["rows"]
+
+    def has(self, key: dict[str, Any]) -> bool:
+        return any(key.items() <= row.items() for row in self.rows)
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        save(make_report("sweep", self.config, self.rows, self.device), self.path)
+
+
+def points_of(sweep: Sweep, seeds: Sequence[int], cv: float) -> list[Point]:
+    named = [(name, rates) for name, _, rates in (text.rpartition("@") for text in sweep.points)]
+    slo = SLO.parse(sweep.slo)
+    return [
+        Point(Workload(name, float(rate), seed, cv), slo, sweep.window_s, sweep.warm_up_s)
+        for name, rates in named
+        for rate in rates.split(",")
+        for seed in seeds
+    ]
+
+
+def runs(base: EngineConfig, policies: Sequence[str], points: list[Point], results: Results) -> Generator[Row]:
+    """Every run that there is no result of yet, policy by policy."""
+    shown = points[min(1, len(points) - 1)]  # of which timelines are kept
+    for arrangement in map(Arrangement.parse, policies):
+        todo = [point for point in points if not results.has(point.key(arrangement))]
+        if not todo:
+            continue
+        timeline = results.path.with_name(f"{results.path.stem}-timeline-{arrangement.policy}.json")
+        with ExitStack() as stack:
+            try:
+                llm = stack.enter_context(serving(arrangement.applied(base)))
+            except ConfigError as error:
+                if error.field != "params":
+                    raise
+                print(f"{arrangement} is left out: {error}", file=sys.stderr)
+                continue
+            for point in todo:
+                yield point.run(llm, arrangement, timeline if point is shown else None)
+
+
+def carry_out(
+    base: EngineConfig, policies: Sequence[str], points: list[Point], results: Results, budget_s: float
+) -> str:
+    """All runs, until the end, Ctrl-C, or no time is left for another one; returns how it ended."""
+    end_s = time.monotonic() + budget_s
+    with closing(runs(base, policies, points, results)) as rows:
+        for row in rows:
+            if row["is_interrupted"]:
+                print("of the run that was interrupted, which is not kept:")
+                emit("sweep", {}, [row], table=[figures_of(row)])
+                return "interrupted"
+            results.add(row)
+            shown = figures_of(row)
+            print(*(f"{name} {shown[name]}" for name in PROGRESS), sep=", ", file=sys.stderr, flush=True)
+            if time.monotonic() + 1.2 * max(point.window_s + point.warm_up_s for point in points) > end_s:
+                return "out of time"
+    return "done"
+
+
+def sweep_of(args: argparse.Namespace) -> Sweep:
+    """The named sweep with what the command line says otherwise."""
+    sweep = SWEEPS.get(args.config, OTHER)
+    sweep = sweep.quick() if args.quick else sweep
+    return replace(
+        sweep,
+        points=(*(args.points or sweep.points), *args.traces),
+        policies=tuple(args.policies or sweep.policies),
+        slo=args.slo or sweep.slo,
+        window_s=args.window or sweep.window_s,
+        warm_up_s=sweep.warm_up_s if args.warm_up is None else args.warm_up,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(parser)
+    parser.add_argument("--quick", action="store_true", help="the first workload, in short windows")
+    parser.add_argument("--policies", nargs="+", metavar="POLICY", help="[policy:]split; in place of --policy")
+    parser.add_argument("--points", nargs="+", metavar="WORKLOAD@RATE,..", help="in place of the sweep's own")
+    parser.add_argument("--traces", nargs="+", default=[], metavar="PATH@RATE,..", help="besides: *.csv, *.jsonl")
+    parser.add_argument("--slo", help="limits in ms, as ttft=200,tpot=10")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--cv", type=float, default=1.0, help="of the gaps between arrivals; 1: Poisson")
+    parser.add_argument("--window", type=float, help="seconds of a run that count")
+    parser.add_argument("--warm-up", type=float, help="seconds before them")
+    parser.add_argument("--budget-s", type=float, default=float("inf"), help="begin no run that would end later")
+    parser.add_argument("--out", type=Path, help="the report; default: bench/results/sweep-CONFIG.json")
+    parser.add_argument("--figures", type=Path, default=FIGURES)
+    args = parser.parse_args(argv)
+    sweep = sweep_of(args)
+    slo = {name: limit for name, limit in asdict(SLO.parse(sweep.slo)).items() if limit is not None and name in LEVELS}
+    base = engine_config(args, sweep.settings).replace(slo=slo)
+    out = args.out or RESULTS / f"sweep-{Path(args.config).stem}{'-quick' if args.quick else ''}.json"
+    config = {"engine": settings_of(base), "warm_up_s": sweep.warm_up_s, "load_average": os.getloadavg()[0]}
+    results = Results(out, config, device_name(base))
+    outcome = carry_out(base, sweep.policies, points_of(sweep, args.seeds, args.cv), results, args.budget_s)
+    if results.rows:
+        table = [figures_of(row) for row in results.rows]
+        emit("sweep", results.config, results.rows, device=results.device, table=table)
+        beside = [RESULTS / name for name in sweep.beside]
+        write_page(out, out.with_suffix(".md"), args.figures, beside)
+    print(f"{outcome}: {len(results.rows)} runs in {out}")
+    return 130 if outcome == "interrupted" else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,250 @@
+"""The serving benches: arrivals that wait for nobody, figures worked out by hand, a sweep that can go on later."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import load
+import numpy as np
+import psutil
+import pytest
+import report
+import sweep
+from model_zoo import make_tiny_model
+
+from nanopd import LLM, ConfigError, EngineConfig, Route
+from nanopd.core.metrics import SLO
+from nanopd.core.workload import prompt_token_ids
+from nanopd.messages import EventKind, FinishReason, RequestEvent, RequestLog, Work
+
+STALL_S = 0.8
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model"), "llama")
+
+
+@pytest.fixture(scope="module")
+def llm(model: Path) -> Iterator[LLM]:
+    with LLM(str(model), num_blocks=200, max_num_seqs=8) as llm:
+        yield llm
+
+
+def engine(max_model_len: int = 512) -> Any:
+    """All that a workload of token ids asks of an LLM."""
+    return SimpleNamespace(config=SimpleNamespace(max_model_len=max_model_len))
+
+
+# ----------------------------------------------------------------------------------------------------- arrivals
+
+
+def test_arrivals_do_not_wait_for_a_stalled_worker(llm: LLM) -> None:
+    jobs = load.Workload("16/8", 60).jobs(llm, 1.2)
+    worker = next(p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline()))
+    timers = [threading.Timer(0.2, worker.suspend), threading.Timer(0.2 + STALL_S, worker.resume)]
+    for timer in timers:
+        timer.start()
+    run = load.play(llm, jobs)
+    arrived = sorted(log.events[0].time_s for log in run.logs)
+    assert arrived == [run.start_s + job.due_s for job in jobs]  # the clock starts when a request was due
+    assert max(run.late_s) < STALL_S / 2  # and it was sent then, as busy as the engine might be
+    row = load.result_row(run, {}, SLO(ttft_ms=1e3 * STALL_S / 2), (0.0, 1.2))
+    assert row["offered_per_s"] == len(jobs) / 1.2
+    assert row["num_completed"] == len(jobs)
+    assert row["ttft_ms"]["p99"] > 1e3 * STALL_S / 2  # who arrived early in the stall waited for its end
+    assert 0 < row["slo_attainment"] < 1
+
+
+def test_interrupted_run_tells_what_was_done(llm: LLM) -> None:
+    short, endless = load.Workload("16/4", 1000).jobs(llm, 1.0, 4), load.Workload("16/400", 1000).jobs(llm, 1.0, 2)
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    run = load.play(llm, [*short, *(load.Job(0.9, job.prompt, job.params) for job in endless), load.Job(60, [1], LONG)])
+    row = load.result_row(run, {}, None, (0.0, 60.0))
+    assert (row["is_interrupted"], row["num_completed"], row["num_requests"]) == (True, 4, 4)
+    assert all(blocks.used == 0 for blocks in llm.stats().blocks)
+
+
+LONG = load.greedy(400)
+
+
+def test_one_by_one_finds_the_engine_idle(llm: LLM) -> None:
+    run = load.play(llm, load.Workload("16/4", float("inf")).jobs(llm, float("inf"), 3), one_by_one=True)
+    logs = sorted(run.logs, key=lambda log: log.events[0].time_s)
+    assert len(logs) == 3
+    assert all(a.events[-1].time_s <= b.events[0].time_s for a, b in itertools.pairwise(logs))
+
+
+# ---------------------------------------------------------------------------------------------------- workloads
+
+
+def test_other_seeds_and_rates_share_no_prompts_and_equal_ones_are_equal() -> None:
+    requests = [load.Workload("16/4", rate, seed).requests(engine(), 10.0) for rate, seed in ((5, 0), (6, 0), (5, 1))]
+    assert len({r.prompt_seed for workload in requests for r in workload}) == sum(map(len, requests))
+    assert requests[0] == load.Workload("16/4", 5, 0).requests(engine(), 10.0)
+    assert all(r.arrival_s < 10.0 for workload in requests for r in workload)
+
+
+def test_trace_keeps_its_shared_prefixes_and_is_cut_to_the_engine(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    rows = [{"timestamp": 1000 * i, "input_length": 600, "output_length": 900, "hash_ids": [7, i]} for i in range(4)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    requests = load.Workload(str(path), 2.0).requests(engine(1000), 1.6)
+    assert [r.arrival_s for r in requests] == [0.0, 0.5, 1.0, 1.5]
+    assert {(r.num_prompt_tokens, r.num_output_tokens) for r in requests} == {(600, 250)}
+    prompts = [prompt_token_ids(r, 100) for r in requests]
+    assert all(prompt[:512] == prompts[0][:512] for prompt in prompts)
+    assert len({tuple(prompt[512:]) for prompt in prompts}) == 4
+
+
+@pytest.mark.parametrize("name", ["medium", "16", "16/", "/4", "a/b"])
+def test_unknown_workload_is_named(name: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load.Workload(name, 1.0).requests(engine(), 1.0)
+    assert (error.value.field, error.value.value) == ("workload", name)
+
+
+@pytest.mark.parametrize(
+    ("text", "policy", "roles"),
+    [
+        ("2M", "collocated", ["mixed", "mixed"]),
+        ("1P1D", "disaggregated", ["prefill", "decode"]),
+        ("round_robin:1P1M", "round_robin", ["prefill", "mixed"]),
+    ],
+)
+def test_arrangements_use_the_same_devices(text: str, policy: str, roles: list[str]) -> None:
+    base = EngineConfig("any", workers=({"device": "cuda:0"}, {"device": "cuda:1"}))
+    arrangement = load.Arrangement.parse(text)
+    config = arrangement.applied(base)
+    assert (config.policy, [worker.role.value for worker in config.workers]) == (policy, roles)
+    assert [worker.device for worker in config.workers] == ["cuda:0", "cuda:1"]
+    assert load.Arrangement.of(config) == arrangement
+
+
+@pytest.mark.parametrize("text", ["", "2", "M2", "2X", "fastest:2M", "3M"])
+def test_bad_arrangement_is_named(text: str) -> None:
+    base = EngineConfig("any", workers=({"device": "cpu", "count": 2},))
+    with pytest.raises(ConfigError) as error:
+        load.Arrangement.parse(text).applied(base)
+    assert error.value.field == "policy"
+
+
+# ------------------------------------------------------------------------------------------------------ figures
+
+
+def make_log(name: str, arrived_s: float, tokens_s: list[float], route: Route, reason: FinishReason) -> RequestLog:
+    events = [RequestEvent(arrived_s, EventKind.ARRIVED), RequestEvent(tokens_s[-1], EventKind.FINISHED)]
+    return RequestLog(name, 10, events, np.array(tokens_s), route, finish_reason=reason)
+
+
+@pytest.fixture
+def row() -> report.Row:
+    """Two requests of a window from 1 to 3 s and an error, one of the warm-up; times are exact in binary."""
+    done, there = FinishReason.LENGTH, Route(0, 1)
+    logs = [
+        make_log("late", 102.0, [102.5, 102.75, 103.5], there, done),  # TTFT 500, TPOT 500
+        make_log("warm-up", 100.5, [101.0], there, done),
+        make_log("first", 101.0, [101.25, 101.5, 101.75], Route(1, 1), done),  # TTFT 250, TPOT 250
+        make_log("failed", 101.5, [101.75], there, FinishReason.ERROR),
+        make_log("after", 103.0, [103.5], there, done),
+    ]
+    blocks = {"num_used": [[10, 0], [30, 50]], "num_blocks": [100, 100], "num_peak": [40, 60]}
+    run = load.Run(100.0, [0.0, 0.25], logs, busy_s=[2.0, 3.0], num_devices=2, seconds=4.0, **blocks)
+    return load.result_row(run, {"workload": "x", "policy": "p"}, SLO(ttft_ms=300), (1.0, 3.0))
+
+
+def test_row_of_a_window_by_hand(row: report.Row) -> None:
+    assert (row["num_requests"], row["num_completed"], row["offered_per_s"], row["late_ms_max"]) == (3, 2, 1.5, 250.0)
+    assert row["duration_s"] == 2.5  # 101 to 103.5, the drain included
+    assert (row["output_tokens_per_s"], row["output_tokens_per_s_per_device"]) == (6 / 2.5, 3 / 2.5)
+    assert (row["slo_attainment"], row["goodput_per_s"]) == (1 / 3, 1 / 2.5)
+    assert row["routes"] == {"0->1": 2 / 3, "1->1": 1 / 3}
+    assert (row["busy"], row["kv_peak"], row["kv_mean"]) == ([0.5, 0.75], [0.4, 0.6], [0.2, 0.25])
+    assert row["samples"]["ttft_ms"] == [250.0, 500.0]
+    assert row["samples"]["tpot_ms"] == [250.0, 500.0]
+    gaps = row["samples"]["itl_ms_percentiles"]  # 250, 250, 250, 750
+    assert (gaps[0], gaps[50], gaps[100]) == (250.0, 250.0, 750.0)
+    json.dumps(row)
+
+
+@pytest.mark.parametrize(
+    ("limits", "scale", "num_good"),
+    [({"ttft_ms": 250}, 1, 1), ({"ttft_ms": 250}, 2, 2), ({"ttft_ms": 999, "tpot_ms": 300}, 1, 1), ({}, 1, 2)],
+)
+def test_attainment_under_other_levels_counts_all_arrivals(
+    row: report.Row, limits: dict[str, float], scale: float, num_good: int
+) -> None:
+    assert report.attainment(row, SLO(**limits), scale) == num_good / 3
+    assert report.with_slo(row, SLO(**limits))["num_requests"] == 3
+
+
+def test_page_holds_rows_of_others_and_their_source(row: report.Row) -> None:
+    other = {"workload": "x", "policy": "peer", "rate": 4, "ttft_ms": {"p50": 33, "p99": 68}}
+    beside = {"device": "a GPU", "config": {"source": "a log"}, "rows": [other]}
+    page = report.markdown(report.make_report("poisson", {}, [row]), [beside], {"a.png": "A figure"})
+    assert "33.0 / 68.0" in page or "33 / 68" in page
+    assert "peer: a GPU; a log." in page
+    assert "![A figure](a.png)" in page
+
+
+def test_timeline_names_what_workers_did(tmp_path: Path) -> None:
+    config = EngineConfig("any", policy="disaggregated", workers=({"role": "prefill"}, {"role": "decode"}))
+    work = [
+        Work(0, 11.0, 0.5, num_prompt_tokens=64),
+        Work(1, 11.5, 0.25, num_moved_bytes=1000),
+        Work(1, 12.0, 0.5, num_decoding=3),
+        Work(1, 20.0, 0.5, num_decoding=3),
+    ]
+    path = tmp_path / "timeline.json"
+    load.save_timeline(load.Run(10.0, work=work), config, "title", path, (0.0, 5.0))
+    events = [e for e in json.loads(path.read_text())["traceEvents"] if e["ph"] == "X"]
+    assert [(e["name"], e["tid"], e["ts"], e["dur"]) for e in events] == [
+        ("prefill", 0, 500_000, 500_000),
+        ("move", 3, 1_250_000, 250_000),
+        ("decode", 2, 1_500_000, 500_000),
+    ]
+
+
+# -------------------------------------------------------------------------------------------------------- sweep
+
+
+@pytest.mark.slow
+def test_quick_sweep_goes_on_where_it_was(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "results" / "sweep.json"
+    base = ["--config", "cpu-demo", "--quick", "--set", f"model={model}", "--set", "max_model_len=512"]
+    base += ["--window", "0.5", "--warm-up", "0.2", "--out", str(out), "--figures", str(tmp_path / "figures")]
+    assert sweep.main([*base, "--policies", "2M", "--points", "32/8@20"]) == 0
+    first = json.loads(out.read_text())["rows"]
+    assert sweep.main([*base, "--policies", "2M", "1P1D", "--points", "32/8@20,30"]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert rows[:1] == first
+    keys = [(row["split"], row["rate"]) for row in rows]
+    assert keys == [("2M", 20.0), ("2M", 30.0), ("1P1D", 20.0), ("1P1D", 30.0)]
+    assert all(row["num_completed"] == row["num_requests"] > 0 for row in rows)
+    assert rows[0]["num_requests"] == rows[2]["num_requests"]  # the same arrivals
+    assert {route for row in rows[2:] for route in row["routes"]} == {"0->1"}
+    printed = json.loads(capsys.readouterr().out.splitlines()[-2])
+    assert asdict(SLO(ttft_ms=1000, tpot_ms=100)).items() >= printed["rows"][0]["slo"].items()
+    assert "| 30.0 | disaggregated 1P1D |" in out.with_suffix(".md").read_text()
+    with pytest.raises(ConfigError, match="settings"):
+        sweep.main([*base, "--set", "block_size=32"])
+
+
+@pytest.mark.slow
+def test_every_figure_is_drawn(model: Path, row: report.Row, tmp_path: Path) -> None:
+    plots = pytest.importorskip("plots", exc_type=ImportError)
+    rows = [{**row, "rate": rate, "policy": policy} for rate in (1.0, 2.0) for policy in ("collocated", "adaptive")]
+    saved = plots.save_all(rows, [], tmp_path, "x")
+    assert {path.name for path in saved} == {
+        f"x-{n}.png" for n in ("latency", "throughput", "attainment", "distributions")
+    }
+    assert all(path.stat().st_size > 10_000 for path in saved)
