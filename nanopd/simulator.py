@@ -28,14 +28,16 @@ from nanopd.messages import (
     Role,
     RowFlag,
     SamplingParams,
+    SlotExtras,
     StepBatch,
     StepResult,
     TransferAck,
     TransferPath,
     TransferPlan,
 )
-from nanopd.routing.cost_model import Parameters, chunk_pairs
+from nanopd.routing.cost_model import Parameters, rows_of
 from nanopd.routing.decision import Policy
+from nanopd.routing.policy import make_policy
 
 MIN_JUMP = 3  # steps that are worth a jump
 NEVER_S = 1e12
@@ -80,7 +82,9 @@ class SimulatedWorker:
         self._step_free_s = 0.0  # when the last step in the queue is done
         self._pair_free_s: dict[int, float] = {}  # by source worker: when its last move is done
 
-    def send(self, message: StepBatch | TransferPlan) -> None:
+    def send(self, message: SlotExtras | StepBatch | TransferPlan) -> None:
+        if isinstance(message, SlotExtras):  # takes no time of its own
+            return
         if isinstance(message, TransferPlan):
             self._move(message)
             return
@@ -131,36 +135,25 @@ class SimulatedWorker:
         in_flight_s = [step.due_s for step in self._steps]
         self._run = _Run(num_steps, np.concatenate((in_flight_s, due_s[1:])))
 
-    def sync(self) -> None:
-        """Account for the steps of a run that are done by now."""
+    @property
+    def num_steps_done(self) -> int:
+        """Of the run, that have not been accounted for."""
         run = self._run
         if run is None or run.due_s[0] > self._clock.now_s:
-            return
-        num_done = int(np.searchsorted(run.due_s[: run.num_steps], self._clock.now_s, side="right"))
-        assert self.scheduler is not None
-        self.scheduler.repeat(self._steps[0].batch.row_slots, run.due_s[:num_done].tolist())
-        self._run = _Run(run.num_steps - num_done, run.due_s[num_done:])
-        for step, due_s in zip(self._steps, self._run.due_s.tolist()):
-            step.due_s = due_s
-            step.result.step_id += num_done
-        self._step_free_s = self._steps[-1].due_s
+            return 0
+        return int(np.searchsorted(run.due_s[: run.num_steps], self._clock.now_s, side="right"))
 
     def end_run(self) -> None:
         """The steps to come are no longer like the last ones: they will be heard of one by one."""
-        self.sync()
-        self._run = None
-
-
-def rows_of(batch: StepBatch) -> tuple[int, int, int, float]:
-    """A step in the cost model's words: decode rows, their tokens of context, prompt tokens, query-key pairs."""
-    lens, starts = batch.row_lens, batch.row_starts
-    if not len(batch.token_ids):  # every row goes on from its slot
-        return len(lens), int(starts.sum()) + len(lens), 0, 0.0
-    is_decode = lens == 1
-    num_decodes = int(np.count_nonzero(is_decode))
-    new, cached = lens[~is_decode].astype(np.int64), starts[~is_decode]
-    num_context = int(starts[is_decode].sum()) + num_decodes
-    return num_decodes, num_context, int(new.sum()), float(chunk_pairs(new, cached).sum())
+        run, num_done, self._run = self._run, self.num_steps_done, None
+        if run is None or not num_done:
+            return
+        assert self.scheduler is not None
+        self.scheduler.repeat(self._steps[0].batch.row_slots, run.due_s[:num_done])
+        for step, due_s in zip(self._steps, run.due_s[num_done:].tolist()):
+            step.due_s = due_s
+            step.result.step_id += num_done
+        self._step_free_s = self._steps[-1].due_s
 
 
 def _ending_run(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -198,13 +191,13 @@ class _JumpingScheduler(Scheduler):
 
     @property
     def num_context_tokens(self) -> int:
-        self.client.sync()
-        return super().num_context_tokens
+        return super().num_context_tokens + self.client.num_steps_done * len(self.decoding)
 
     @property
     def num_free_tokens(self) -> int:
-        self.client.sync()
-        return super().num_free_tokens
+        num_done = self.client.num_steps_done
+        num_taken = self._num_blocks_for(self._slots_of_decoding(), num_done) if num_done else 0
+        return super().num_free_tokens - num_taken * self.blocks.block_size
 
     def num_like(self, in_flight: Iterable[np.ndarray]) -> int:
         """How many more steps like those in flight, given by their slots, would follow if nothing came in between."""
@@ -226,22 +219,37 @@ class _JumpingScheduler(Scheduler):
         missing = self.slots.num_computed[slots] + num_steps - self.slots.writable_len[slots]
         return int((-(-np.maximum(missing, 0) // self.blocks.block_size)).sum())
 
-    def repeat(self, slots: np.ndarray, times_s: list[float]) -> None:
+    def repeat(self, slots: np.ndarray, times_s: np.ndarray) -> None:
         """Take the results of the next steps, all of just `slots` ([*] int32), and schedule as many more like them."""
-        t, tokens = self.slots, np.zeros(len(slots), np.int32)
-        for time_s in times_s:
-            t.append(slots, tokens, time_s)
-        t.num_computed[slots] += len(times_s)
+        t, num_steps = self.slots, len(times_s)
+        cells = slots * t._max_model_len + t.num_tokens[slots] + np.arange(num_steps)[:, None]  # [num_steps, num_slots]
+        t._times_s[cells] = times_s[:, None]  # all tokens are 0
+        t.num_tokens[slots] += num_steps
+        t.num_computed[slots] += num_steps
         for slot in slots[t.num_computed[slots] > t.writable_len[slots]].tolist():
             table = self._seq(slot).block_table
             self.blocks.append(table, int(t.writable_len[slot]), int(t.num_computed[slot]))
             t.writable_len[slot] = len(table) * self.blocks.block_size
-        self._step_id += len(times_s)
+        self._step_id += num_steps
         for step in self.in_flight:
-            step.step_id += len(times_s)
+            step.step_id += num_steps
 
 
 class _JumpingEngine(Engine):
+    """Passes by workers that have neither answered nor anything to do now."""
+
+    def _take_results(self, worker: int, now_s: float) -> None:
+        client = self.workers[worker]
+        assert isinstance(client, SimulatedWorker)
+        if client.next_due_s() <= now_s:
+            super()._take_results(worker, now_s)
+
+    def _send_steps(self, worker: int) -> bool:
+        scheduler = self.schedulers[worker]
+        is_full = len(scheduler.in_flight) == self.config.steps_in_flight
+        has_work = scheduler.waiting or scheduler.prefilling or scheduler.decoding
+        return not is_full and bool(has_work) and super()._send_steps(worker)
+
     def _new_scheduler(self, worker: int, role: Role) -> Scheduler:
         client = self.workers[worker]
         assert isinstance(client, SimulatedWorker)
@@ -258,23 +266,28 @@ def simulate(
     requests: Sequence[WorkloadRequest],
     policy: Policy | None = None,
     may_jump: bool = True,
+    until: Callable[[RequestLog], bool] | None = None,
 ) -> tuple[Engine, list[RequestLog]]:
     """Serve `requests` (in order of arrival) to the end.
 
     Args:
-        policy: None: the fixed one that `config` names.
+        policy: None: the one that `config` names.
         may_jump: False takes every step by itself; the outcome is the same.
+        until: is told of the ends; where it says yes, the run is over.
 
     Returns:
         The engine as it is then, and what happened to each request, in the order in which they ended.
     """
     clock = VirtualClock()
     workers = [SimulatedWorker(parameters, clock, config.block_size) for _ in config.workers]
-    config = config.replace(step_timeout_s=NEVER_S)  # who does not answer for long has many steps to jump over
+    policy = policy or make_policy(config, parameters)
+    # who does not answer for long has many steps to jump over; and there is no text to find drafts in
+    config = config.replace(step_timeout_s=NEVER_S, num_speculative_tokens=0)
     engine = (_JumpingEngine if may_jump else Engine)(config, model, list(workers), clock, policy=policy)
     logs: list[RequestLog] = []
     arrivals = deque(enumerate(requests))
-    while arrivals or engine.has_unfinished:
+    is_over = False
+    while (arrivals or engine.has_unfinished) and not is_over:
         due_s = [worker.next_due_s() for worker in workers]
         wakeup_s = engine.next_wakeup_s()
         due_s.append(wakeup_s if wakeup_s > clock.now_s else math.inf)  # what could be done now has been done
@@ -282,7 +295,9 @@ def simulate(
         assert clock.now_s < NEVER_S, "nothing can happen any more"
         while arrivals and arrivals[0][1].arrival_s <= clock.now_s:
             _submit(engine, *arrivals.popleft())
-        logs += [update.seq.log() for update in engine.step() if update.is_finished]
+        ended = [update.seq.log() for update in engine.step() if update.is_finished]
+        logs += ended
+        is_over = until is not None and any(until(log) for log in ended)
     return engine, logs
 
 

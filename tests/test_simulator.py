@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 
 from nanopd.config import EngineConfig, ModelConfig, allowed_routes
 from nanopd.config_files import config_dir
-from nanopd.core.metrics import SLO
+from nanopd.core.metrics import SLO, summarize
 from nanopd.core.workload import MIXED_PROMPTS, FixedLength, LogNormalLength, WorkloadRequest, synthetic_requests
 from nanopd.messages import EventKind, RequestLog
 from nanopd.routing.adaptive import AdaptiveRouter
 from nanopd.routing.closed_form import ClosedFormRouter
-from nanopd.routing.cost_model import CostModel, Parameters, chunk_pairs
+from nanopd.routing.cost_model import CostModel, Parameters, Terms, chunk_pairs
+from nanopd.routing.policy import make_policy
 from nanopd.simulator import simulate
 
 MODEL = ModelConfig("qwen3", 1000, 4096, 12288, 36, 32, 8, 128, 8192, 1e-6, 1e6, dtype="bfloat16")
@@ -98,3 +99,40 @@ def test_answers_have_the_lengths_of_the_workload() -> None:
     requests = synthetic_requests(100, FixedLength(300), LogNormalLength(50, 1.0, 300), 100.0)
     logs = run(ROLES["2P2D"], "disaggregated", requests)
     assert [len(logs[str(i)].token_times_s) for i in range(100)] == [r.num_output_tokens for r in requests]
+
+
+def test_the_cost_model_follows_workers_that_are_slower_than_its_file() -> None:
+    """And hears nothing new from workers that are as fast as it says."""
+    terms = H200.terms
+    scaled = {f.name: 1.3 * getattr(terms, f.name) for f in fields(terms)}
+    slow = replace(
+        H200, terms=Terms(**scaled | {"batch_thresh": terms.batch_thresh, "bandwidth": terms.bandwidth / 1.3})
+    )
+    requests = synthetic_requests(400, MIXED_PROMPTS, LogNormalLength(80, 0.8, 400), 40.0, seed=5)
+    settings = config(ROLES["2P2D"], "adaptive", slo={"ttft_ms": 400, "tpot_ms": 15})
+    for machine, factor in ((H200, 1.0), (slow, 1.3)):
+        engine, logs = simulate(settings, MODEL, machine, requests, make_policy(settings, H200))
+        assert len(logs) == len(requests)
+        drift = engine.router.costs.drift
+        assert drift["step"] == pytest.approx(factor, rel=0.01)
+        assert drift["prefill"] == pytest.approx(factor, rel=0.02)
+        assert drift["move"] == pytest.approx(factor, rel=0.02)
+
+
+def test_roles_follow_the_load_when_it_pays() -> None:
+    """One worker for prompts is too few, then one for generating is; each request is served once, where it started."""
+    prompts = synthetic_requests(300, FixedLength(3000), FixedLength(20), 16.0, seed=2)
+    answers = synthetic_requests(300, FixedLength(100), FixedLength(500), 10.0, seed=3)
+    answers = [
+        replace(r, arrival_s=r.arrival_s + prompts[-1].arrival_s, prompt_seed=r.prompt_seed + 1000) for r in answers
+    ]
+    levels = SLO(ttft_ms=200, tpot_ms=10, first_gap_ms=50)
+    attainments = {}
+    for policy in ("disaggregated", "adaptive"):
+        slo = {"ttft_ms": 200, "tpot_ms": 10, "first_gap_ms": 50}
+        logs = run(["prefill", "decode"], policy, prompts + answers, max_num_batched_tokens=2048, slo=slo)
+        assert not any(event.kind is EventKind.PREEMPTED for log in logs.values() for event in log.events)
+        attainments[policy] = summarize(logs.values(), levels).slo_attainment
+        if policy == "adaptive":
+            assert {str(log.route) for log in logs.values()} > {"0->1"}
+    assert attainments["adaptive"] > attainments["disaggregated"] + 0.1
