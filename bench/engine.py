@@ -45,6 +45,14 @@ NUM_STEPS = 48
 SAMPLED = {
     "top-k 50, top-p 0.95": {"temperature": 0.8, "top_k": 50, "top_p": 0.95},
     "the same and 5 logprobs": {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "logprobs": 5},
+    "top-p 0.95, penalties and 5 logprobs": {
+        "temperature": 0.8,
+        "top_p": 0.95,
+        "logprobs": 5,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.2,
+        "repetition_penalty": 1.1,
+    },
 }
 NONE = (None, None)
 

@@ -15,9 +15,9 @@ from typing import TypeAlias
 import numpy as np
 
 from nanopd.errors import NanopdError
-from nanopd.messages import MessageKind, StepBatch, StepResult, TransferAck, TransferPlan
+from nanopd.messages import MessageKind, SlotExtras, StepBatch, StepResult, TransferAck, TransferPlan
 
-Message: TypeAlias = StepBatch | StepResult | TransferPlan | TransferAck
+Message: TypeAlias = SlotExtras | StepBatch | StepResult | TransferPlan | TransferAck
 
 ALIGNMENT = 8  # bytes; what the largest item, SLOT_INIT's seed, needs
 
@@ -90,7 +90,7 @@ class _Layout:
 
 @cache
 def _layout(kind: int | None) -> _Layout:
-    for cls in (StepBatch, StepResult, TransferPlan, TransferAck):
+    for cls in (SlotExtras, StepBatch, StepResult, TransferPlan, TransferAck):
         if kind == cls.KIND:
             names = (*cls.HEADER, *cls.SECTIONS)
             assert names == tuple(field.name for field in fields(cls)), f"{cls.__name__}: fields are not in wire order"

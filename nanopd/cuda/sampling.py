@@ -1,4 +1,4 @@
-"""The next token of every row, drawn from its logits by temperature, top-k and top-p: one launch, no sort, no sync.
+"""The next token of every row, drawn by temperature, min-p, top-k and top-p: one launch, no sort, no sync.
 
 A token's likelihood is exp(logit / temperature) relative to the best token's: a float32 in [0, 1], whose bits, read as
 an integer, are its *key*. Its weight is the likelihood in multiples of 2**-40, so that sums are exact in any order and
@@ -38,7 +38,7 @@ TOTALS = 8 * THREADS  # behind the bins: int64 [32], of each warp
 FOUND = TOTALS + 8 * 32  # int64 [3]: bin, amount in the bins before it, amount in it
 MAXIMA = FOUND + 8 * 4  # float32 [32]
 SHARED_BYTES = MAXIMA + 4 * 32
-ROW_BYTES = 24  # of parameters
+ROW_BYTES = 32  # of parameters
 SAMPLING_ARGUMENTS = "lllrr"
 
 # The weight of a key that is not below the second, else 0: the float32's mantissa as a multiple of 2**-40.
@@ -152,7 +152,7 @@ def sampling_kernel(dtype: str) -> Callable[..., None]:
         warp.sync_cta()
         best = warp.warp_max(warp.load_f32_of_cta(bins + MAXIMA + 4 * lane))
 
-        floor = i32(LEAST_KEY)  # the least key that is kept
+        floor = warp.max_i32(LEAST_KEY, warp.load_i32(param + 24))  # the least key that is kept; a float32's bits
         by_mass = i32(0)
         while by_mass < 2:  # top-k counts tokens; top-p, of those that are left, their mass
             limit = warp.wide(warp.load_i32(param + 16))
@@ -241,8 +241,8 @@ def draw_tokens(logits: Tensor, params: Tensor) -> Tensor:
 
     Args:
         logits: [num_rows, vocab_size] bfloat16, float16 or float32, contiguous
-        params: [num_rows * 3] int64, a record of 24 bytes for each row: a random number and top-p (0: off), both
-            uint64 in multiples of 2**-64; top-k (0: off), int32; log2(e) / temperature, float32
+        params: [num_rows * 4] int64, a record of 32 bytes for each row: a random number and top-p (0: off), both
+            uint64 in multiples of 2**-64; top-k (0: off), int32; log2(e) / temperature and min-p, float32
 
     Returns:
         [num_rows] int64

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nanopd.cuda import attention, blocks, elementwise, sampling, warp
+from nanopd.cuda import adjusting, attention, blocks, elementwise, sampling, warp
 from nanopd.cuda.launch import Spec
 from nanopd.cuda.linear import skinny_spec
 
@@ -11,6 +11,7 @@ def all_variants(shared_limit: int) -> list[Spec]:
     """For a device whose CTAs may have `shared_limit` bytes of shared memory."""
     specs = [blocks.move_spec(), attention.plan_spec()]
     specs += [sampling.sampling_spec(dtype) for dtype in sampling.NAMES.values()]
+    specs += [adjusting.adjusting_spec(dtype) for dtype in sampling.NAMES.values()]
     for dtype in warp.NAMES.values():
         specs += [attention.decode_spec(head_dim, dtype, shared_limit) for head_dim in attention.HEAD_DIMS]
         specs += [elementwise.rotary_spec(head_dim, dtype) for head_dim in elementwise.HEAD_DIMS]

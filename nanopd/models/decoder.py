@@ -34,6 +34,15 @@ class Decoder:
         kv [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim], the model's dtype.
         Returns [num_samples, vocab] in the model's dtype, rows in the order of `batch.logit_indices`.
         """
+        x = self.hidden(batch, kv)
+        return self.logits(x if batch.logit_indices is None else x.index_select(0, batch.logit_indices))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x [n, hidden], some of what `hidden` returned -> [n, vocab], both in the model's dtype."""
+        return self.ops.norm_linear(x, self.weights.norm, self.config.rms_norm_eps, self.weights.lm_head)
+
+    def hidden(self, batch: InputBatch, kv: Tensor) -> Tensor:
+        """As `forward`, but returns what all tokens' logits are made of: [T, hidden]."""
         ops, weights, eps = self.ops, self.weights, self.config.rms_norm_eps
         ops.begin_step(batch.decode_seq_lens, batch.slot_mapping, is_decode_only=not batch.prefill_rows)
         x = ops.embedding(batch.token_ids, weights.embedding)  # [T, hidden], the residual stream
@@ -41,9 +50,7 @@ class Decoder:
             ops.add_linear(self._attention(x, layer, index, batch, kv), layer.o_proj, x)
             gated = ops.norm_gated_linear(x, layer.post_attention_norm, eps, layer.gate_up)  # [T, intermediate]
             ops.add_linear(gated, layer.down, x)
-        if batch.logit_indices is not None:
-            x = x.index_select(0, batch.logit_indices)
-        return ops.norm_linear(x, weights.norm, eps, weights.lm_head)
+        return x
 
     def _attention(self, x: Tensor, layer: LayerWeights, index: int, batch: InputBatch, kv: Tensor) -> Tensor:
         """x [T, hidden] -> [T, num_heads * head_dim], before the output projection."""

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from nanopd.config import MAX_STEPS_IN_FLIGHT, EngineConfig, ModelConfig
-from nanopd.messages import StepBatch, StepResult
+from nanopd.messages import SlotExtras, StepBatch, StepResult
 from nanopd.models.batch import InputBatch, PrefillRow
 from nanopd.models.decoder import Decoder
 from nanopd.worker.decode_graphs import DecodeGraphs
-from nanopd.worker.sampler import Sampler, TokenLogprobs
+from nanopd.worker.sampler import Sampler, TokenLogprobs, joined, token_logprobs
 from nanopd.worker.step_inputs import FROM_SLOT, ChunkInputs, StepInputs, step_inputs
 from nanopd.worker.upload import Uploader
+
+PROMPT_PIECE = 256  # tokens of prompts whose logits are there at a time
 
 
 class LaunchedStep:
@@ -32,9 +34,9 @@ class LaunchedStep:
         if self._events:
             self._events[0].record()
 
-    def set_outputs(self, tokens: Tensor, logprobs: TokenLogprobs) -> None:
+    def set_outputs(self, tokens: Tensor, logprobs: TokenLogprobs, errors: np.ndarray) -> None:
         """Everything has been queued; tokens [num_samples] on the device."""
-        self._logprob_rows = logprobs.rows
+        self._logprob_rows, self._errors = logprobs.rows, errors
         self._outputs = [_to_host(t) for t in (tokens.int(), logprobs.ids, logprobs.values)]
         if self._events:
             self._events[1].record()
@@ -49,7 +51,7 @@ class LaunchedStep:
             duration_us = self._events[0].elapsed_time(self._events[1]) * 1e3
         else:
             duration_us = (time.perf_counter() - self._started_s) * 1e6
-        return StepResult(self._step_id, int(duration_us), token_ids, self._logprob_rows, ids, values)
+        return StepResult(self._step_id, int(duration_us), token_ids, self._logprob_rows, ids, values, self._errors)
 
 
 class ModelRunner:
@@ -70,15 +72,20 @@ class ModelRunner:
         with torch.inference_mode():
             self._warm_up()
             if kv.device.type == "cuda":
-                self._graphs = DecodeGraphs(decoder, kv, self._tables, self._last_tokens, config.max_num_seqs)
+                self._graphs = DecodeGraphs(decoder, kv, self._tables, self._last_tokens, config.max_decode_rows)
 
     def _warm_up(self) -> None:
         """A decode row and a chunk of two tokens in the null block: kernels compile now, not at the first request."""
         zeros = np.zeros(3, np.int64)
         positions = np.array([0, 0, 1])
         chunk = ChunkInputs(start=1, end=3, num_cached=0, slot=0)
-        logits = self._run(StepInputs(zeros, zeros, positions, positions, 1, [chunk], zeros[:1], zeros[:1], zeros[:1]))
-        self._sampler.sample(logits, zeros[:1], zeros[:1])
+        inputs = StepInputs(zeros, zeros, positions, positions, 1, [chunk], zeros[:1], zeros[:1], zeros[:1])
+        logits, _ = self._run(inputs)
+        self._sampler.warm_up(logits)
+
+    def take_extras(self, extras: SlotExtras) -> None:
+        """Of a sequence that enters a slot in the next step."""
+        self._sampler.take_extras(extras)
 
     @torch.inference_mode()
     def launch(self, batch: StepBatch) -> LaunchedStep:
@@ -86,16 +93,18 @@ class ModelRunner:
         self._apply_changes(batch)
         inputs = step_inputs(batch, self._host_tables, self._block_size)
         step = LaunchedStep(batch.step_id, self._kv.device)  # its time begins when its work is there to be started
+        of_prompts: list[TokenLogprobs] = []
         if self._graphs is not None and self._graphs.can_run(inputs):
             logits, tokens = self._graphs.run(inputs, self._upload)
         else:
-            logits, tokens = self._run(inputs), None
+            (logits, of_prompts), tokens = self._run(inputs), None
         host_slots, positions = inputs.sampled_slots, inputs.sampled_positions
         if tokens is None or not self._sampler.is_plain_argmax(host_slots, positions):
             tokens = self._sampler.sample(logits, host_slots, positions)
             (slots,) = self._upload([host_slots])
             self._last_tokens.index_copy_(0, slots, tokens)
-        step.set_outputs(tokens, self._sampler.logprobs(logits, host_slots, tokens))
+        logprobs = joined([self._sampler.logprobs(logits, host_slots, tokens), *of_prompts])
+        step.set_outputs(tokens, logprobs, self._sampler.take_errors())
         return step
 
     def _apply_changes(self, batch: StepBatch) -> None:
@@ -112,25 +121,38 @@ class ModelRunner:
             src, dst = self._upload([batch.copies[name].astype(np.int64) for name in ("src", "dst")])
             self._decoder.ops.copy_blocks(self._kv, src, dst)
 
-    def _run(self, inputs: StepInputs) -> Tensor:
-        """Logits [num_samples, vocab_size] of any step, in the model's dtype."""
+    def _run(self, inputs: StepInputs) -> tuple[Tensor, list[TokenLogprobs]]:
+        """Logits [num_samples, vocab_size] of any step, in the model's dtype, and the logprobs of prompts."""
         n = inputs.num_decode_rows
         token_ids, slots, positions, slot_mapping, logit_indices = self._upload(
             [inputs.token_ids, inputs.token_slots, inputs.positions, inputs.slot_mapping, inputs.logit_indices]
         )
-        return self._decoder.forward(
-            InputBatch(
-                token_ids=torch.where(token_ids == FROM_SLOT, self._last_tokens[slots], token_ids),
-                positions=positions,
-                slot_mapping=slot_mapping,
-                num_decode_rows=n,
-                decode_block_tables=self._tables.index_select(0, slots[:n]),
-                decode_seq_lens=(positions[:n] + 1).int(),
-                prefill_rows=tuple(map(self._prefill_row, inputs.chunks)),
-                logit_indices=logit_indices,
-            ),
-            self._kv,
+        batch = InputBatch(
+            token_ids=torch.where(token_ids == FROM_SLOT, self._last_tokens[slots], token_ids),
+            positions=positions,
+            slot_mapping=slot_mapping,
+            num_decode_rows=n,
+            decode_block_tables=self._tables.index_select(0, slots[:n]),
+            decode_seq_lens=(positions[:n] + 1).int(),
+            prefill_rows=tuple(map(self._prefill_row, inputs.chunks)),
+            logit_indices=logit_indices,
         )
+        x = self._decoder.hidden(batch, self._kv)  # [T, hidden]
+        return self._decoder.logits(x.index_select(0, logit_indices)), self._prompt_logprobs(inputs, x)
+
+    def _prompt_logprobs(self, inputs: StepInputs, x: Tensor) -> list[TokenLogprobs]:
+        """Of the prompts whose sequences ask for it, a piece at a time: the logits of a whole prompt are large."""
+        targets = self._sampler.prompt_targets(inputs.token_slots, inputs.positions)
+        if targets is None:
+            return []
+        columns = self._upload([targets.indices, targets.token_ids, targets.wanted])
+        rows, num_best, parts = (-1 - targets.slots).astype(np.int32), int(targets.wanted.max(initial=0)), []
+        for start in range(0, len(rows), PROMPT_PIECE):
+            piece = slice(start, start + PROMPT_PIECE)
+            indices, token_ids, wanted = (column[piece] for column in columns)
+            logits = self._decoder.logits(x.index_select(0, indices))
+            parts.append(TokenLogprobs(rows[piece], *token_logprobs(logits, token_ids, wanted, num_best)))
+        return parts
 
     def _prefill_row(self, chunk: ChunkInputs) -> PrefillRow:
         num_tokens = chunk.num_cached + chunk.end - chunk.start

@@ -1,8 +1,9 @@
 """Chooses the next token of every row of a step.
 
-Owns what each slot asked for (temperature, top-k, top-p, seed, stop ids) and the arithmetic from logits to token ids
-and logprobs. Knows nothing of sequences, blocks or models. What a slot asked for stays on the host, so the path is
-chosen without reading the device, and on a GPU nothing here waits for it.
+Owns what each slot asked for (temperature, top-k, top-p, min-p, seed, stop ids) and the arithmetic from logits to
+token ids and logprobs; what changes the logits before is in adjustments.py. Knows nothing of sequences, blocks or
+models. What a slot asked for stays on the host, so the path is chosen without reading the device, and on a GPU nothing
+here waits for it.
 
 A row's token depends on its logits, its seed and its position, never on the other rows: one Philox number per
 (seed, position) is looked up in the row's cumulative distribution. A token's likelihood is relative to the best
@@ -12,6 +13,7 @@ of `nanopd.cuda.sampling` are the same rule.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import NamedTuple
 
 import numpy as np
@@ -19,13 +21,15 @@ import torch
 from torch import Tensor
 
 from nanopd.config import MAX_STEPS_IN_FLIGHT
-from nanopd.messages import MAX_LOGPROBS, SLOT_INIT
+from nanopd.messages import MAX_LOGPROBS, SLOT_INIT, SlotExtras
+from nanopd.worker.adjustments import Adjustments
 from nanopd.worker.upload import Uploader
 
 GREEDY_BELOW = 1e-5  # temperatures below are greedy, as in vLLM
 ONE = 2.0**40  # fixed point: a token less likely than 2**-40 of the best one is never drawn
 LOG2_E = 1.4426950408889634
 NUM_CANDIDATES = 256  # best tokens looked at first for top-p
+GROUP = 64  # tokens of which the best one is looked at first for logprobs
 GROWTH = 16  # times as many where these do not reach it
 
 # What a row's token is drawn by; uniform and top_p in multiples of 2**-64. The kernel reads these records.
@@ -35,10 +39,12 @@ DRAW = np.dtype(
         ("top_p", "<u8"),  # 0: off
         ("top_k", "<i4"),  # 0: off
         ("scale", "<f4"),  # log2(e) / temperature
+        ("min_p", "<f4"),  # the least likelihood that is kept
+        ("padding", "<i4"),
     ]
 )
 MIN_SCALE = 1e-30  # -inf times it is -inf
-GREEDY = (0, 0, 0, 1e30)  # the first of the best tokens: all others have no likelihood
+GREEDY = (0, 0, 0, 1e30, 0, 0)  # the first of the best tokens: all others have no likelihood
 
 PHILOX_MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], np.uint64)
 PHILOX_WEYL = np.array([[0x9E3779B9], [0xBB67AE85]], np.uint64)
@@ -50,9 +56,25 @@ SHIFT_32 = np.uint64(32)
 class TokenLogprobs(NamedTuple):
     """Logprobs in the layout of `StepResult`; columns are the chosen token, then the best ones."""
 
-    rows: np.ndarray  # [num_logprob_rows] int32, indices into the sampled rows
+    rows: np.ndarray  # [num_logprob_rows] int32, indices into the sampled rows; of prompts -1 - slot
     ids: Tensor  # [num_logprob_rows * (1 + MAX_LOGPROBS)] int32, -1: none
     values: Tensor  # the same shape, float32, -inf: none
+
+
+def joined(parts: list[TokenLogprobs]) -> TokenLogprobs:
+    if len(parts) == 1:
+        return parts[0]
+    rows, ids, values = zip(*parts, strict=True)
+    return TokenLogprobs(np.concatenate(rows), torch.cat(ids), torch.cat(values))
+
+
+class PromptTargets(NamedTuple):
+    """Tokens of prompts whose logprobs are wanted; all [*] int64."""
+
+    indices: np.ndarray  # of the token before, in the step
+    token_ids: np.ndarray
+    wanted: np.ndarray  # how many best ones beside it
+    slots: np.ndarray
 
 
 class Sampler:
@@ -63,6 +85,13 @@ class Sampler:
         self._upload = Uploader(device, MAX_STEPS_IN_FLIGHT + 1)
         self._slots = np.zeros(max_slots, SLOT_INIT)  # row s: the record that last entered slot s
         self._stop_ids = [np.empty(0, np.int32)] * max_slots
+        self._adjustments = Adjustments(max_slots, vocab_size, device)
+        self._arrived: dict[int, SlotExtras] = {}  # by slot, for the step to come
+        self._prompts: dict[int, SlotExtras] = {}  # by slot: whose prompts' logprobs are wanted
+
+    def take_extras(self, extras: SlotExtras) -> None:
+        """They hold from when a sequence enters their slot, which is in the next step."""
+        self._arrived[extras.slot] = deepcopy(extras)  # the message's memory is used again
 
     def apply(self, slot_inits: np.ndarray, stop_ids: np.ndarray) -> None:
         """Take over the parameters of sequences that enter slots.
@@ -75,6 +104,12 @@ class Sampler:
         ends = np.cumsum(slot_inits["num_stop_ids"])
         for slot, ids in zip(slot_inits["slot"].tolist(), np.split(stop_ids, ends[:-1]), strict=False):
             self._stop_ids[slot] = ids.copy()  # the message's memory is used again
+        for slot in slot_inits["slot"].tolist():
+            extras = self._arrived.pop(slot, None)
+            self._adjustments.enter(slot, extras)
+            self._prompts.pop(slot, None)
+            if extras is not None and extras.num_prompt_logprobs >= 0:
+                self._prompts[slot] = extras
 
     def sample(self, logits: Tensor, slots: np.ndarray, positions: np.ndarray) -> Tensor:
         """The next token of every row.
@@ -85,8 +120,26 @@ class Sampler:
             positions: [num_rows] int64, index in its sequence, prompt included, of the token to choose
 
         Returns:
-            [num_rows] int64, on the logits' device
+            [num_rows] int64, on the logits' device; -1 where a user's function has failed
         """
+        if not self._adjustments.concern(slots):
+            return self._draw(logits, slots, positions)
+        token_ids = self._draw(self._adjustments.apply(logits, slots), slots, positions)
+        self._adjustments.note(slots, token_ids)
+        return token_ids
+
+    def warm_up(self, logits: Tensor) -> None:
+        """Kernels compile and load: those that most requests need, and those of `take_extras`."""
+        zeros = np.zeros(len(logits), np.int64)
+        self.sample(logits, zeros, zeros)
+        self._draw(self._adjustments.warm_up(logits), zeros, zeros)
+
+    def take_errors(self) -> np.ndarray:
+        """Why rows of the last `sample` have -1, as text: [*] uint8."""
+        return self._adjustments.take_errors()
+
+    def _draw(self, logits: Tensor, slots: np.ndarray, positions: np.ndarray) -> Tensor:
+        """As `sample`, from logits that are not changed any more."""
         params = self._slots[slots]
         logits = self._mask_stop_ids(logits, params, positions)
         draws = draws_of(params, positions)
@@ -97,7 +150,7 @@ class Sampler:
         token_ids = logits.argmax(-1)
         # A row at a time: the temporaries stay in the cache (measured: a batch's take up to six times as long).
         for row in np.flatnonzero(params["temperature"] >= GREEDY_BELOW).tolist():
-            token_ids[row] = draw_token(logits[row].float(), *draws[row].item())
+            token_ids[row] = draw_token(logits[row].float(), *draws[row].item()[:-1])
         return token_ids
 
     def logprobs(self, logits: Tensor, slots: np.ndarray, token_ids: Tensor) -> TokenLogprobs:
@@ -110,23 +163,32 @@ class Sampler:
         """
         num_logprobs = self._slots["num_logprobs"][slots].astype(np.int64)
         host_rows = np.flatnonzero(num_logprobs >= 0)
-        ids = torch.full((len(host_rows), 1 + MAX_LOGPROBS), -1, dtype=torch.int64, device=logits.device)
-        values = torch.full(ids.shape, -torch.inf, device=logits.device)
-        if len(host_rows):
-            rows, wanted = self._upload([host_rows, num_logprobs[host_rows]])
-            num_best = min(int(num_logprobs.max()), self.vocab_size)
-            logits = logits.index_select(0, rows)
-            log_total = logits.float().logsumexp(-1, keepdim=True)  # [num_logprob_rows, 1]
-            ids[:, 0] = token_ids.index_select(0, rows)
-            values[:, :1] = logits.gather(-1, ids[:, :1]) - log_total
-            best = logits.topk(num_best)
-            unwanted = torch.arange(num_best, device=logits.device) >= wanted[:, None]
-            ids[:, 1 : 1 + num_best] = best.indices.masked_fill(unwanted, -1)
-            values[:, 1 : 1 + num_best] = (best.values - log_total).masked_fill(unwanted, -torch.inf)
-        return TokenLogprobs(host_rows.astype(np.int32), ids.int().flatten(), values.flatten())
+        if not len(host_rows):
+            nothing = torch.empty(0, device=logits.device)
+            return TokenLogprobs(host_rows.astype(np.int32), nothing.int(), nothing)
+        rows, wanted = self._upload([host_rows, num_logprobs[host_rows]])
+        if len(rows) < len(logits):
+            logits, token_ids = logits.index_select(0, rows), token_ids.index_select(0, rows)
+        ids, values = token_logprobs(logits, token_ids, wanted, int(num_logprobs.max(initial=0)))
+        return TokenLogprobs(host_rows.astype(np.int32), ids, values)
+
+    def prompt_targets(self, slots: np.ndarray, positions: np.ndarray) -> PromptTargets | None:
+        """Which logits of a step's tokens (slots, positions [T] int64) are asked for beside those to sample from."""
+        parts = []
+        for slot in np.unique(slots).tolist() if self._prompts else ():
+            if (extras := self._prompts.get(slot)) is not None:
+                indices = np.flatnonzero((slots == slot) & (positions + 1 < extras.num_prompt_tokens))
+                if not len(indices):
+                    continue
+                following = extras.token_ids[positions[indices] + 1].astype(np.int64)
+                wanted = np.full(len(indices), extras.num_prompt_logprobs)
+                parts.append((indices, following, wanted, np.full(len(indices), slot)))
+        return PromptTargets(*map(np.concatenate, zip(*parts))) if parts else None
 
     def is_plain_argmax(self, slots: np.ndarray, positions: np.ndarray) -> bool:
         """Whether `sample` would choose the largest logit in every row; arguments as for `sample`."""
+        if self._adjustments.concern(slots):
+            return False
         params = self._slots[slots]
         is_masked = (positions < params["min_len"]) & (params["num_stop_ids"] > 0)
         return not bool((is_masked | (params["temperature"] >= GREEDY_BELOW)).any())
@@ -141,6 +203,39 @@ class Sampler:
         return logits.flatten().index_fill(0, index, -torch.inf).view_as(logits)
 
 
+def token_logprobs(logits: Tensor, token_ids: Tensor, wanted: Tensor, num_best: int) -> tuple[Tensor, Tensor]:
+    """Ids and values of `TokenLogprobs`.
+
+    Args:
+        logits: [num_rows, vocab_size] float32 or a 16-bit type
+        token_ids: [num_rows] int64
+        wanted: [num_rows] int64, how many best tokens
+        num_best: the largest of `wanted`
+    """
+    num_best = min(num_best, logits.shape[1])
+    ids = torch.full((len(logits), 1 + MAX_LOGPROBS), -1, dtype=torch.int64, device=logits.device)
+    values = torch.full(ids.shape, -torch.inf, device=logits.device)
+    best = best_tokens(logits, num_best)
+    ids[:, 0] = token_ids
+    ids[:, 1 : 1 + num_best] = best
+    found = ids[:, : 1 + num_best].clamp(min=0)  # there is no token where a user's function has failed
+    values[:, : 1 + num_best] = logits.log_softmax(-1, torch.float32).gather(-1, found)
+    unwanted = torch.arange(ids.shape[1], device=logits.device) > wanted[:, None]
+    return ids.masked_fill_(unwanted, -1).int().flatten(), values.masked_fill_(unwanted, -torch.inf).flatten()
+
+
+def best_tokens(logits: Tensor, count: int) -> Tensor:
+    """[num_rows, count] int64, the best one first: they are within the `count` groups with the largest maxima."""
+    num_rows, vocab_size = logits.shape
+    num_groups = vocab_size // GROUP
+    if vocab_size % GROUP or num_groups <= count:
+        return logits.topk(count).indices
+    groups = logits.view(num_rows, num_groups, GROUP)
+    first = GROUP * groups.amax(-1).topk(count).indices
+    candidates = (first[:, :, None] + torch.arange(GROUP, device=logits.device)).flatten(1)
+    return candidates.gather(-1, logits.gather(-1, candidates).topk(count).indices)
+
+
 def draws_of(params: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """What the rows' tokens are drawn by.
 
@@ -151,11 +246,12 @@ def draws_of(params: np.ndarray, positions: np.ndarray) -> np.ndarray:
     Returns:
         [num_rows] DRAW
     """
-    draws = np.empty(len(params), DRAW)
+    draws = np.zeros(len(params), DRAW)
     is_random = params["temperature"] >= GREEDY_BELOW
     draws["uniform"] = random_numbers(params["seed"], positions)
     draws["top_p"] = np.where(params["top_p"] < 1.0, np.ceil(params["top_p"] * 2.0**64), 0)
     draws["top_k"] = params["top_k"]
+    draws["min_p"] = params["min_p"]
     draws["scale"] = np.maximum(LOG2_E / np.where(is_random, params["temperature"], 1.0), MIN_SCALE)
     draws[~is_random] = GREEDY
     return draws
@@ -166,19 +262,20 @@ def fixed_point(likelihood: Tensor) -> Tensor:
     return (likelihood * ONE).long()
 
 
-def draw_token(logits: Tensor, uniform: int, top_p: int, top_k: int, scale: float) -> int:
+def draw_token(logits: Tensor, uniform: int, top_p: int, top_k: int, scale: float, min_p: float = 0.0) -> int:
     """The token at which the cumulative distribution, in the order of the vocabulary, passes `uniform`.
 
     Args:
         logits: [vocab_size] float32
-        uniform, top_p, top_k, scale: fields of a DRAW
+        uniform, top_p, top_k, scale, min_p: fields of a DRAW
     """
-    cdf = kept_weights(((logits - logits.max()) * scale).exp2_(), top_k, top_p).numpy().cumsum()
+    likelihood = ((logits - logits.max()) * scale).exp2_().nan_to_num_(1.0)  # what is no number may be drawn
+    cdf = kept_weights(likelihood, top_k, top_p, min_p).numpy().cumsum()
     return int(np.searchsorted(cdf, int(cdf[-1]) * uniform >> 64, side="right"))
 
 
-def kept_weights(likelihood: Tensor, top_k: int, top_p: int) -> Tensor:
-    """The weights of the tokens that top-k, and then top-p of what top-k has left, keep; 0 for the others.
+def kept_weights(likelihood: Tensor, top_k: int, top_p: int, min_p: float = 0.0) -> Tensor:
+    """The weights of the tokens that min-p, then top-k, and then top-p of what they have left, keep; 0 for the others.
 
     Top-p keeps the smallest set of best tokens that reaches `top_p` of the mass. All tokens as likely as the last one
     kept are kept, so the set does not depend on the order of ties.
@@ -187,10 +284,13 @@ def kept_weights(likelihood: Tensor, top_k: int, top_p: int) -> Tensor:
         likelihood: [vocab_size] float32, at most 1
         top_k: 0: off
         top_p: in multiples of 2**-64; 0: off
+        min_p: the least likelihood that is kept
 
     Returns:
         [vocab_size] int64
     """
+    if min_p > 0:
+        likelihood = likelihood.where(likelihood >= min_p, 0)
     if 0 < top_k < len(likelihood):
         likelihood = likelihood.where(likelihood >= likelihood.topk(top_k).values[-1], 0)
     weights = fixed_point(likelihood)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CALLS_PER_STEP = 4
+CALLS_PER_STEP = 5
 MIN_BYTES = 1 << 16
 
 
@@ -38,3 +38,9 @@ class Uploader:
             size = max(MIN_BYTES // 8, 1 << (length - 1).bit_length())
             self._buffers[index] = torch.empty(size, dtype=torch.int64, pin_memory=True)
         return self._buffers[index][:length]
+
+
+def upload_once(array: np.ndarray, device: torch.device) -> Tensor:
+    """`array` on the device, through pinned memory of its own, as for something rare or large; does not wait."""
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

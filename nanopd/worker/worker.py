@@ -14,12 +14,12 @@ import torch
 
 from nanopd.config import EngineConfig, ModelConfig
 from nanopd.ipc.memories import Memories
-from nanopd.messages import Peer, StepBatch, TransferPath, TransferPlan
+from nanopd.messages import Peer, SlotExtras, StepBatch, TransferPath, TransferPlan
 from nanopd.models.loader import load_model
 from nanopd.worker.decode_graphs import ladder
 from nanopd.worker.kv_cache import allocate_kv, derive_num_blocks, export_kv, open_kv
 from nanopd.worker.kv_transfer import KVTransfer, path_between
-from nanopd.worker.launched import Launched
+from nanopd.worker.launched import Done, Launched
 from nanopd.worker.model_runner import ModelRunner
 
 
@@ -69,11 +69,14 @@ class Worker:
         """Whether the plan's other worker has been connected; if not, it is about to be."""
         return self._transfer.knows(plan)
 
-    def launch(self, message: StepBatch | TransferPlan) -> Launched:
+    def launch(self, message: SlotExtras | StepBatch | TransferPlan) -> Launched:
         """Begin what a message says: steps in the order of calls, plans beside them; on the CPU steps are done at once.
 
         Plans of one pair of workers are to be polled one after the other, in the order of calls.
         """
+        if isinstance(message, SlotExtras):
+            self._runner.take_extras(message)
+            return Done(None)
         if isinstance(message, StepBatch):
             return self._runner.launch(message)
         return self._transfer.launch(message)
@@ -85,7 +88,7 @@ def cuda_operations(config: EngineConfig, model: ModelConfig, device: torch.devi
 
     return Operations(
         PagedDecodeAttention(
-            ladder(config.max_num_seqs)[-1],
+            ladder(config.max_decode_rows)[-1],
             model.num_heads,
             model.num_kv_heads,
             model.head_dim,

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("numba_cuda", reason="the kernels are written with numba-cuda")
 
@@ -13,9 +14,10 @@ import references as ref
 from emulator import Emulator, to_bits, to_values
 from references import PagedCase, error, random, tolerance
 
-from nanopd.cuda import attention, blocks, elementwise, sampling
+from nanopd.cuda import adjusting, attention, blocks, elementwise, sampling
 from nanopd.cuda.launch import Spec
 from nanopd.cuda.linear import ADD, GATE, MMA_ROWS, PLAIN, TILE_ROWS, skinny_spec
+from nanopd.worker.adjustments import ADJUSTMENT, IN_PROMPT, adjust_logits
 from nanopd.worker.sampler import DRAW
 
 
@@ -196,9 +198,10 @@ def test_move_blocks(id_type: type, block_bytes: int) -> None:
     np.testing.assert_array_equal(gpu.get(to, dst.shape, np.int32), dst)
 
 
-def cumulative(logits: np.ndarray, top_k: int, top_p: float, scale: float) -> np.ndarray:
+def cumulative(logits: np.ndarray, top_k: int, top_p: float, scale: float, min_p: float) -> np.ndarray:
     """[vocab_size] float64: the distribution that a token is drawn from, by sorting."""
     likelihood = np.exp2((logits - logits.max()).astype(np.float64) * scale)
+    likelihood[likelihood < min_p] = 0
     if top_k:
         likelihood[likelihood < np.sort(likelihood)[-top_k]] = 0
     best = np.sort(likelihood)[::-1]
@@ -210,7 +213,8 @@ def cumulative(logits: np.ndarray, top_k: int, top_p: float, scale: float) -> np
 @pytest.mark.parametrize(("dtype", "vocab_size"), [("bf16", 2000), ("f16", 24), ("f32", 3001)])
 def test_sampling(dtype: str, vocab_size: int) -> None:
     rng = np.random.default_rng(7)
-    rows = [(0, 1.0, 1e30), (0, 1.0, 1.8), (10, 1.0, 0.5), (0, 0.9, 0.1), (20, 0.7, 1.2), (10**6, 0.2, 1.4)]
+    rows = [(0, 1.0, 1e30, 0), (0, 1.0, 1.8, 0.01), (10, 1.0, 0.5, 0), (0, 0.9, 0.1, 0.3), (20, 0.7, 1.2, 0.05)]
+    rows += [(10**6, 0.2, 1.4, 0), (0, 1.0, 0.4, 1.0)]
     padded = -(-vocab_size // 8) * 8
     logits = np.full((len(rows), padded), -np.inf, np.float32)
     logits[:, :vocab_size] = 3 * rng.standard_normal((len(rows), vocab_size))
@@ -218,12 +222,12 @@ def test_sampling(dtype: str, vocab_size: int) -> None:
         logits = to_values(to_bits(logits, dtype), dtype).reshape(logits.shape)
     draws = np.zeros(len(rows), DRAW)
     expected = []
-    for i, (x, (top_k, top_p, scale)) in enumerate(zip(logits, rows)):
-        cdf = cumulative(x[:vocab_size], min(top_k, vocab_size), top_p, scale)
+    for i, (x, (top_k, top_p, scale, min_p)) in enumerate(zip(logits, rows)):
+        cdf = cumulative(x[:vocab_size], min(top_k, vocab_size), top_p, scale, min_p)
         shares = np.diff(cdf, prepend=0)
         token = rng.choice(np.flatnonzero(shares > 0.2 * shares.max()))  # drawn by the middle of its interval
         uniform = cdf[token] - shares[token] / 2
-        draws[i] = int(uniform * 2.0**64), int(top_p * 2.0**64) % 2**64, top_k, scale
+        draws[i] = int(uniform * 2.0**64), int(top_p * 2.0**64) % 2**64, top_k, scale, min_p, 0
         expected.append(token)
     gpu = Emulator()
     source = logits if dtype == "f32" else to_bits(logits, dtype)
@@ -265,3 +269,31 @@ def test_sampling_of_what_is_no_number(value: float) -> None:
     logits, draw = gpu.put(np.full(64, value, np.float32)), gpu.put(np.array((2**64 - 1, 2**63, 30, 1.0, 0, 0), DRAW))
     gpu.launch(sampling.sampling_spec("f32"), 1, logits, draw, tokens, 16, 61)
     assert 0 <= gpu.get(tokens, (1,), np.int64)[0] < 61
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("bf16", 512), ("f16", 256), ("f32", 384)])
+@pytest.mark.parametrize("has_biases", [True, False])
+def test_adjusting(dtype: str, width: int, has_biases: bool) -> None:
+    """Bit for bit what the CPU twin gives."""
+    rng, num_rows, table_width = np.random.default_rng(3), 5, width + 8
+    logits = random(rng, num_rows, width, dtype=dtype) if dtype != "f32" else rng.normal(size=(num_rows, width))
+    logits = np.float32(logits).reshape(num_rows, width)
+    logits[:, 5], logits[:, 6], logits[2, 7] = -np.inf, 0, -0.0
+    counts = rng.choice([0, 1, 3, IN_PROMPT, IN_PROMPT + 2], (4, table_width)).astype(np.int32)
+    biases = rng.choice([0, 1.5, -0.1, -np.inf], (4, table_width)).astype(np.float32)
+    counts[0] = biases[0] = 0
+    records = np.zeros(num_rows, ADJUSTMENT)
+    records["row"], (records["presence"], records["frequency"]) = [3, 1, 0, 2, 1], rng.normal(size=(2, num_rows))
+    records["repetition"] = rng.uniform(0.5, 2, num_rows)
+    records["inverse"] = 1 / records["repetition"]
+    gpu = Emulator()
+    out = gpu.put(np.full((num_rows, width), np.nan, np.float32))
+    source = gpu.put(logits if dtype == "f32" else to_bits(logits, dtype))
+    spec = adjusting.adjusting_spec(dtype)
+    num_chunks = width // (4 if dtype == "f32" else 8)
+    tables = gpu.put(counts), gpu.put(biases) if has_biases else 0
+    sizes = num_rows, num_chunks, table_width
+    gpu.launch(spec, -(-num_rows * num_chunks // spec.threads), source, *tables, gpu.put(records), out, *sizes)
+    on_host = torch.from_numpy(biases) if has_biases else None
+    expected = adjust_logits(torch.from_numpy(logits), torch.from_numpy(counts), on_host, records)
+    np.testing.assert_array_equal(gpu.get(out, logits.shape, np.float32), expected.numpy())

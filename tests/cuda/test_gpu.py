@@ -217,16 +217,17 @@ def test_sampling_agrees_with_its_cpu_twin(dtype: torch.dtype, vocab_size: int) 
     params["temperature"] = rng.choice([0.0, 0.01, 0.3, 0.8, 1.0, 5.0, 100.0], num_rows)
     params["top_p"] = rng.choice([1.0, 0.95, 0.5, 0.05], num_rows)
     params["top_k"] = rng.choice([0, 1, 50, 1000, 10**9], num_rows)
+    params["min_p"] = rng.choice([0.0, 0.01, 0.3, 1.0], num_rows)
     logits = (3 * torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(9))).to(dtype)
     logits[::3, 17:900] = -torch.inf
     draws, on_device = draws_of(params, np.arange(num_rows)), logits.cuda()
     tokens = draw_tokens(on_device, on_gpu(draws.view(np.int64)))
     num_equal = 0
-    for row, (uniform, top_p, top_k, scale) in enumerate(draws.tolist()):
+    for row, (uniform, top_p, top_k, scale, min_p, _) in enumerate(draws.tolist()):
         alone = draw_tokens(on_device[row : row + 1].clone(), on_gpu(draws[row : row + 1].view(np.int64)))
         assert tokens[row] == alone, "other rows do not matter"
         x = logits[row].float()
-        cdf = kept_weights(((x - x.max()) * scale).exp2(), top_k, top_p).numpy().cumsum()
+        cdf = kept_weights(((x - x.max()) * scale).exp2(), top_k, top_p, min_p).numpy().cumsum()
         token, target, rounding = int(tokens[row]), int(cdf[-1]) * uniform >> 64, int(1e-5 * cdf[-1])
         num_equal += token == np.searchsorted(cdf, target, side="right")
         assert cdf[token] + rounding > target

@@ -11,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from nanopd.messages import MAX_LOGPROBS, SLOT_INIT
 from nanopd.worker.sampler import DRAW, Sampler, draw_token, draws_of, kept_weights, philox4x32, random_numbers
@@ -79,15 +85,30 @@ def test_random_numbers_are_uniform_and_distinct() -> None:
 
 @pytest.mark.parametrize("vocab_size", [11, 1000, 5003])
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 20.0])  # 20: nearly flat, top-p keeps most of the vocabulary
-@pytest.mark.parametrize(("top_k", "top_p"), [(1, 1.0), (10, 1.0), (700, 1.0), (0, 0.5), (0, 0.99), (50, 0.9)])
-def test_kept_tokens_are_those_of_transformers(vocab_size: int, temperature: float, top_k: int, top_p: float) -> None:
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"),
+    [
+        (1, 1, 0),
+        (10, 1, 0),
+        (700, 1, 0),
+        (0, 0.5, 0),
+        (0, 0.99, 0),
+        (50, 0.9, 0),
+        (0, 1, 0.1),
+        (9, 1, 0.01),
+        (0, 0.8, 0.2),
+    ],
+)
+def test_kept_tokens_are_those_of_transformers(
+    vocab_size: int, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
     logits = random_logits(1, vocab_size, seed=vocab_size + top_k)
-    warpers = [TemperatureLogitsWarper(temperature)]
+    warpers = [TemperatureLogitsWarper(temperature), *([MinPLogitsWarper(min_p)] if min_p else [])]
     warpers += [TopKLogitsWarper(top_k)] if top_k else []
     warpers += [TopPLogitsWarper(top_p)] if top_p < 1.0 else []
     expected = torch.softmax(LogitsProcessorList(warpers)(None, logits), -1)[0]
 
-    weights = kept_weights(likelihood_of(logits[0] / temperature), top_k, fraction(top_p))
+    weights = kept_weights(likelihood_of(logits[0] / temperature), top_k, fraction(top_p), min_p)
     torch.testing.assert_close((weights / weights.sum()).float(), expected, rtol=1e-5, atol=1e-10)
     assert not ((weights > 0) & (expected == 0)).any()
     assert not ((weights == 0) & (expected > 2.0**-39)).any()  # fixed point rounds very little to nothing
@@ -135,13 +156,14 @@ def test_draw_at_the_ends_of_the_unit_interval(uniform: int) -> None:
 def test_draws_of_slots() -> None:
     params = np.zeros(4, SLOT_INIT)
     params["temperature"], params["top_k"] = [0.5, 0.0, 1e38, 1.0], [0, 5, 7, 0]
-    params["top_p"] = [1.0, 0.5, 1e-30, 0.75]
+    params["top_p"], params["min_p"] = [1.0, 0.5, 1e-30, 0.75], [0, 0.5, 0, 0.125]
     draws = draws_of(params, np.arange(4))
-    assert draws.dtype.itemsize == 24, "three words, as they are uploaded"
+    assert draws.dtype.itemsize == 32, "four words, as they are uploaded"
     assert draws["top_p"].tolist() == [0, 0, 1, 3 << 62]
     assert draws["top_k"].tolist() == [0, 0, 7, 0]
+    assert draws["min_p"].tolist() == [0, 0, 0, 0.125]
     assert draws["scale"][0] == np.float32(2 * math.log2(math.e))
-    assert draws[1] == np.array((0, 0, 0, 1e30), DRAW), "greedy"
+    assert draws[1] == np.array((0, 0, 0, 1e30, 0, 0), DRAW), "greedy"
     assert (draws["uniform"] != 0).tolist() == [True, False, True, True]
 
 

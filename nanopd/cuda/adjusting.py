@@ -1,0 +1,136 @@
+"""Penalties and biases on the logits of rows whose sequences ask for them: one launch, which also makes them float32.
+
+A row reads a row of a table of counts, and of one of biases where there is any; row 0 of both is of zeros and changes
+nothing. The arithmetic is that of `nanopd.worker.adjustments.adjust_logits`, operation by operation.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from numba.cuda.types import int32 as i32
+from torch import Tensor
+
+from nanopd.cuda import warp
+from nanopd.cuda.launch import Kernel, Spec, kernel_for
+from nanopd.cuda.ptx import Instruction, macro
+from nanopd.cuda.sampling import NAMES
+
+THREADS = 256
+ROW_BYTES = 24  # of parameters
+ADJUSTING_ARGUMENTS = "lllllrrr"
+
+# How often a token was generated: a count without its mark of the prompt.
+GENERATED = Instruction("{.reg .b32 x; and.b32 x, $1, 0xffffff; cvt.rn.f32.s32 $0, x;}", "f", "r")
+MUL_ROUNDED = Instruction("mul.rn.f32 $0, $1, $2;", "f", "ff")  # never fused with what follows
+
+
+def adjusting_kernel(dtype: str) -> Callable[..., None]:
+    """A thread has 16 bytes of logits."""
+    PER_CHUNK = 4 if dtype == "f32" else 8
+
+    @macro
+    def unpack(emit: Any, registers: Any) -> list[Any]:
+        if dtype == "f32":
+            return [emit(warp.F32_OF_BITS, register) for register in registers]
+        return [x for register in registers for x in emit(warp.UNPACK[dtype], register)]
+
+    @macro
+    def add(emit: Any, values: Any, biases: Any) -> list[Any]:
+        """values + biases, an address."""
+        added = [b for i in range(0, PER_CHUNK, 4) for b in emit(warp.LOAD_16_BYTES.at(4 * i), biases)]
+        return [emit(warp.ADD_F32, x, emit(warp.F32_OF_BITS, bias)) for x, bias in zip(values, added)]
+
+    @macro
+    def adjust(emit: Any, values: Any, counts: Any, out: Any, penalties: Any) -> None:
+        """Four at a time, to `out`; counts is an address."""
+        presence, frequency, repetition, inverse = penalties
+        for i in range(0, PER_CHUNK, 4):
+            adjusted = []
+            for x, count in zip(values[i : i + 4], emit(warp.LOAD_16_BYTES.at(4 * i), counts)):
+                is_positive = emit(warp.SUB_I32, emit(warp.BITS_OF_F32, x), 1)
+                scale = emit(warp.SELECT, inverse, repetition, is_positive)
+                scale = emit(warp.SELECT, scale, 1.0, emit(warp.SUB_I32, count, 1))
+                generated = emit(GENERATED, count)
+                x = emit(warp.SUB_F32, emit(MUL_ROUNDED, x, scale), emit(MUL_ROUNDED, generated, frequency))
+                x = emit(warp.SUB_F32, x, emit(MUL_ROUNDED, emit(warp.MIN_F32, generated, 1.0), presence))
+                adjusted.append(emit(warp.BITS_OF_F32, x))
+            emit(warp.STORE_16_BYTES.at(4 * i), out, *adjusted)
+
+    def kernel(  # type: ignore[no-untyped-def]
+        logits,  # [num_rows, PER_CHUNK * num_chunks]
+        counts,  # int32 [num_table_rows, table_width]
+        biases,  # float32, the same shape, or address 0
+        params,  # [num_rows] records, see `adjust_logits`
+        out,  # float32 [num_rows, PER_CHUNK * num_chunks]
+        num_rows,
+        num_chunks,
+        table_width,
+    ):
+        item = i32(warp.cta_index() * THREADS + warp.thread_index())
+        row = warp.div_u32(item, num_chunks)
+        chunk = i32(item - row * num_chunks)
+        warp.wait_for_predecessor()
+        if row < num_rows:
+            param = params + warp.wide(row) * ROW_BYTES
+            cell = 4 * (warp.wide(warp.load_i32(param)) * table_width + PER_CHUNK * chunk)
+            penalties = (
+                warp.load_f32(param + 4),
+                warp.load_f32(param + 8),
+                warp.load_f32(param + 12),
+                warp.load_f32(param + 16),
+            )
+            values = unpack(warp.load_16_bytes(logits + 16 * warp.wide(item)))
+            if biases != 0:
+                values = add(values, biases + cell)
+            adjust(values, counts + cell, out + 4 * PER_CHUNK * warp.wide(item), penalties)
+
+    return kernel
+
+
+def adjusting_spec(dtype: str) -> Spec:
+    return Spec(adjusting_kernel, (dtype,), ADJUSTING_ARGUMENTS, THREADS, shared_percent=0)
+
+
+def adjust_logits(logits: Tensor, counts: Tensor, biases: Tensor | None, params: Tensor) -> Tensor:
+    """New logits.
+
+    Args:
+        logits: [num_rows, vocab_size] bfloat16, float16 or float32, contiguous
+        counts: [num_table_rows, table_width] int32; table_width is a multiple of 8, and at least vocab_size
+        biases: the same shape, float32; None: there are none
+        params: [num_rows * 3] int64, a record of 24 bytes for each row: row of the tables, int32; presence and
+            frequency penalty, repetition penalty and its inverse, float32
+
+    Returns:
+        [num_rows, vocab_size] float32, contiguous
+    """
+    assert logits.is_contiguous()
+    num_rows, vocab_size = logits.shape
+    per_chunk = 16 // logits.element_size()
+    if vocab_size % per_chunk:
+        logits = F.pad(logits, (0, -vocab_size % per_chunk), value=-math.inf)
+    out = torch.empty(logits.shape, device=logits.device)
+    num_chunks = logits.shape[1] // per_chunk
+    tables = counts.data_ptr(), 0 if biases is None else biases.data_ptr()
+    _kernel(logits.dtype, logits.get_device())(
+        -(-num_rows * num_chunks // THREADS),
+        logits.data_ptr(),
+        *tables,
+        params.data_ptr(),
+        out.data_ptr(),
+        num_rows,
+        num_chunks,
+        counts.shape[1],
+    )
+    return out[:, :vocab_size].contiguous()
+
+
+@functools.cache
+def _kernel(dtype: torch.dtype, device: int) -> Kernel:
+    return kernel_for(adjusting_spec(NAMES[dtype]), device)
