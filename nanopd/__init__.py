@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         WorkerError,
     )
     from nanopd.llm import LLM, RequestHandle
-    from nanopd.messages import Role, Route, SamplingParams
+    from nanopd.messages import BeamSearchParams, Role, Route, SamplingParams
     from nanopd.outputs import CompletionOutput, RequestOutput, RequestOutputDelta
 
 __version__ = "0.1.0"
@@ -37,7 +37,7 @@ _HOMES = {
         "WorkerError",
     ),
     "nanopd.llm": ("LLM", "RequestHandle"),
-    "nanopd.messages": ("Role", "Route", "SamplingParams"),
+    "nanopd.messages": ("BeamSearchParams", "Role", "Route", "SamplingParams"),
     "nanopd.outputs": ("CompletionOutput", "RequestOutput", "RequestOutputDelta"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -46,6 +46,7 @@ __all__ = [
     "LLM",
     "AsyncLLM",
     "AsyncRequest",
+    "BeamSearchParams",
     "CompletionOutput",
     "ConfigError",
     "EngineConfig",

@@ -41,7 +41,7 @@ class AsyncRequest:
         try:
             while not self._is_exhausted:
                 delta = await self._deltas.get()
-                self._is_exhausted = delta.finish_reason is not None
+                self._is_exhausted = delta.finished
                 yield delta
         finally:
             self.abort()
@@ -58,7 +58,7 @@ class AsyncRequest:
 
     def _take(self, delta: RequestOutputDelta) -> None:
         self._deltas.put_nowait(delta)
-        if delta.finish_reason is not None:
+        if delta.finished:
             self._ended.set()
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import heapq
 import logging
 import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -20,8 +21,9 @@ from nanopd.config import EngineConfig, ModelConfig, allowed_routes, routes_for_
 from nanopd.core.block_manager import BlockManager
 from nanopd.core.handover import Handovers
 from nanopd.core.pacer import Pacer
-from nanopd.core.scheduler import Scheduler
-from nanopd.core.sequence import Sequence, SequenceStatus, TextStream
+from nanopd.core.scheduler import Scheduler, StepOutcome
+from nanopd.core.sequence import Chooser, Sequence, SequenceStatus, TextStream
+from nanopd.core.speculation import Drafter
 from nanopd.core.watchdog import Watchdog
 from nanopd.errors import RequestError, WorkerError
 from nanopd.links import send_plan
@@ -30,14 +32,17 @@ from nanopd.messages import (
     Role,
     Route,
     SamplingParams,
+    SlotExtras,
     StepBatch,
     StepResult,
     TransferAck,
     TransferPath,
     TransferPlan,
+    Work,
 )
-from nanopd.routing.decision import Policy
-from nanopd.routing.router import Router
+from nanopd.routing.decision import Decision, Policy
+from nanopd.routing.feedback import Feedback
+from nanopd.routing.policy import make_policy
 
 MAX_REPLAYS = 2  # of a request that was being computed when a worker died
 
@@ -50,7 +55,7 @@ class WorkerClient(Protocol):
     num_blocks: int
     paths: dict[int, TransferPath]  # by source: how blocks get to this worker
 
-    def send(self, message: StepBatch | TransferPlan) -> None:
+    def send(self, message: SlotExtras | StepBatch | TransferPlan) -> None:
         """Give the worker something to do; steps are done in order. Never waits and never fails."""
 
     def poll(self) -> list[StepResult | TransferAck]:
@@ -97,25 +102,30 @@ class Engine:
         roles = config.roles
         self.schedulers = [self._new_scheduler(w, role) for w, role in enumerate(roles)]
         self._allowed = allowed_routes(roles)
-        self.router: Policy = policy or Router(config.policy, routes_for_policy(config.policy, roles))
+        self.router = policy or make_policy(config)
         self._pacer = Pacer(len(workers))
         self._watchdog = watchdog = Watchdog(len(workers), config.step_timeout_s)
+        self._feedback = feedback = Feedback(self.router.costs, len(workers))
 
         def send(plan: TransferPlan) -> None:  # without `self`: no cycle keeps an engine and its descriptors alive
             send_plan(plan, workers)
             watchdog.sent(plan.dst_worker, True, clock())
+            feedback.sent(plan.dst_worker, plan)
 
         self.handovers = Handovers(self.schedulers, send, config.handover_timeout_s)
         self._make_text = make_text
         self._replace = replace
         self._stranded: list[Sequence] = []  # on no worker; those of their routes are being replaced
+        self._followers: dict[Sequence, deque[Sequence]] = {}  # on no worker; they will share blocks
         self._num_submitted = 0
-        self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap
+        self._deadlines: list[tuple[float, int, bool, Sequence]] = []  # a heap; whether for the queue alone
         self._updates: list[Update] = []
         self._errors: dict[int, WorkerError] = {}  # of dead workers
+        self._role_changes: list[tuple[int, Role]] = []  # that the router asks for
         self._returning: set[int] = set()  # dead workers that are being replaced
         self.peak_blocks = [0] * len(workers)
         self.busy_us = [0] * len(workers)  # spent on steps
+        self.on_work: Callable[[Work], None] | None = None  # is told of each step and move that is done
 
     def _new_scheduler(self, worker: int, role: Role) -> Scheduler:
         blocks = BlockManager(self.workers[worker].num_blocks, self.config.block_size)
@@ -131,26 +141,37 @@ class Engine:
         *,
         arrival_s: float | None = None,
         deadline_s: float | None = None,
+        queue_timeout_s: float | None = None,
+        priority: int = 0,
         is_streamed: bool = False,
         route: Route | None = None,
+        parent: Sequence | None = None,
+        chooser: Chooser | None = None,
     ) -> Sequence:
         """Queue a request.
 
         Args:
             arrival_s: when it was due, on the engine's clock; None: now.
             deadline_s: seconds from arrival after which it is aborted.
+            queue_timeout_s: seconds from arrival after which it is aborted if its prefill has not started.
+            priority: lower goes first, and is preempted last; among equals, who was submitted first.
             route: serve it on this route rather than one of the policy's.
+            parent: one with the same prompt, which is computed once for both: this one joins where that one decodes.
+            chooser: chooses its tokens; of its end the chooser hears in place of the caller of `step`.
 
         Raises:
             RequestError: it can never be served; nothing was queued.
         """
-        self.check(request_id, prompt_token_ids, params, deadline_s=deadline_s, route=route)
+        limits = {"deadline_s": deadline_s, "queue_timeout_s": queue_timeout_s}
+        self.check(request_id, prompt_token_ids, params, **limits, priority=priority, route=route)
         arrival_s = self.clock() if arrival_s is None else arrival_s
-        seq = self._new_sequence(request_id, prompt_token_ids, params, arrival_s, is_streamed)
+        seq = self._new_sequence(request_id, prompt_token_ids, params, arrival_s, is_streamed, priority, chooser)
         seq.fixed_route = route
-        if deadline_s is not None:
-            heapq.heappush(self._deadlines, (arrival_s + deadline_s, seq.seq_id, seq))
-        self._route(seq)
+        for name, limit_s in limits.items():
+            if limit_s is not None:
+                entry = (arrival_s + limit_s, seq.seq_id, name == "queue_timeout_s", seq)
+                heapq.heappush(self._deadlines, entry)
+        self._follow(seq, parent)
         return seq
 
     def _new_sequence(
@@ -160,6 +181,8 @@ class Engine:
         params: SamplingParams,
         arrival_s: float,
         is_streamed: bool = False,
+        priority: int = 0,
+        chooser: Chooser | None = None,
     ) -> Sequence:
         seq = Sequence(
             self._num_submitted,
@@ -171,7 +194,11 @@ class Engine:
             arrival_s=arrival_s,
             seed=_mix(self.config.seed, self._num_submitted),
             is_streamed=is_streamed,
+            priority=priority,
+            chooser=chooser,
         )
+        if self.config.num_speculative_tokens and chooser is None and not params.changes_logits:
+            seq.drafter, seq.is_watched = Drafter(prompt_token_ids), True
         if (is_streamed or params.stop) and self._make_text is not None:
             seq.text = self._make_text(prompt_token_ids, params.stop)
         self._num_submitted += 1
@@ -184,21 +211,63 @@ class Engine:
         if seq is not None:
             self._finish(seq, SequenceStatus.FINISHED_ABORTED)
 
-    def fork(self, request_id: str, child_request_id: str, params: SamplingParams) -> Sequence:
-        """A second request that goes on from the tokens a decoding one has now, sharing its KV blocks."""
-        parent = self.seqs[request_id]
-        assert parent.status is SequenceStatus.RUNNING and parent.route is not None
-        scheduler = self.schedulers[parent.route.decode_worker]
-        scheduler.slots.sync(parent)
-        prompt = parent.token_ids[: parent.num_prompt_tokens]
-        self.check(child_request_id, prompt, params)
-        child = self._new_sequence(child_request_id, prompt, params, self.clock())
-        child.token_ids, child.token_times_s = list(parent.token_ids), list(parent.token_times_s)
-        if child.text is not None:
-            child.text.push(child.output_token_ids, may_stop=False)
-        child.route = parent.route
-        scheduler.fork(parent, child)
+    def fork(self, parent: Sequence, request_id: str, token_ids: list[int]) -> Sequence:
+        """A request that goes on from `token_ids`: all but the last are tokens of `parent`, whose blocks it shares."""
+        num_prompt, arrival_s = parent.num_prompt_tokens, parent.events[0].time_s
+        child = self._new_sequence(request_id, token_ids[:num_prompt], parent.params, arrival_s, chooser=parent.chooser)
+        child.token_ids, child.token_times_s = token_ids, parent.token_times_s[: len(token_ids) - num_prompt]
+        child.rank = (*parent.rank[:2], child.seq_id)
+        child.fixed_route = parent.fixed_route
+        self._follow(child, parent)
         return child
+
+    def choose(self, seq: Sequence, token_id: int) -> None:
+        """Let a sequence that awaits it go on, with this token in place of the one it has sampled."""
+        seq.token_ids[-1], seq.awaits_choice = token_id, False
+        del seq.block_keys[(seq.num_tokens - 1) // self.config.block_size :]
+        if seq.worker is None:
+            self._route(seq)
+        else:
+            self.schedulers[seq.worker].resume(seq)
+
+    def _follow(self, seq: Sequence, parent: Sequence | None) -> None:
+        """Let a new sequence wait until its parent decodes; who has none is computed from the beginning."""
+        if parent is None or parent.status.is_finished:
+            self._route(seq)
+        else:
+            self._followers.setdefault(parent, deque()).append(seq)
+
+    def _fork_followers(self) -> None:
+        """Let those join whose parents decode, as far as there is room."""
+        for parent, followers in list(self._followers.items()):
+            if parent.status is SequenceStatus.RUNNING and parent.worker is not None:
+                scheduler = self.schedulers[parent.worker]
+                if not scheduler.role.may_decode:  # it has changed
+                    self._promote(self._followers.pop(parent))
+                    continue
+                while followers and self._join(followers[0], parent, scheduler):
+                    followers.popleft()
+                if not followers:
+                    del self._followers[parent]
+
+    def _join(self, child: Sequence, parent: Sequence, scheduler: Scheduler) -> bool:
+        """Whether there was room for it, or it has ended."""
+        if not child.status.is_finished:
+            if not scheduler.fork(parent, child):
+                return False
+            child.route = parent.route
+            child.log_event(self.clock(), EventKind.SCHEDULED, scheduler.worker)
+        return True
+
+    def _promote(self, followers: deque[Sequence]) -> None:
+        """Their parent has ended: the first of them is computed from the beginning, and the others follow it."""
+        while followers and followers[0].status.is_finished:
+            followers.popleft()
+        if followers:
+            first = followers.popleft()
+            if followers:
+                self._followers[first] = followers
+            self._route(first)
 
     @property
     def has_unfinished(self) -> bool:
@@ -208,7 +277,7 @@ class Engine:
 
     def next_wakeup_s(self) -> float:
         """When, on the engine's clock, `step` has something to do even if no worker answers; inf: never."""
-        while self._deadlines and self._deadlines[0][2].status.is_finished:
+        while self._deadlines and self._deadlines[0][-1].status.is_finished:
             heapq.heappop(self._deadlines)
         deadline_s = self._deadlines[0][0] if self._deadlines else math.inf
         held_s = [self._pacer.due_s(worker) for worker in self._live_workers() if self._may_hold(worker)]
@@ -225,15 +294,23 @@ class Engine:
             reason = f"has not done a step or a transfer within step_timeout_s={self.config.step_timeout_s}"
             self._bury(worker, WorkerError(worker, reason))
         while self._deadlines and self._deadlines[0][0] <= now_s:
-            _, _, seq = heapq.heappop(self._deadlines)
-            if not seq.status.is_finished:
-                seq.error = "the deadline has passed"
+            _, _, is_for_queue, seq = heapq.heappop(self._deadlines)
+            if not (seq.status.is_finished or (is_for_queue and self._has_started(seq))):
+                seq.error = "its queue_timeout_s has passed" if is_for_queue else "the deadline has passed"
                 self._finish(seq, SequenceStatus.FINISHED_ABORTED)
+        self._change_roles()
         self.handovers.tick(now_s)
+        self._fork_followers()
         while sum(self._send_steps(worker) for worker in self._live_workers()):
-            pass  # a preempted sequence was queued on a worker that had its turn already
+            self._fork_followers()  # and again: a preempted sequence was queued on a worker that had its turn already
+        self._fork_followers()
         updates, self._updates = self._updates, []
         return updates
+
+    def _has_started(self, seq: Sequence) -> bool:
+        """Whether its prompt is being computed, or has been, for itself or who it follows."""
+        leader = next((parent for parent, followers in self._followers.items() if seq in followers), seq)
+        return leader.status is not SequenceStatus.WAITING
 
     def _live_workers(self) -> list[int]:
         return [worker for worker, scheduler in enumerate(self.schedulers) if not scheduler.is_dead]
@@ -255,19 +332,27 @@ class Engine:
             return
         for message in messages:
             self._watchdog.answered(worker, isinstance(message, TransferAck), now_s)
+            self._feedback.done(worker, message)
+            if self.on_work is not None:
+                self.on_work(_work(scheduler, message, now_s))
             if isinstance(message, TransferAck):
                 self.handovers.acknowledge(message, now_s)
                 continue
             self.busy_us[worker] += message.duration_us
             self._pacer.ended(worker, message.duration_us / 1e6, now_s)
-            outcome = scheduler.complete(message, now_s)
-            self._watch(outcome.watched)
-            for seq, num_computed in outcome.advanced:
-                self.handovers.advance(seq, num_computed)
-            for seq, status in outcome.finished:
-                self._finish(seq, status)
-            for seq in outcome.prefilled:
-                self.handovers.prefilled(seq, now_s)
+            outcome: StepOutcome | None = scheduler.complete(message, now_s)
+            while outcome is not None:
+                self._heed(outcome, now_s)
+                outcome = scheduler.accept(now_s)
+
+    def _heed(self, outcome: StepOutcome, now_s: float) -> None:
+        self._watch(outcome.watched)
+        for seq, num_computed in outcome.advanced:
+            self.handovers.advance(seq, num_computed)
+        for seq, status in outcome.finished:
+            self._finish(seq, status)
+        for seq in outcome.prefilled:
+            self.handovers.prefilled(seq, now_s)
 
     def _send_steps(self, worker: int) -> bool:
         """Keep `steps_in_flight` steps out; returns whether a sequence was preempted and left for another worker."""
@@ -286,8 +371,11 @@ class Engine:
                 has_left |= seq.worker != worker
             if batch is None:
                 break
+            for extras in scheduler.extras:
+                self.workers[worker].send(extras)
             self.workers[worker].send(batch)
             self._watchdog.sent(worker, False, self.clock())
+            self._feedback.sent(worker, batch)
         used = scheduler.blocks.num_usable - scheduler.blocks.num_free
         self.peak_blocks[worker] = max(self.peak_blocks[worker], used)
         return has_left
@@ -302,7 +390,8 @@ class Engine:
         assert seq.route is not None
         self.handovers.cancel(seq)
         seq.log_event(self.clock(), EventKind.PREEMPTED, scheduler.worker)
-        if scheduler.role is Role.MIXED and seq.route.decode_worker == scheduler.worker:
+        is_home = scheduler.role is Role.MIXED and seq.route.decode_worker == scheduler.worker
+        if is_home and not seq.awaits_choice:
             seq.route = Route(scheduler.worker, scheduler.worker)
             scheduler.add(seq)
         else:
@@ -313,6 +402,9 @@ class Engine:
     def _watch(self, seqs: list[Sequence]) -> None:
         """Make text of each one's newest token: for a stream, or to look for stop strings."""
         for seq in seqs:
+            if seq.chooser is not None:
+                seq.chooser.sampled(seq)
+                continue
             new, stream, text = seq.token_ids[-1:], seq.text, ""
             if stream is not None and new[0] not in seq.stop_ids:  # a stop token is not part of the text
                 text = stream.push(new, len(seq.token_ids) >= seq.min_len)
@@ -334,13 +426,23 @@ class Engine:
         seq.log_event(self.clock(), EventKind.FINISHED, worker)
         del self.seqs[seq.request_id]
         self.router.finished(seq)
-        self._updates.append(Update(seq, [], seq.text.finish() if seq.text is not None else "", is_finished=True))
+        if seq.chooser is not None:
+            seq.chooser.ended(seq)
+        else:
+            self._updates.append(Update(seq, [], seq.text.finish() if seq.text is not None else "", is_finished=True))
+        self._promote(self._followers.pop(seq, deque()))
 
     # ------------------------------------------------------------------------------------- routes and workers
 
     def _route(self, seq: Sequence) -> None:
-        """Choose a route and queue the sequence there; without one it waits for a worker, or ends with the reason."""
+        """Choose a route and queue the sequence there; without one it waits for a worker, or ends with the reason.
+
+        One that awaits a choice waits for that, and who follows it does so no longer.
+        """
         seq.route = None  # it is nowhere now
+        if seq.awaits_choice:
+            self._promote(self._followers.pop(seq, deque()))
+            return
         routes = self._feasible_routes(seq)
         if not routes:
             if any(self._may_serve(route, seq.end_len) for route in self._allowed):
@@ -349,14 +451,16 @@ class Engine:
                 self._fail(seq, f"no route is left: {'; '.join(map(str, self._errors.values()))}")
             return
         decision = self.router.choose(routes, seq, self.schedulers, self.clock())
-        seq.decision = decision
+        if not seq.token_times_s:  # else its predictions are of what is left
+            seq.decision = decision
+        self._role_changes += decision.roles
         if decision.route is None:
-            self._fail(seq, "turned away: no route keeps the service levels")
+            self._fail(seq, _turned_away(decision))
             return
         seq.route = decision.route
         scheduler = self.schedulers[seq.route.prefill_worker]
         if decision.chunk_budget is not None:
-            scheduler.max_num_batched_tokens = decision.chunk_budget
+            scheduler.max_num_batched_tokens = min(decision.chunk_budget, self.config.max_num_batched_tokens)
         seq.log_event(self.clock(), EventKind.ROUTED, scheduler.worker)
         if not seq.route.is_collocated:
             self.handovers.begin(seq)
@@ -365,9 +469,9 @@ class Engine:
     def _feasible_routes(self, seq: Sequence) -> list[Route]:
         """Live routes of the policy, or the one asked for; failing those, whatever the roles allow."""
         asked_for = [seq.fixed_route] if seq.fixed_route in self._allowed else self.router.routes
-        dead = {w for w, scheduler in enumerate(self.schedulers) if scheduler.is_dead}
+        able = [not scheduler.is_dead and scheduler.can_hold(seq.end_len) for scheduler in self.schedulers]
         for routes in (asked_for, self._allowed):
-            live = [r for r in routes if self._has_capacity(r, seq.end_len) and not {*_workers_of(r)} & dead]
+            live = [route for route in routes if able[route.prefill_worker] and able[route.decode_worker]]
             if live:
                 return live
         return []
@@ -387,6 +491,7 @@ class Engine:
         self._errors[worker] = error
         scheduler.is_dead = True
         self._watchdog.forget(worker)
+        self._feedback.forget(worker)
         if self._replace is not None and self._replace(worker):
             self._returning.add(worker)
         for seq in scheduler.seqs_in_flight():
@@ -400,8 +505,11 @@ class Engine:
                 scheduler.slots.deactivate(seq)
             seq.block_table = []
         for seq in victims + displaced:
-            seq.status = SequenceStatus.PREEMPTED
+            seq.status, seq.route = SequenceStatus.PREEMPTED, None
             seq.log_event(self.clock(), EventKind.PREEMPTED, worker)
+        for seq in victims + displaced:
+            if seq.status.is_finished:  # with another one of these
+                continue
             if seq.num_deaths > MAX_REPLAYS:
                 self._fail(seq, f"{seq.num_deaths} workers died while they computed it; the last: {error}")
             else:
@@ -478,6 +586,14 @@ class Engine:
             self.handovers.vacate(worker, self.clock())
         self._route_stranded()
 
+    def _change_roles(self) -> None:
+        """As the router asked, where the requests under way allow it."""
+        changes, self._role_changes = self._role_changes, []
+        for worker, role in changes:
+            if self._can_serve_with(worker, role):
+                logger.info("worker %d: %s", worker, role.value)
+                self.set_role(worker, role)
+
     @property
     def _roles(self) -> list[Role]:
         return [scheduler.role for scheduler in self.schedulers]
@@ -503,6 +619,8 @@ class Engine:
         params: SamplingParams,
         *,
         deadline_s: float | None = None,
+        queue_timeout_s: float | None = None,
+        priority: int = 0,
         route: Route | None = None,
     ) -> None:
         """Raise RequestError if the request can never be served.
@@ -514,7 +632,16 @@ class Engine:
             raise RequestError("request_id", request_id, "an id that no unfinished request has")
         if not prompt_token_ids:
             raise RequestError("prompt", "", "at least one token")
-        for name, ids in (("prompt_token_ids", prompt_token_ids), ("stop_token_ids", params.stop_token_ids)):
+        bad_words = [word for word in params.bad_words if not isinstance(word, str)]
+        if len(bad_words) < len(params.bad_words):
+            raise RequestError("bad_words", params.bad_words, "token ids, as the model has no tokenizer")
+        for name, ids in (
+            ("prompt_token_ids", prompt_token_ids),
+            ("stop_token_ids", params.stop_token_ids),
+            ("logit_bias", params.logit_bias),
+            ("allowed_token_ids", params.allowed_token_ids),
+            ("bad_words", [token for word in bad_words for token in word]),
+        ):
             if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
                 bad = next(i for i in ids if not 0 <= i < vocab_size)
                 raise RequestError(name, bad, f"token ids from 0 to {vocab_size - 1}")
@@ -524,15 +651,18 @@ class Engine:
             raise RequestError(
                 "max_tokens" if num_prompt < max_len else "prompt", what, f"max_model_len={max_len} in all"
             )
-        if deadline_s is not None and not deadline_s > 0:
-            raise RequestError("deadline_s", deadline_s, "None, or more than 0 seconds")
+        for name, limit_s in (("deadline_s", deadline_s), ("queue_timeout_s", queue_timeout_s)):
+            if limit_s is not None and not limit_s > 0:
+                raise RequestError(name, limit_s, "None, or more than 0 seconds")
+        if not isinstance(priority, int):
+            raise RequestError("priority", priority, "an integer")
         if params.stop and self._make_text is None:
             raise RequestError("stop", params.stop, "nothing, as the model has no tokenizer")
         self._check_route(route, max_len if params.max_tokens is None else num_prompt + max_tokens)
 
     def _check_route(self, route: Route | None, num_tokens: int) -> None:
         routes = self.router.routes if route is None else [route]
-        if not set(routes) <= set(self._allowed):
+        if route is not None and route not in self._allowed:
             raise RequestError("route", str(route), map(str, self._allowed))
         if not any(self._has_capacity(r, num_tokens) for r in routes):
             sizes = [s.blocks.num_usable * s.blocks.block_size for s in self.schedulers]
@@ -543,6 +673,24 @@ class Engine:
         for w, scheduler in enumerate(self.schedulers):
             if not scheduler.is_dead:
                 scheduler.check_integrity(self.handovers.tables(w), self.handovers.pinned(w))
+
+
+def _work(scheduler: Scheduler, message: StepResult | TransferAck, now_s: float) -> Work:
+    work = Work(scheduler.worker, now_s, message.duration_us / 1e6)
+    if isinstance(message, TransferAck):
+        work.num_moved_bytes = message.num_bytes
+    else:
+        step = scheduler.in_flight[0]
+        work.num_prompt_tokens = step.num_prompt_tokens
+        work.num_decoding = len(step.row_slots) - len(step.chunks)
+    return work
+
+
+def _turned_away(decision: Decision) -> str:
+    best = decision.taken
+    assert best is not None
+    figures = f"TTFT {best.ttft_ms:.0f} ms, first gap {best.first_gap_ms:.0f} ms, TPOT {best.tpot_ms:.1f} ms"
+    return f"turned away: no route keeps the service levels; the best, {best.route}, would take {figures}"
 
 
 def _workers_of(route: Route) -> tuple[int, int]:

@@ -26,9 +26,10 @@ from nanopd.messages import SamplingParams
 if TYPE_CHECKING:
     from nanopd.llm import LLM, RequestHandle
     from nanopd.outputs import RequestOutput
+    from nanopd.routing.decision import Prediction
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
-SAMPLING_KEYS = tuple(f.name for f in fields(SamplingParams))
+SAMPLING_KEYS = tuple(f.name for f in fields(SamplingParams) if f.name != "logits_processors")
 ROW_KEYS = (*PROMPT_KEYS, "request_id", *SAMPLING_KEYS)
 METRIC_KEYS = (
     "queue_ms",
@@ -41,6 +42,7 @@ METRIC_KEYS = (
     "num_output_tokens",
     "num_preemptions",
 )
+PREDICTED_KEYS = ("ttft_ms", "first_gap_ms", "tpot_ms")
 
 Row = dict[str, Any]
 
@@ -152,7 +154,7 @@ def _sampling_params(row: Row, defaults: Mapping[str, Any]) -> SamplingParams:
 def _answer(output: RequestOutput) -> Row:
     """What became of a request; with an error comes whatever was generated before it."""
     completion = output.outputs[0]
-    row = {
+    row: Row = {
         "request_id": output.request_id,
         "prompt": output.prompt,
         "text": completion.text,
@@ -161,7 +163,18 @@ def _answer(output: RequestOutput) -> Row:
         "route": str(output.route) if output.route else None,
         "metrics": {key: getattr(output.metrics, key) for key in METRIC_KEYS},
     }
+    if len(output.outputs) > 1:
+        keys = ("text", "token_ids", "finish_reason", "cumulative_logprob")
+        row["outputs"] = [{key: getattr(completion, key) for key in keys} for completion in output.outputs]
+    if output.decision and output.decision.taken:
+        row["decision"] = {name: _figures(getattr(output.decision, name)) for name in ("taken", "best_other")}
     return row | ({"error": output.error} if output.error else {})
+
+
+def _figures(prediction: Prediction | None) -> Row | None:
+    if prediction is None:
+        return None
+    return {"route": str(prediction.route)} | {key: getattr(prediction, key) for key in PREDICTED_KEYS}
 
 
 class _Answers:

@@ -17,6 +17,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -24,15 +25,19 @@ from typing import Any, cast
 from jinja2 import TemplateError  # comes with transformers' chat templates
 from tqdm import tqdm
 
-from nanopd.config import EngineConfig, ModelConfig, check_devices, load_config
+from nanopd.beam_search import BeamSearch, sampling_params
+from nanopd.config import PREDICTING, EngineConfig, ModelConfig, check_devices, load_config
 from nanopd.core.metrics import RequestMetrics
 from nanopd.core.sequence import FINISH_REASONS, Sequence
 from nanopd.detokenizer import StoppableText
 from nanopd.engine_thread import EngineStats, EngineThread, RequestHandle, Submission
 from nanopd.errors import ConfigError, RequestError
-from nanopd.messages import Route, SamplingParams
+from nanopd.messages import BeamSearchParams, FinishReason, Route, SamplingParams, Work
 from nanopd.model_files import load_tokenizer, read_model_config, resolve
 from nanopd.outputs import CompletionOutput, RequestOutput, RequestOutputDelta
+from nanopd.profiler import cache_file
+from nanopd.routing.decision import Decision, Policy
+from nanopd.routing.policy import find_parameters, make_policy
 
 Prompt = str | list[int]
 
@@ -73,10 +78,11 @@ class LLM:
     def _start(self, config: EngineConfig, show_progress: bool) -> None:
         self.config, self.model_config, path = load_settings(config)
         self.tokenizer = load_tokenizer(config.tokenizer or path)
+        policy = _policy(self.config, self.model_config)
         self._numbers = itertools.count()
         with tqdm(total=100, desc="loading", unit="%", disable=not show_progress) as bar:
             report = _bar_updater(bar) if show_progress else None
-            self._thread = EngineThread(self.config, self.model_config, path, self.tokenizer, report)
+            self._thread = EngineThread(self.config, self.model_config, path, self.tokenizer, policy, report)
             self._thread.start()
             self._stop = weakref.finalize(self, _end_thread, self._thread)
             try:
@@ -108,6 +114,25 @@ class LLM:
         self._thread.submit_all(submissions)
         return self._results([s.handle for s in submissions], use_tqdm)
 
+    def beam_search(
+        self,
+        prompts: Prompt | SequenceOf[Prompt],
+        params: BeamSearchParams | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """The `num_beams` likeliest continuations that a search finds of each prompt, with their scores, best first.
+
+        Raises:
+            RequestError: one of them cannot be served; none was started.
+        """
+        beams = params or BeamSearchParams()
+        sampling = sampling_params(beams, () if beams.ignore_eos else self.model_config.eos_token_ids)
+        submissions = [self._submission(prompt, sampling) for prompt in _as_list(prompts)]
+        for submission in submissions:
+            submission.beams = beams
+        self._thread.submit_all(submissions)
+        return self._results([s.handle for s in submissions], use_tqdm)
+
     def chat(
         self,
         messages: list[dict] | list[list[dict]],
@@ -130,6 +155,8 @@ class LLM:
         *,
         request_id: str | None = None,
         deadline_s: float | None = None,
+        queue_timeout_s: float | None = None,
+        priority: int = 0,
         arrival_time_s: float | None = None,
         route: Route | None = None,
         stream: bool = False,
@@ -140,6 +167,8 @@ class LLM:
         Args:
             request_id: unique among unfinished requests; None: one is made up.
             deadline_s: seconds after which it is aborted.
+            queue_timeout_s: seconds after which it is aborted if it still waits for its turn.
+            priority: lower goes first; among equals, who was submitted first.
             arrival_time_s: when it was due (time.monotonic), for metrics; None: now.
             route: serve it on this route.
             stream: hand out tokens as they come, by iterating over the handle.
@@ -150,7 +179,8 @@ class LLM:
             RequestError: it can never be served.
         """
         submission = self._submission(prompt, sampling_params or SamplingParams(), request_id, stream, on_delta)
-        submission.deadline_s, submission.route = deadline_s, route
+        submission.deadline_s, submission.queue_timeout_s = deadline_s, queue_timeout_s
+        submission.priority, submission.route = priority, route
         if arrival_time_s is not None:
             submission.arrival_s = arrival_time_s
         self._thread.submit_all([submission])
@@ -193,6 +223,10 @@ class LLM:
         """Blocks in use, the logs of finished requests, busy times, restarts; `reset` forgets what says so."""
         return self._thread.call(lambda engine: self._thread.take_stats(engine, reset))
 
+    def observe(self, on_work: Callable[[Work], None] | None) -> None:
+        """Call `on_work`, which must neither wait nor raise, in the engine's thread with all that workers have done."""
+        self._thread.observe(on_work)
+
     def shutdown(self) -> None:
         """End the workers; unfinished requests fail. Returns when they have ended; may be called twice."""
         self._stop()
@@ -217,9 +251,15 @@ class LLM:
         arrival_s = time.monotonic()
         if not isinstance(params, SamplingParams):
             raise RequestError("sampling_params", params, "a SamplingParams")
+        if self.tokenizer is not None and params.bad_words:
+            words = (ids for word in params.bad_words for ids in _ids_of_word(word, self.tokenizer))
+            params = replace(params, bad_words=tuple(words))
+        if is_streamed and params.best_of not in (None, params.n):
+            raise RequestError("best_of", params.best_of, "None or n, for a stream")
         text = prompt if isinstance(prompt, str) else None
         name = f"request-{next(self._numbers)}" if request_id is None else request_id
-        handle = RequestHandle(name, is_streamed, partial(self._output, prompt=text), self.abort, on_delta)
+        make_output = partial(self._output, prompt=text, params=params)
+        handle = RequestHandle(name, is_streamed, make_output, self.abort, on_delta)
         return Submission(handle, self._encode(prompt), params, arrival_s)
 
     def _encode(self, prompt: Prompt) -> list[int]:
@@ -238,20 +278,55 @@ class LLM:
             self._thread.abort_all([handle.request_id for handle in handles if not handle.done()])
             raise
 
-    def _output(self, seq: Sequence, prompt: str | None) -> RequestOutput:
-        completion = CompletionOutput(
-            0, self._text(seq), seq.output_token_ids, FINISH_REASONS[seq.status].value, seq.stop_reason, seq.logprobs
-        )
+    def _output(self, result: list[Sequence] | BeamSearch, prompt: str | None, params: SamplingParams) -> RequestOutput:
+        if isinstance(result, BeamSearch):
+            first, log, error = result.first, result.log(), result.error
+            completions = self._beams(result)
+        else:
+            first, log = result[0], result[0].log()
+            error = next((seq.error for seq in result if seq.error is not None), None)
+            completions = self._completions(result, params)
         return RequestOutput(
-            seq.request_id,
+            first.request_id,
             prompt,
-            seq.token_ids[: seq.num_prompt_tokens],
-            [completion],
-            RequestMetrics.from_log(seq.log()),
-            seq.route,
-            seq.error,
-            num_cached_tokens=seq.num_cached_tokens or 0,
+            first.token_ids[: first.num_prompt_tokens],
+            completions,
+            RequestMetrics.from_log(log),
+            first.route,
+            error,
+            decision=cast("Decision | None", first.decision),
+            num_cached_tokens=first.num_cached_tokens or 0,
+            prompt_logprobs=None if params.prompt_logprobs is None else first.prompt_logprobs,
         )
+
+    def _completions(self, seqs: list[Sequence], params: SamplingParams) -> list[CompletionOutput]:
+        completions = []
+        for seq in seqs:
+            reason, ids = FINISH_REASONS[seq.status].value, seq.output_token_ids
+            output = CompletionOutput(0, self._text(seq), ids, reason, seq.stop_reason, seq.logprobs)
+            if seq.logprobs is not None:
+                output.cumulative_logprob = sum(row[token] for row, token in zip(seq.logprobs, ids, strict=False))
+            completions.append(output)
+        if len(seqs) > params.n:
+            completions.sort(key=lambda output: -cast(float, output.cumulative_logprob))
+            completions = completions[: params.n]
+        for index, output in enumerate(completions):
+            output.index = index
+            output.logprobs = None if params.logprobs is None else output.logprobs
+        return completions
+
+    def _beams(self, search: BeamSearch) -> list[CompletionOutput]:
+        """All that are complete, or else as far as they got."""
+        beams, completions = search.beams, []
+        for index, beam in enumerate(beams.complete or beams.running):
+            is_stopped = beam.token_ids[-1:] != [] and beam.token_ids[-1] in beams.eos_token_ids
+            reason = (search.reason or (FinishReason.STOP if is_stopped else FinishReason.LENGTH)).value
+            ids = beam.token_ids[:-1] if is_stopped else beam.token_ids
+            text = "" if self.tokenizer is None else self.tokenizer.decode(ids, skip_special_tokens=True)
+            output = CompletionOutput(index, text, beam.token_ids, reason)
+            output.cumulative_logprob, output.score = beam.logprob, beam.score
+            completions.append(output)
+        return completions
 
     def _text(self, seq: Sequence) -> str:
         if isinstance(seq.text, StoppableText):
@@ -261,6 +336,14 @@ class LLM:
         ids = seq.output_token_ids
         is_stopped = ids and ids[-1] in seq.stop_ids  # a stop token is not part of the text
         return self.tokenizer.decode(ids[:-1] if is_stopped else ids, skip_special_tokens=True)
+
+
+def _ids_of_word(word: str | tuple[int, ...], tokenizer: Any) -> list[tuple[int, ...]]:
+    """As tokens in the midst of a word; and, where that begins with another token, behind a space (vLLM's rule)."""
+    if not isinstance(word, str):
+        return [word]
+    alone, spaced = (tuple(tokenizer.encode(s + word.lstrip(), add_special_tokens=False)) for s in ("", " "))
+    return [alone, spaced] if spaced[:1] != alone[:1] and len(spaced) == len(alone) else [alone]
 
 
 def _increments(handle: RequestHandle) -> Iterator[RequestOutputDelta]:
@@ -313,6 +396,18 @@ def load_settings(config: EngineConfig) -> tuple[EngineConfig, ModelConfig, Path
     if config.max_model_len is not None and config.max_model_len > longest:
         raise ConfigError("max_model_len", config.max_model_len, f"at most {longest}, the model's limit")
     return config.replace(max_model_len=config.max_model_len or longest), model, path
+
+
+def _policy(config: EngineConfig, model: ModelConfig) -> Policy:
+    """The configured policy, with the parameters of this machine where it needs any."""
+    if config.policy not in PREDICTING:
+        return make_policy(config)
+    parameters = find_parameters(config.params, cache_file(config, model))
+    num_bytes = model.kv_bytes_per_token()
+    if parameters.kv_bytes_per_token != num_bytes:
+        what = f"{config.params}: {parameters.model}, {parameters.kv_bytes_per_token} bytes per token"
+        raise ConfigError("params", what, f"those of a model with {num_bytes} bytes of KV cache per token")
+    return make_policy(config, parameters)
 
 
 def _as_list(prompts: Prompt | SequenceOf[Prompt]) -> list[Prompt]:

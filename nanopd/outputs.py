@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from nanopd.core.metrics import RequestMetrics
 from nanopd.messages import Route
+from nanopd.routing.decision import Decision
 
 
 @dataclass(slots=True)
@@ -18,6 +19,8 @@ class CompletionOutput:
     finish_reason: str | None  # a value of messages.FinishReason
     stop_reason: int | str | None = None  # the stop token id or stop string asked for that was found
     logprobs: list[dict[int, float]] | None = None  # per token: token id -> log probability, the chosen one first
+    cumulative_logprob: float | None = None  # of all tokens; None: they have no logprobs
+    score: float | None = None  # of a beam search: cumulative_logprob / length ** length_penalty
 
 
 @dataclass(slots=True)
@@ -32,7 +35,9 @@ class RequestOutput:
     route: Route | None
     error: str | None = None  # why, where finish_reason is "error", or "abort" by a deadline
     finished: bool = True
+    decision: Decision | None = None  # the router's last one before the first token, with what it predicted
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache of the worker that computed the rest
+    prompt_logprobs: list[dict[int, float] | None] | None = None  # as logprobs, per token of the prompt; first None
 
 
 @dataclass(slots=True)
@@ -41,9 +46,11 @@ class RequestOutputDelta:
 
     text: str
     token_ids: list[int]
-    finish_reason: str | None = None  # set in the last piece
+    finish_reason: str | None = None  # set in the last piece of the answer
     error: str | None = None  # why, where finish_reason is "error", or "abort" by a deadline
     logprobs: list[dict[int, float]] | None = None  # of token_ids, as in CompletionOutput
+    index: int = 0  # of the answer, where there are several
+    finished: bool = False  # no more pieces of any answer follow
 
 
 @dataclass(slots=True)

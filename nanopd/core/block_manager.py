@@ -115,7 +115,7 @@ class BlockManager:
         """Make `table` ready for writing the positions `first_new_token .. num_tokens - 1`.
 
         The table grows to `num_tokens` tokens (it never shrinks), and blocks in that range that others hold too are
-        replaced by blocks of its own (copy-on-write).
+        replaced by blocks of its own (copy-on-write). What is written in place cannot be found any more.
 
         Returns:
             The copies (src, dst) to perform, in this order, before the positions are written. At most one: only the
@@ -136,6 +136,8 @@ class BlockManager:
             self._ref_counts[src] -= 1
             if i * self.block_size < first_new_token:  # else all of it is written before it is read
                 copies.append((src, table[i]))
+        for block in table[first_new_token // self.block_size :]:  # in the usual case there is none
+            self._forget(block)
         for _ in range(num_new):
             table.append(self._take())
         return copies
@@ -195,9 +197,15 @@ class BlockManager:
             block = self._free.popleft()
         else:
             block, _ = self._free_findable.popitem(last=False)
-            del self._by_key[self._key_of.pop(block)]
+            self._forget(block)
         self._ref_counts[block] = 1
         return block
+
+    def _forget(self, block: int) -> None:
+        """It will hold other tokens than those of its key, if it has one."""
+        key = self._key_of.pop(block, None)
+        if key is not None:
+            del self._by_key[key]
 
     def _release(self, blocks: Iterable[int]) -> None:
         for block in blocks:

@@ -80,7 +80,10 @@ class Handovers:
     def start(self, seq: Sequence, now_s: float) -> None:
         """The prefill has started: from now on a reservation is worth its blocks."""
         handover = self._by_seq.get(seq.seq_id)
-        if handover is not None and not self._try_reserve(handover, handover.dst, now_s):
+        if handover is None:
+            return
+        others = (other for other in self._roomless.values() if other.dst is handover.dst and other.seq.rank < seq.rank)
+        if any(other.is_complete for other in others) or not self._try_reserve(handover, handover.dst, now_s):
             self._roomless[seq.seq_id] = handover
 
     def move(self, seq: Sequence, dst: int, now_s: float) -> None:
@@ -147,9 +150,17 @@ class Handovers:
             self._end(handover)
 
     def tick(self, now_s: float) -> None:
-        """Try to reserve what could not be reserved; redirect what has waited too long; move what has settled."""
-        for handover in list(self._roomless.values()):
-            if not self._try_reserve(handover, handover.dst, now_s) and now_s >= self._due_s(handover):
+        """Try to reserve what could not be reserved; redirect what has waited too long; move what has settled.
+
+        Room is kept for who waits with its prompt done, or small ones would take from a large one all that gets free.
+        """
+        kept: list[Scheduler] = []
+        for handover in sorted(self._roomless.values(), key=lambda handover: handover.seq.rank):
+            if handover.dst not in kept and self._try_reserve(handover, handover.dst, now_s):
+                continue
+            if handover.is_complete:
+                kept.append(handover.dst)
+            if now_s >= self._due_s(handover):
                 self._redirect(handover, now_s)
         for handover in list(self._settling.values()):
             if handover.src.is_settled(handover.seq):

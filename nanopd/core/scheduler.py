@@ -19,13 +19,26 @@ import numpy as np
 
 from nanopd.config import EngineConfig, ModelConfig
 from nanopd.core.block_manager import BlockManager, extend_keys
+from nanopd.core.extras import extras_of, has_extras
 from nanopd.core.sequence import Sequence, SequenceStatus
 from nanopd.core.slots import SlotTable
-from nanopd.messages import BLOCK_COPY, MAX_LOGPROBS, SLOT_INIT, TABLE_UPDATE, Role, RowFlag, StepBatch, StepResult
+from nanopd.core.speculation import rounds_of
+from nanopd.messages import (
+    BLOCK_COPY,
+    MAX_LOGPROBS,
+    SLOT_INIT,
+    TABLE_UPDATE,
+    Role,
+    RowFlag,
+    SlotExtras,
+    StepBatch,
+    StepResult,
+)
 
 NO_INTS, NO_INITS = np.empty(0, np.int32), np.empty(0, SLOT_INIT)
 DECODE_FLAGS = np.int32(RowFlag.SAMPLE | RowFlag.FROM_SLOT)
 FIRST_DECODE_FLAGS = np.int32(RowFlag.SAMPLE)  # of a row whose token the worker does not have in its slot
+DRAFT_FLAGS = np.int32(RowFlag.SAMPLE | RowFlag.DRAFTS)
 
 
 @dataclass(slots=True)
@@ -56,6 +69,7 @@ class _StepInFlight:
     sampled_slots: np.ndarray  # [*] int32, in the order of the rows that sample
     chunks: list[_Chunk]
     num_prompt_tokens: int  # of the chunks
+    drafts: dict[int, list[int]]  # by slot
 
 
 @dataclass(slots=True)
@@ -80,6 +94,7 @@ class _BatchBuilder:
         self.decodes: tuple[np.ndarray, ...] = (
             NO_INTS,
         ) * 4  # slots, starts, lengths, flags of the decode rows, [*] int32 each
+        self.drafts: dict[int, list[int]] = {}  # by slot
         self.rows: list[tuple[int, int, int, int]] = []  # prefill rows: slot, start, length, flags
         self.token_ids: list[int] = []
         self.chunks: list[_Chunk] = []
@@ -96,7 +111,7 @@ class _BatchBuilder:
     def set_decodes(self, *columns: np.ndarray) -> None:
         """Slots, starts, lengths and flags of the decode rows, each [*] int32."""
         self.decodes = columns
-        self.budget -= len(columns[0])
+        self.budget -= len(columns[0]) + sum(map(len, self.drafts.values()))
 
     def add_chunk(self, slot: int, start: int, token_ids: list[int], flags: int) -> None:
         self.rows.append((slot, start, len(token_ids), flags))
@@ -125,7 +140,9 @@ class _BatchBuilder:
     def sampled_slots(self) -> np.ndarray:
         """[*] int32, in the order of the rows that sample."""
         chunks = [slot for slot, _, _, flags in self.rows if flags & RowFlag.SAMPLE]
-        slots = self.decodes[0]
+        slots, _, lens, _ = self.decodes
+        if self.drafts:
+            slots = np.repeat(slots, lens)
         return np.concatenate((slots, np.array(chunks, np.int32))) if chunks else slots
 
 
@@ -152,13 +169,15 @@ class Scheduler:
         self.max_num_batched_tokens = config.max_num_batched_tokens  # the chunk budget; may change between steps
         self.slots = SlotTable(config.num_slots, max_model_len)
         self.waiting: deque[Sequence] = deque()
-        self.prefilling: list[Sequence] = []  # this and the following in order of seq_id
+        self.prefilling: list[Sequence] = []  # this and the following in order of rank
         self.decoding: list[Sequence] = []
         self.departing: list[Sequence] = []  # computed here so far, their blocks on the way to another worker
         self.admitted: list[Sequence] = []  # started by the last `schedule`
         self.preempted: list[Sequence] = []  # by the last `schedule`; to be queued again, here or elsewhere
+        self.extras: list[SlotExtras] = []  # of the last `schedule`; to be sent ahead of its step
         self.num_expected = 0  # sequences bound for this worker that another one has or will prefill
         self.num_reserved = 0  # places promised to some of them
+        self.lacks_room = False  # since the last `schedule`, for a sequence from elsewhere
         self.num_preemptions = 0
         self.num_waiting_tokens = 0  # to be computed of sequences that wait or prefill, those in flight included
         self.is_dead = False
@@ -174,6 +193,8 @@ class Scheduler:
         self._decode_slots: np.ndarray | None = None  # the slots of `decoding`; None: it has changed
         self._needs_feedback = False  # any of `decoding` does
         self._ones = np.ones(config.max_num_seqs, np.int32)
+        self._max_drafts, self._max_decode_rows = config.num_speculative_tokens, config.max_decode_rows
+        self._accepted: deque[tuple[np.ndarray, StepResult]] = deque()  # slots, and what they have for `accept`
 
     # ------------------------------------------------------------------------------------------------ queues
 
@@ -209,8 +230,8 @@ class Scheduler:
         return self.blocks.blocks_for(num_tokens) <= self.blocks.num_usable
 
     def add(self, seq: Sequence) -> None:
-        """Queue a sequence whose tokens are all to be computed, in order of submission."""
-        insort(self.waiting, seq, key=lambda s: s.seq_id)
+        """Queue a sequence whose tokens are all to be computed, in order of rank."""
+        insort(self.waiting, seq, key=lambda s: s.rank)
         self.num_waiting_tokens += seq.num_tokens
 
     def reserve(self, num_tokens: int, block_keys: list[bytes]) -> tuple[list[int], int] | None:
@@ -220,11 +241,9 @@ class Scheduler:
             The table, and how many blocks at its beginning are there already and must not be written. There is always
             at least one behind them to be moved, whether the newest token has been computed or not.
         """
-        if self.num_seqs >= self.max_num_seqs:
-            return None
         found = self._find(block_keys, num_tokens - 1)
         num_new = self.blocks.blocks_for(num_tokens + 1) - len(found)
-        if not self._has_room(num_new, found):
+        if not self._can_take(num_new, found):
             return None
         self.num_reserved += 1
         return self.blocks.allocate(num_new, found), len(found)
@@ -253,24 +272,36 @@ class Scheduler:
         return bool(self.slots.num_computed[seq.slot] == self.slots.num_tokens[seq.slot] - 1)
 
     def settled_len(self, seq: Sequence) -> int:
-        """Tokens of such a sequence once all steps in flight are done, if it goes on then."""
-        return int(self.slots.num_computed[seq.slot]) + 1
+        """The most tokens of such a sequence once all steps in flight are done, if it goes on then."""
+        return int(self.slots.num_computed[seq.slot] + self.slots.num_drafts[seq.slot]) + 1
 
     def keep(self, seq: Sequence) -> None:
         """Decode a departing sequence here after all."""
         self.departing.remove(seq)
         self._start_decoding(seq)
 
-    def fork(self, parent: Sequence, child: Sequence) -> None:
-        """Let `child` go on from the tokens of `parent`, which decodes here, sharing its blocks (copy-on-write)."""
-        assert parent in self.decoding and child.token_ids == parent.token_ids
-        assert self.num_seqs < self.max_num_seqs
-        child.block_table, child.num_findable = self.blocks.fork(parent.block_table), parent.num_findable
-        child.block_keys = list(parent.block_keys)
-        self._acquire_slot(child, child.num_tokens - 1)
+    def fork(self, parent: Sequence, child: Sequence) -> bool:
+        """Let `child` decode from its last token on; False: not computed so far, or no room now.
+
+        The tokens before are those of `parent`, which decodes here, and so are the blocks (copy-on-write).
+        """
+        t, num_computed = self.slots, child.num_tokens - 1
+        assert parent in self.decoding and num_computed < t.num_tokens[parent.slot]
+        if t.num_tokens[parent.slot] <= t.first_len[parent.slot] or not self._can_take(1, []):
+            return False
+        num_full = num_computed // self.blocks.block_size
+        child.block_table = self.blocks.fork(parent.block_table[: self.blocks.blocks_for(num_computed)])
+        child.block_keys, child.num_findable = parent.block_keys[:num_full], min(parent.num_findable, num_full)
+        child.num_cached_tokens = child.num_prompt_tokens - 1
+        self._acquire_slot(child, num_computed)
         self._start_decoding(child)
         for seq in (parent, child):  # whoever writes first gets a copy of the last block
-            self.slots.writable_len[seq.slot] = 0
+            t.writable_len[seq.slot] = 0
+        return True
+
+    def resume(self, seq: Sequence) -> None:
+        """Go on with a sequence whose last token has been chosen; the worker's slot may hold another one."""
+        self.slots.is_awaited[seq.slot] = self.slots.has_last_token[seq.slot] = False
 
     def remove(self, seq: Sequence) -> None:
         """Forget a sequence in whatever state it is; its blocks are free once no step in flight names them."""
@@ -289,7 +320,7 @@ class Scheduler:
                 queue.remove(seq)
         self._decode_slots = None
         slot = self.slots.deactivate(seq)
-        if seq.num_tokens > self.slots.first_len[slot]:  # a new token is there, so all before it have been computed
+        if seq.num_tokens > self.slots.first_len[slot]:
             self._make_findable(seq, seq.num_tokens - 1)
         self._parked.append(_Parked(self._step_id, slot, seq.block_table))
         self._num_parked_blocks += len(seq.block_table)
@@ -298,14 +329,26 @@ class Scheduler:
     # ---------------------------------------------------------------------------------------------- schedule
 
     def schedule(self) -> StepBatch | None:
-        """The next step; None when there is nothing to compute now. Leaves news in `admitted` and `preempted`."""
-        self.admitted, self.preempted = [], []
+        """The next step; None if there is nothing to compute now. Leaves news in `admitted`, `preempted`, `extras`."""
+        self.admitted, self.preempted, self.extras = [], [], []
+        if self.in_flight and self.in_flight[-1].drafts:  # else who drafts would run in every other step only
+            return None
         step = self._build_step()
         # Blocks of sequences preempted just now; if others share them all, one more has to be preempted.
-        while step is None and self._parked and not self.in_flight:
+        while step is None and not self.in_flight and (self._parked or self._preempt_idle()):
             self._release_parked()
             step = self._build_step()
+        self.lacks_room = False
         return step
+
+    def _preempt_idle(self) -> bool:
+        """Nothing can run: preempt one that awaits a choice, if others lack the room that it has."""
+        idle = [seq for seq in self.decoding if seq.awaits_choice]
+        if not (idle and (self.waiting or self.lacks_room)):
+            return False
+        self.lacks_room = False
+        self._preempt(idle[-1])
+        return True
 
     def _build_step(self) -> StepBatch | None:
         self._step_id += 1
@@ -318,12 +361,19 @@ class Scheduler:
             return None
         step = batch.build()
         self.in_flight.append(
-            _StepInFlight(step.step_id, step.row_slots, batch.sampled_slots(), batch.chunks, batch.num_prompt_tokens)
+            _StepInFlight(
+                step.step_id,
+                step.row_slots,
+                batch.sampled_slots(),
+                batch.chunks,
+                batch.num_prompt_tokens,
+                batch.drafts,
+            )
         )
         return step
 
     def _schedule_decodes(self, batch: _BatchBuilder) -> None:
-        """A row of one token for every decoding sequence that has not come to its end."""
+        """A row for every decoding sequence that has not come to its end: of one token, and of drafts if it has any."""
         t, ready = self.slots, self._slots_of_decoding()
         can_run = t.num_computed[ready] < t.last_start[ready]
         if self._needs_feedback:
@@ -331,50 +381,80 @@ class Scheduler:
         if not can_run.all():
             ready = ready[can_run]
         ready = ready[: batch.budget]
-        starts = t.num_computed[ready]
-        is_full = starts >= t.writable_len[ready]
-        if is_full.any():
-            ready = self._make_room(batch, ready, ready[is_full])
-            starts = t.num_computed[ready]
+        if self._max_drafts and self._needs_feedback:
+            self._propose(batch, ready)
+        full = self._full(batch, ready)
+        if len(full):
+            ready = self._make_room(batch, ready, full)
         if not len(ready):
             return
+        starts, lens = t.num_computed[ready], self._ones[: len(ready)]
         from_slot = t.has_last_token[ready]
         flags = self._ones[: len(ready)] * DECODE_FLAGS
         if not from_slot.all():
             flags = np.where(from_slot, flags, FIRST_DECODE_FLAGS)
-            self._enter_all(batch, ready[~from_slot])
-        batch.set_decodes(ready, starts, self._ones[: len(ready)], flags)
+            self._send_tokens(batch, ready[~from_slot])
+        if batch.drafts:
+            lens = lens + t.num_drafts[ready]
+            flags = np.where(lens > 1, DRAFT_FLAGS, flags)
+        batch.set_decodes(ready, starts, lens, flags)
         t.num_computed[ready] = starts + 1
         if self._needs_feedback:
             t.is_awaited[ready] = t.needs_feedback[ready]
 
-    def _enter_all(self, batch: _BatchBuilder, slots: np.ndarray) -> None:
+    def _propose(self, batch: _BatchBuilder, ready: np.ndarray) -> None:
+        """Drafts for those of `ready` that wait for each result, as far as a step has rows for them."""
+        t, room = self.slots, min(self._max_decode_rows, batch.budget) - len(ready)
+        for slot in ready[t.needs_feedback[ready]].tolist():
+            drafter, num_left = self._seq(slot).drafter, int(t.last_start[slot] - t.num_computed[slot]) - 1
+            if drafter is not None and (drafts := drafter.propose(min(self._max_drafts, room, num_left))):
+                batch.drafts[slot] = drafts
+                t.num_drafts[slot] = len(drafts)
+                t.has_last_token[slot] = False  # the worker does not know which of its tokens that will be
+                room -= len(drafts)
+
+    def _full(self, batch: _BatchBuilder, ready: np.ndarray) -> np.ndarray:
+        """The slots of `ready` that lack a block to write to. Where blocks are few, there are no drafts."""
+        t = self.slots
+        starts, limits = t.num_computed[ready], t.writable_len[ready]
+        if batch.drafts:
+            full = ready[starts + t.num_drafts[ready] >= limits]
+            if self.blocks.num_free >= len(full) * (1 + self.blocks.blocks_for(self._max_drafts)):
+                return full
+            batch.drafts = {}
+            t.num_drafts[ready] = 0
+        return ready[starts >= limits]
+
+    def _send_tokens(self, batch: _BatchBuilder, slots: np.ndarray) -> None:
         """Decode rows of slots that do not hold their last token: the message brings it, and all the rest."""
         for slot in slots.tolist():
-            self._enter(batch, slot)
+            if not self.slots.is_entered[slot]:
+                self._enter(batch, slot)
             batch.token_ids.append(self._seq(slot).token_ids[self.slots.num_computed[slot]])
-        self.slots.has_last_token[slots] = True
+            batch.token_ids += batch.drafts.get(slot, ())
+        self.slots.has_last_token[slots] = self.slots.num_drafts[slots] == 0
 
     def _make_room(self, batch: _BatchBuilder, ready: np.ndarray, full: np.ndarray) -> np.ndarray:
-        """Give each slot in `full` a block to write to, preempting the youngest; returns the slots that can run."""
+        """Give each slot in `full` blocks to write to, preempting who comes last; returns the slots that can run."""
         t, block_size = self.slots, self.blocks.block_size
         is_tight = self.blocks.num_free < len(full)
-        starts, are_entered = t.num_computed[full].tolist(), t.is_entered[full].tolist()
-        for slot, start, is_entered in zip(full.tolist(), starts, are_entered, strict=True):
+        columns = (column[full].tolist() for column in (t.num_computed, t.num_drafts, t.is_entered))
+        for slot, start, num_drafts, is_entered in zip(full.tolist(), *columns, strict=True):
             if is_tight and not self._find_block(slot):
                 continue
-            table, index = self._seq(slot).block_table, start // block_size
-            for copy in self.blocks.append(table, start, start + 1):
+            table, last = self._seq(slot).block_table, (start + num_drafts) // block_size
+            for copy in self.blocks.append(table, start, start + num_drafts + 1):
                 batch.copies += copy
             if is_entered:  # else the whole table will be sent
-                batch.table_updates += (slot, index, table[index])
-            t.writable_len[slot] = (index + 1) * block_size
+                for index in range(start // block_size, last + 1):
+                    batch.table_updates += (slot, index, table[index])
+            t.writable_len[slot] = (last + 1) * block_size
         return ready[t.is_active[ready] & (t.num_computed[ready] < t.writable_len[ready])] if is_tight else ready
 
     def _find_block(self, slot: int) -> bool:
-        """Whether there is a block for `slot` now; preempts the youngest, perhaps this one, until there will be."""
+        """Whether there is a block for `slot` now; preempts who comes last, perhaps this one, until there will be."""
         while self.slots.is_active[slot] and not self.blocks.num_free + self._num_parked_blocks:
-            self._preempt(max(self.decoding + self.prefilling, key=lambda s: s.seq_id))
+            self._preempt(max(self.decoding + self.prefilling, key=lambda s: s.rank))
         return bool(self.slots.is_active[slot] and self.blocks.num_free)
 
     def _preempt(self, seq: Sequence) -> None:
@@ -391,11 +471,11 @@ class Scheduler:
             self._add_chunk(batch, seq)
 
     def _admit_waiting(self, batch: _BatchBuilder) -> None:
-        """Start waiting sequences, the oldest first, while there is budget, a place and blocks."""
+        """Start waiting sequences, in order of rank, while there is budget, a place and blocks."""
         while self.waiting and batch.budget and self.num_seqs < self.max_num_seqs:
             seq = self.waiting[0]
             self._extend_keys(seq)
-            found = self._find(seq.block_keys, seq.num_tokens)
+            found = [] if seq.awaits_prompt_logprobs else self._find(seq.block_keys, seq.num_tokens)
             num_new = self.blocks.blocks_for(seq.num_tokens + 1) - len(found)
             if not self._has_room(num_new, found):
                 return
@@ -410,7 +490,7 @@ class Scheduler:
         seq.status = SequenceStatus.PREFILL
         self._acquire_slot(seq, num_cached)
         self.num_waiting_tokens -= num_cached
-        insort(self.prefilling, seq, key=lambda s: s.seq_id)
+        insort(self.prefilling, seq, key=lambda s: s.rank)
         self.admitted.append(seq)
 
     def _add_chunk(self, batch: _BatchBuilder, seq: Sequence) -> None:
@@ -438,10 +518,12 @@ class Scheduler:
         seq, params = self._seq(slot), self._seq(slot).params
         stop_ids = sorted(seq.stop_ids) if seq.params.min_tokens else []  # the worker needs them for masking only
         logprobs = -1 if params.logprobs is None else params.logprobs
-        top_k = max(params.top_k, 0)
-        batch.inits.append(
-            (seq.seed, slot, params.temperature, params.top_p, top_k, logprobs, seq.min_len, len(stop_ids), 0)
-        )
+        draw = params.temperature, params.top_p, max(params.top_k, 0)
+        batch.inits.append((seq.seed, slot, *draw, logprobs, seq.min_len, len(stop_ids), params.min_p))
+        if has_extras(seq):
+            self.extras.append(extras_of(seq, slot))
+            if seq.awaits_prompt_logprobs:
+                seq.prompt_logprobs = [None]
         batch.stop_ids += stop_ids
         batch.add_blocks(slot, 0, seq.block_table)
         self.slots.is_entered[slot] = True
@@ -452,7 +534,7 @@ class Scheduler:
 
     def _start_decoding(self, seq: Sequence) -> None:
         seq.status = SequenceStatus.RUNNING
-        insort(self.decoding, seq, key=lambda s: s.seq_id)
+        insort(self.decoding, seq, key=lambda s: s.rank)
         self._decode_slots = None
 
     def _slots_of_decoding(self) -> np.ndarray:
@@ -464,6 +546,13 @@ class Scheduler:
     def _has_room(self, num_new: int, found: list[int]) -> bool:
         """Whether blocks can be had and every running sequence could still take one more."""
         return self.blocks.can_allocate(num_new + len(self.decoding), found)
+
+    def _can_take(self, num_new: int, found: list[int]) -> bool:
+        """Whether there is a place, and room, for a sequence that does not come from the queue."""
+        if self.num_seqs < self.max_num_seqs and self._has_room(num_new, found):
+            return True
+        self.lacks_room = True
+        return False
 
     def _find(self, block_keys: list[bytes], num_tokens: int) -> list[int]:
         """Blocks that hold the beginning of `num_tokens` tokens, without the last token: it must be computed."""
@@ -496,20 +585,56 @@ class Scheduler:
         step = self.in_flight.popleft()
         self.num_waiting_tokens -= step.num_prompt_tokens
         assert step.step_id == result.step_id, (step.step_id, result.step_id)
-        slots, tokens = step.sampled_slots, result.token_ids
+        slots = step.sampled_slots
+        if step.drafts:
+            self.slots.num_drafts[list(step.drafts)] = 0
+            slots, result = self._verify(step, result)
+        outcome = self._take(slots, result, now_s)
+        if step.chunks:
+            self._advance(outcome, step.chunks)
+        self._release_parked()
+        return outcome
+
+    def accept(self, now_s: float) -> StepOutcome | None:
+        """Take one more token of each sequence whose drafts have turned out right; None: there are none left.
+
+        To be called until then after each `complete`, with nothing but the outcomes' consequences in between: a token
+        that came out of a draft is like one that came out of a step of its own.
+        """
+        if not self._accepted:
+            return None
+        slots, result = self._accepted.popleft()
+        for slot in slots[self.slots.is_active[slots]].tolist():
+            self.slots.num_computed[slot] += 1
+            drafter = self._seq(slot).drafter
+            assert drafter is not None
+            drafter.num_accepted += 1
+        return self._take(slots, result, now_s)
+
+    def _verify(self, step: _StepInFlight, result: StepResult) -> tuple[np.ndarray, StepResult]:
+        """Split a result with drafts: slots and result of the first token of each row; the others are for `accept`."""
+        for slot, drafts in step.drafts.items():
+            seq = self.slots.seqs[slot]
+            if seq is not None and seq.drafter is not None:
+                seq.drafter.num_drafts += len(drafts)
+        first, *others = rounds_of(step.sampled_slots, step.drafts, result.token_ids)
+        self._accepted.extend((step.sampled_slots[rows], result.part(rows)) for rows in others)
+        return step.sampled_slots[first], result.part(first)
+
+    def _take(self, slots: np.ndarray, result: StepResult, now_s: float) -> StepOutcome:
+        """A token for each of `slots`."""
+        tokens = result.token_ids
         if len(result.logprob_rows):
             self._append_logprobs(slots, result)
         wanted = self.slots.is_active[slots]
         if not wanted.all():
             slots, tokens = slots[wanted], tokens[wanted]
         num_tokens = self.slots.append(slots, tokens, now_s)
-        outcome = self._outcome_of(slots, tokens, num_tokens, now_s)
-        if step.chunks:
-            self._advance(outcome, step.chunks)
-        self._release_parked()
-        return outcome
+        return self._outcome_of(slots, tokens, num_tokens, now_s, result.errors)
 
-    def _outcome_of(self, slots: np.ndarray, tokens: np.ndarray, num_tokens: np.ndarray, now_s: float) -> StepOutcome:
+    def _outcome_of(
+        self, slots: np.ndarray, tokens: np.ndarray, num_tokens: np.ndarray, now_s: float, errors: np.ndarray
+    ) -> StepOutcome:
         """Who of `slots` has come to an end with its new token, and who is watched."""
         t, outcome = self.slots, StepOutcome()
         is_full = num_tokens >= t.end_len[slots]
@@ -520,10 +645,17 @@ class Scheduler:
         for slot, token, is_at_end in noted:
             seq = t.seqs[slot]
             assert seq is not None
+            if token < 0:
+                t.num_tokens[slot] -= 1
+                seq.error = bytes(errors).decode()
+                outcome.finished.append((seq, SequenceStatus.FINISHED_ERROR))
+                continue
             if seq.is_watched:  # its own list is always up to date
                 seq.token_ids.append(token)
                 seq.token_times_s.append(now_s)
-                t.is_awaited[slot] = False
+                t.is_awaited[slot] = seq.awaits_choice = seq.chooser is not None
+                if seq.drafter is not None:
+                    self._observe(seq, slot, token)
                 outcome.watched.append(seq)
             else:
                 t.sync(seq)
@@ -533,6 +665,15 @@ class Scheduler:
             elif is_at_end:
                 outcome.finished.append((seq, SequenceStatus.FINISHED_LENGTH))
         return outcome
+
+    def _observe(self, seq: Sequence, slot: int, token: int) -> None:
+        """A sequence that may have drafts has a new token; one that begins to draft waits for what is in flight."""
+        t = self.slots
+        assert seq.drafter is not None
+        seq.drafter.observe(token)
+        t.needs_feedback[slot] = seq.needs_feedback
+        t.is_awaited[slot] = seq.needs_feedback and t.num_computed[slot] >= t.num_tokens[slot]
+        self._needs_feedback |= seq.needs_feedback
 
     def _advance(self, outcome: StepOutcome, chunks: list[_Chunk]) -> None:
         """What the step's chunks mean for others of the same prefix, and for sequences that leave."""
@@ -552,10 +693,11 @@ class Scheduler:
         """Give each sequence that asked for them: token id -> log probability, the chosen token first."""
         ids = result.logprob_ids.reshape(-1, 1 + MAX_LOGPROBS).tolist()
         values = result.logprobs.reshape(-1, 1 + MAX_LOGPROBS).tolist()
-        for slot, row_ids, row_values in zip(slots[result.logprob_rows].tolist(), ids, values, strict=True):
-            seq = self.slots.seqs[slot]
-            if seq is not None and seq.logprobs is not None:
-                seq.logprobs.append({i: value for i, value in zip(row_ids, row_values, strict=True) if i >= 0})
+        for row, row_ids, row_values in zip(result.logprob_rows.tolist(), ids, values, strict=True):
+            seq = self.slots.seqs[slots[row] if row >= 0 else -1 - row]
+            logprobs = None if seq is None else seq.logprobs if row >= 0 else seq.prompt_logprobs
+            if logprobs is not None:
+                logprobs.append({i: value for i, value in zip(row_ids, row_values, strict=True) if i >= 0})
 
     def _release_parked(self) -> None:
         while self._parked and not (self.in_flight and self.in_flight[0].step_id <= self._parked[0].last_step_id):

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
+from nanopd.core.speculation import Drafter
 from nanopd.messages import EventKind, FinishReason, RequestEvent, RequestLog, Route, SamplingParams
 
 
@@ -29,6 +30,16 @@ class TextStream(Protocol):
 
     def finish(self) -> str:
         """The rest, when no more tokens come."""
+
+
+class Chooser(Protocol):
+    """Chooses the tokens of sequences, each of which waits for that before it goes on."""
+
+    def sampled(self, seq: Sequence) -> None:
+        """It has its next token, which is no more than a proposal, and its logprobs."""
+
+    def ended(self, seq: Sequence) -> None:
+        """It has finished, in whatever way."""
 
 
 class SequenceStatus(Enum):
@@ -59,9 +70,12 @@ class Sequence:
     """One prompt and the tokens generated from it."""
 
     __slots__ = (
+        "awaits_choice",
         "block_keys",
         "block_table",
+        "chooser",
         "decision",
+        "drafter",
         "end_len",
         "error",
         "events",
@@ -75,6 +89,8 @@ class Sequence:
         "num_findable",
         "num_prompt_tokens",
         "params",
+        "prompt_logprobs",
+        "rank",
         "request_id",
         "route",
         "seed",
@@ -100,14 +116,18 @@ class Sequence:
         arrival_s: float,
         seed: int,
         is_streamed: bool = False,
+        priority: int = 0,
+        chooser: Chooser | None = None,
     ) -> None:
-        self.seq_id = seq_id  # order of submission; the lower, the more it is protected
+        self.seq_id = seq_id  # order of submission
+        self.rank = (priority, seq_id, seq_id)  # priority, then order of requests, then within one; lower goes first
         self.request_id = request_id
         self.params = params
         self.seed = params.seed if params.seed is not None else seed
         self.token_ids = list(prompt_token_ids)  # prompt, then every token the parent has received
         self.token_times_s: list[float] = []  # one per generated token
         self.logprobs: list[dict[int, float]] | None = None if params.logprobs is None else []
+        self.prompt_logprobs: list[dict[int, float] | None] = []  # if asked for: per token of the prompt, first None
         self.num_prompt_tokens = len(prompt_token_ids)
         limit = max_model_len if params.max_tokens is None else self.num_prompt_tokens + params.max_tokens
         self.end_len = limit  # number of tokens at which the sequence ends for length
@@ -123,8 +143,11 @@ class Sequence:
         self.block_keys: list[bytes] = []  # of full blocks, for prefix caches; as far as they were needed
         self.num_cached_tokens: int | None = None  # that were found when its prefill started first; None: it has not
         self.is_streamed = is_streamed
+        self.chooser = chooser  # None: what is sampled is taken
+        self.awaits_choice = False  # its last token is a proposal
+        self.drafter: Drafter | None = None  # None: it never has drafts
         # somebody wants to see each token as it comes
-        self.is_watched = bool(is_streamed or params.stop or params.stop_token_ids or self.logprobs is not None)
+        self.is_watched = bool(is_streamed or self.needs_feedback or params.stop_token_ids or self.logprobs is not None)
         self.stop_reason: int | str | None = None
         self.text: TextStream | None = None  # where tokens become text while they come
         self.error: str | None = None
@@ -151,7 +174,13 @@ class Sequence:
     @property
     def needs_feedback(self) -> bool:
         """Whether the parent must see each token before the next one may be computed."""
-        return bool(self.params.stop)
+        is_drafting = self.drafter is not None and self.drafter.is_drafting
+        return bool(is_drafting or self.params.stop or self.params.logits_processors or self.chooser)
+
+    @property
+    def awaits_prompt_logprobs(self) -> bool:
+        """Whether its prompt has to be computed, from the first token on, for the logits."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens
 
     def log_event(self, time_s: float, kind: EventKind, worker: int | None = None) -> None:
         self.events.append(RequestEvent(time_s, kind, worker))
@@ -164,5 +193,7 @@ class Sequence:
             np.array(self.token_times_s),
             self.route,
             self.num_cached_tokens or 0,
+            num_draft_tokens=self.drafter.num_drafts if self.drafter is not None else 0,
+            num_accepted_tokens=self.drafter.num_accepted if self.drafter is not None else 0,
             finish_reason=FINISH_REASONS.get(self.status),
         )

@@ -7,8 +7,6 @@ be given away; the scheduler sees to that.
 
 from __future__ import annotations
 
-from collections import deque
-
 import numpy as np
 
 from nanopd.core.sequence import Sequence
@@ -31,19 +29,20 @@ class SlotTable:
         self._token_ids = np.zeros(num_slots * max_model_len, np.int32)
         self._times_s = np.zeros(num_slots * max_model_len, np.float64)
         self.num_tokens = column(np.int32)  # tokens known to the parent
-        self.first_len = column(np.int32)  # num_tokens when the slot was acquired
+        self.first_len = column(np.int32)  # with more tokens, all before the newest are sure to have been computed
         self.num_computed = column(np.int32)  # tokens computed once all steps in flight are done
         self.writable_len = column(np.int32)  # positions below may be written without asking the block manager
         self.end_len = column(np.int32)
         self.last_start = column(np.int32)  # the last position to be computed is before this one
         self.is_active = column(np.bool_)  # results for the slot are wanted
         self.is_entered = column(np.bool_)  # the worker knows the slot's parameters and block table
+        self.num_drafts = column(np.int32)  # in the step in flight, behind the sequence's newest token
         self.has_last_token = column(np.bool_)  # the worker has the newest token of the slot, or will have in order
         self.is_awaited = column(np.bool_)  # must not be scheduled before its result is back
         self.needs_feedback = column(np.bool_)
         self.is_watched = column(np.bool_)  # its tokens are looked at one by one
         self.heeds_eos = column(np.bool_)
-        self._free = deque(range(num_slots))
+        self._free = list(reversed(range(num_slots)))
 
     @property
     def num_free(self) -> int:
@@ -51,15 +50,18 @@ class SlotTable:
 
     def acquire(self, seq: Sequence, num_computed: int) -> None:
         """Give `seq` a slot; the worker hears of it with the first row that names it."""
-        slot = self._free.popleft()
+        slot = self._free.pop()  # the last one released: a worker keeps tables for as few slots as possible
         seq.slot = slot
         self.seqs[slot] = seq
-        self.num_tokens[slot] = self.first_len[slot] = seq.num_tokens
+        self.num_tokens[slot] = seq.num_tokens
+        self.first_len[slot] = seq.num_tokens - (num_computed == seq.num_tokens - 1)
         self.num_computed[slot] = num_computed
         self.end_len[slot] = seq.end_len
         self.last_start[slot] = seq.end_len - 1  # the token at end_len - 1 is sampled, never computed
         self.is_active[slot] = True
-        self.is_entered[slot] = self.has_last_token[slot] = self.is_awaited[slot] = False
+        self.is_entered[slot] = self.has_last_token[slot] = False
+        self.num_drafts[slot] = 0
+        self.is_awaited[slot] = seq.awaits_choice
         self.needs_feedback[slot] = seq.needs_feedback
         self.is_watched[slot] = seq.is_watched
         self.heeds_eos[slot] = not seq.params.ignore_eos

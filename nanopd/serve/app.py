@@ -92,16 +92,17 @@ class Api:
         outputs = await _results(requests, http)
         if outputs is None:
             return Response(status_code=CLIENT_LEFT)
-        choices = [body.choice(i, output.outputs[0], self._token_text) for i, output in enumerate(outputs)]
-        return JSONResponse({**head, "object": body.OBJECT, "choices": choices, "usage": usage(outputs, body.n)})
+        completions = [completion for output in outputs for completion in output.outputs]
+        choices = [body.choice(i, completion, self._token_text) for i, completion in enumerate(completions)]
+        return JSONResponse({**head, "object": body.OBJECT, "choices": choices, "usage": usage(outputs)})
 
     def _submit(self, body: Body) -> list[AsyncRequest]:
-        """A request for each choice of each prompt, or none if one cannot be served."""
+        """A request for each prompt, or none if one cannot be served."""
         requests: list[AsyncRequest] = []
+        params = body.params()
         try:
             for prompt in body.prompts(self._llm.llm):
-                for params in body.params():
-                    requests.append(self._llm.generate(prompt, params, stream=body.stream))
+                requests.append(self._llm.generate(prompt, params, stream=body.stream, priority=body.priority))
         except NanopdError:
             for request in requests:
                 request.abort()
@@ -110,11 +111,12 @@ class Api:
 
     async def _events(self, body: Body, head: Json, requests: list[AsyncRequest]) -> AsyncIterator[str]:
         without_usage = {"usage": None} if body.includes_usage else {}
-        starts = [0] * len(requests)  # characters given out, per choice
-        for index in range(len(requests)):
+        starts = [0] * len(requests) * body.n  # characters given out, per choice
+        for index in range(len(starts)):
             if opening := body.opening(index):
                 yield _event({**head, "choices": [opening], **without_usage})
-        async for index, delta in _merged(requests):
+        async for number, delta in _merged(requests):
+            index = number * body.n + delta.index
             if delta.finish_reason == FinishReason.ERROR.value:
                 yield _event(ApiError(503, delta.error or "").body)
                 return
@@ -123,7 +125,7 @@ class Api:
                 starts[index] += len(delta.text)
                 yield _event({**head, "choices": [choice], **without_usage})
         if body.includes_usage:
-            yield _event({**head, "choices": [], "usage": usage([await r for r in requests], body.n)})
+            yield _event({**head, "choices": [], "usage": usage([await r for r in requests])})
         yield "data: [DONE]\n\n"
 
     def _check_model(self, name: str | None) -> None:
@@ -230,7 +232,7 @@ async def _results(requests: list[AsyncRequest], http: Request) -> list[RequestO
         for future in futures:
             future.cancel()
     for output in outputs:
-        if output.outputs[0].finish_reason == FinishReason.ERROR.value:
+        if any(choice.finish_reason == FinishReason.ERROR.value for choice in output.outputs):
             raise ApiError(503, output.error or "")
     return outputs
 
@@ -253,7 +255,7 @@ async def _merged(requests: list[AsyncRequest]) -> AsyncIterator[tuple[int, Requ
         num_left = len(tasks)
         while num_left:
             index, delta = await queue.get()
-            num_left -= delta.finish_reason is not None
+            num_left -= delta.finished
             yield index, delta
     finally:
         for task in tasks:

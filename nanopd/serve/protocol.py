@@ -2,13 +2,13 @@
 
 `CompletionBody` and `ChatBody` check what a client sends, turn it into prompts and `SamplingParams`, and give answers
 their shape. A parameter that nanopd does not have is refused by name, unless its value asks for nothing. Beyond the
-API: `top_k`, `min_tokens`, `ignore_eos`, `stop_token_ids`, and `chat_template_kwargs` with `enable_thinking`.
+API: `top_k`, `min_p`, `min_tokens`, `ignore_eos`, `stop_token_ids`, `repetition_penalty`, `bad_words`,
+`allowed_token_ids`, `priority`, and `chat_template_kwargs` with `enable_thinking`.
 Knows neither HTTP nor the event loop.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
@@ -20,20 +20,18 @@ from nanopd.llm import LLM, Prompt
 from nanopd.messages import MAX_LOGPROBS, SamplingParams
 from nanopd.outputs import CompletionOutput, RequestOutput, RequestOutputDelta
 
-MAX_CHOICES = 128  # of one prompt
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
-SEEDS = 2**64
-SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_tokens", "stop", "stop_token_ids", "ignore_eos")
+SAMPLING_KEYS = (
+    *("n", "best_of", "seed"),
+    *("temperature", "top_p", "top_k", "min_p", "min_tokens", "stop", "stop_token_ids", "ignore_eos"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "bad_words", "allowed_token_ids"),
+)
 NO_EFFECT = {"user", "metadata", "safety_identifier", "prompt_cache_key"}
 # parameters that nanopd does not have, with the values that ask for nothing; None does so for every parameter
 ASKS_NOTHING: dict[str, tuple] = {
-    "best_of": (1,),
     "echo": (False,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
-    "presence_penalty": (0,),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
@@ -71,7 +69,9 @@ class _Body(_Strict):
     """What both kinds of requests have in common."""
 
     model: str | None = None
-    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    n: int = 1
+    best_of: int | None = None
+    priority: int = 0
     stream: bool = False
     stream_options: StreamOptions | None = None
     temperature: float = 1.0
@@ -82,6 +82,13 @@ class _Body(_Strict):
     stop: Text | list[Text] = []
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[str, float] | None = None
+    bad_words: list[Text | list[int]] = []
+    allowed_token_ids: list[int] | None = None
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> _Body:
@@ -93,17 +100,8 @@ class _Body(_Strict):
     def includes_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def _params(self, max_tokens: int | None, logprobs: int | None) -> list[SamplingParams]:
-        """One for each choice; choice i of a seeded request has the seed + i.
-
-        Raises:
-            RequestError: a value out of range.
-        """
-        first = SamplingParams(  # with the seed as it came, which is checked here
-            **self.model_dump(include=set(SAMPLING_KEYS)), seed=self.seed, max_tokens=max_tokens, logprobs=logprobs
-        )
-        seeds = [None if self.seed is None else (self.seed + i) % SEEDS for i in range(self.n)]
-        return [dataclasses.replace(first, seed=seed) for seed in seeds]
+    def _params(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        return SamplingParams(**self.model_dump(include=set(SAMPLING_KEYS)), max_tokens=max_tokens, logprobs=logprobs)
 
 
 class CompletionBody(_Body):
@@ -120,7 +118,7 @@ class CompletionBody(_Body):
         prompts: list[Any] = [self.prompt] if is_one else list(self.prompt)
         return [llm.tokenizer.encode(p) if isinstance(p, str) and llm.tokenizer is not None else p for p in prompts]
 
-    def params(self) -> list[SamplingParams]:
+    def params(self) -> SamplingParams:
         return self._params(self.max_tokens, self.logprobs)
 
     def choice(self, index: int, piece: Piece, token_text: TokenText, start: int = 0) -> Json:
@@ -177,7 +175,7 @@ class ChatBody(_Body):
         template_args = self.chat_template_kwargs.model_dump(exclude_none=True)
         return [llm.encode_chat([message.as_text() for message in self.messages], **template_args)]
 
-    def params(self) -> list[SamplingParams]:
+    def params(self) -> SamplingParams:
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return self._params(max_tokens, (self.top_logprobs or 0) if self.logprobs else None)
 
@@ -198,16 +196,15 @@ class ChatBody(_Body):
         return {"logprobs": logprobs, "finish_reason": piece.finish_reason}
 
 
-def usage(outputs: list[RequestOutput], n: int) -> Json:
-    """Tokens of an answer with `n` choices for each prompt; a prompt counts once."""
-    prompts = outputs[::n]
-    num_prompt_tokens = sum(len(output.prompt_token_ids) for output in prompts)
-    num_output_tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+def usage(outputs: list[RequestOutput]) -> Json:
+    """Tokens of the answers to all prompts; a prompt with several choices counts once."""
+    num_prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs)
+    num_output_tokens = sum(len(choice.token_ids) for output in outputs for choice in output.outputs)
     return {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_output_tokens,
         "total_tokens": num_prompt_tokens + num_output_tokens,
-        "prompt_tokens_details": {"cached_tokens": sum(output.metrics.num_cached_tokens for output in prompts)},
+        "prompt_tokens_details": {"cached_tokens": sum(output.metrics.num_cached_tokens for output in outputs)},
     }
 
 

@@ -106,10 +106,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
     def append(self, index: int, num_rewritten: int, num_new: int) -> None:
         sequence = self.sequences[index % len(self.sequences)]
         size, before = self.manager.block_size, list(sequence.table)
-        num_final = 1 + max((i for i, block in enumerate(before) if block in self.findable.values()), default=-1)
-        start = max(num_final * size, len(sequence.tokens) - num_rewritten)
-        if start > len(sequence.tokens):
-            return  # a fork of less than what its parent has made findable since
+        start = max(0, len(sequence.tokens) - num_rewritten)
         end = start + num_new
         touched = sorted({position // size for position in range(start, end)})
         replaced = [i for i in touched if i < len(before) and self.owners(before[i]) > 1]
@@ -127,13 +124,17 @@ class BlockManagerMachine(RuleBasedStateMachine):
         assert len(sequence.table) == max(len(before), touched[-1] + 1)
         assert [i for i, block in enumerate(before) if sequence.table[i] != block] == replaced
         self.note_taken([sequence.table[i] for i in replaced] + sequence.table[len(before) :])
+        written = sequence.table[start // size :]
+        self.findable = {prefix: block for prefix, block in self.findable.items() if block not in written}
         self.write(sequence, start, self.new_tokens(num_new))
 
     @precondition(lambda self: self.sequences)
-    @rule(index=INDEX)
-    def fork(self, index: int) -> None:
+    @rule(index=INDEX, num_less=st.sampled_from([0, 0, 1, 2, 5]))
+    def fork(self, index: int, num_less: int) -> None:
         parent = self.sequences[index % len(self.sequences)]
-        self.sequences.append(ModelSequence(self.manager.fork(parent.table), list(parent.tokens)))
+        tokens = parent.tokens[: max(0, len(parent.tokens) - num_less)]
+        table = parent.table[: self.manager.blocks_for(len(tokens))] if num_less else parent.table
+        self.sequences.append(ModelSequence(self.manager.fork(table), tokens))
 
     @precondition(lambda self: self.sequences)
     @rule(index=INDEX)

@@ -157,7 +157,7 @@ def test_forked_sequences_share_blocks_until_one_of_them_writes() -> None:
     scheduler.slots.sync(parent)
     child = make_sequence(1, 6)
     child.token_ids = list(parent.token_ids)
-    scheduler.fork(parent, child)
+    assert scheduler.fork(parent, child)
     assert child.block_table == parent.block_table
     shared = parent.block_table[1]
     batch = scheduler.schedule()
@@ -292,7 +292,7 @@ def test_without_prefix_caching_everything_is_computed() -> None:
 
 def test_more_are_preempted_if_the_youngest_shares_all_its_blocks() -> None:
     """All need a block, none is free, and taking those of the youngest gives none back."""
-    scheduler = make_scheduler(num_blocks=5)
+    scheduler = make_scheduler(num_blocks=7)
     oldest, parent, child = make_sequence(0, 3), make_sequence(1, 7), make_sequence(2, 7)
     for seq in (oldest, parent):
         scheduler.add(seq)
@@ -300,7 +300,7 @@ def test_more_are_preempted_if_the_youngest_shares_all_its_blocks() -> None:
         answer(scheduler, scheduler.schedule())
     scheduler.slots.sync(parent)
     child.token_ids = list(parent.token_ids)
-    scheduler.fork(parent, child)
+    assert scheduler.fork(parent, child)
     others = scheduler.blocks.allocate(scheduler.blocks.num_free)
     assert rows(scheduler.schedule()) == [(oldest.slot, 4, 1, DECODE)]
     assert scheduler.preempted == [child, parent]

@@ -1,0 +1,229 @@
+"""What drafts are worth: tokens per second of one request at a time, with and without `num_speculative_tokens`.
+
+On the CPU the demo model answers prompts that ask for a quotation, for an edit of code, and for text of its own (drawn,
+so that it does not fall into a loop). `--json` keeps the texts. With `--replay` of such a file, a model of any shape
+with random weights, on a GPU, takes as long as if it said the same: everything is real (engine, drafter, steps, their
+verification), but whatever a step samples counts as the recorded text's next tokens. `--context` puts random tokens in
+front of the prompts then. `step_ms` is the mean time of a step by the worker's own clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from report import Row, emit
+
+import nanopd.core.scheduler
+import nanopd.engine
+from nanopd import LLM, SamplingParams
+from nanopd.core.speculation import Drafter, rounds_of
+from nanopd.demo_model import NAME as DEMO_MODEL
+from nanopd.messages import Work
+
+CODE = """\
+class Inventory:
+    def __init__(self, capacity):
+        self.capacity = capacity
+        self.items = {}
+
+    def add(self, name, count):
+        if count <= 0:
+            raise ValueError("count must be positive")
+        if self.total() + count > self.capacity:
+            raise ValueError("not enough room")
+        self.items[name] = self.items.get(name, 0) + count
+
+    def remove(self, name, count):
+        if self.items.get(name, 0) < count:
+            raise KeyError(name)
+        self.items[name] -= count
+        if self.items[name] == 0:
+            del self.items[name]
+
+    def total(self):
+        return sum(self.items.values())
+"""
+NOTICE = """\
+The harbour office closes at noon on the last Friday of each month. Boats that arrive later must anchor outside the \
+northern pier and report by radio on channel nine. The pilot, Ms. Okafor, will come aboard before dawn, together with \
+a customs officer, and each crew member should have a passport and the yellow form at hand. Fresh water is sold at \
+berth fourteen; diesel, at berth twenty. Whoever ties up without a permit pays a fine of two hundred crowns."""
+MINUTES = """\
+Ada opened the meeting at nine. Bo reported that the new pump delivers forty litres a minute, five more than planned, \
+and that the filter has to be cleaned every third week. Chen asked whether the old tank could be kept as a reserve; \
+Ada thought so, if it passes the inspection in March. It was agreed to order two valves and a spare motor."""
+RECIPE = """\
+Peel four carrots and two parsnips, cut them into thin slices and fry them in butter until they are soft. Add a litre \
+of broth, a spoonful of honey and a pinch of nutmeg, and let it simmer for twenty minutes. Pour it through a sieve, \
+stir in half a cup of cream, and serve it with toasted bread and chopped parsley."""
+PROMPTS = {
+    "quote": [
+        f"Repeat the following text word for word, and nothing else.\n\n{NOTICE}",
+        f"Copy this text exactly.\n\n{MINUTES}",
+        f"Repeat the following text word for word, and nothing else.\n\n{RECIPE}",
+    ],
+    "edit": [
+        f"Rename the method `total` to `num_items` and show the whole program.\n\n```python\n{CODE}```",
+        f"Add a docstring to the class and show the whole program.\n\n```python\n{CODE}```",
+        f"Correct the spelling of this text and write it out again.\n\n{MINUTES.replace('report', 'repport')}",
+    ],
+    "free": [
+        "Write a short story about a lighthouse keeper who finds a letter in a bottle.",
+        "Explain why the sky is blue, and why sunsets are red.",
+        "What should one think about before moving to another country?",
+    ],
+}
+
+
+class Replay(Drafter):
+    """Of one recorded answer; the sequence's own tokens make no difference."""
+
+    __slots__ = ("_answer", "_num_observed")
+
+    def __init__(self, answer: list[int], prompt_token_ids: list[int]) -> None:
+        super().__init__(prompt_token_ids)
+        self._answer, self._num_observed = answer, 0
+
+    def observe(self, token_id: int) -> None:
+        super().observe(self._answer[self._num_observed])
+        self._num_observed += 1
+
+    def rounds_of(self, slots: np.ndarray, drafts: dict[int, list[int]], token_ids: np.ndarray) -> list[np.ndarray]:
+        end = self._num_observed + len(token_ids)
+        return rounds_of(slots, drafts, np.array(self._answer[self._num_observed : end]))
+
+
+def replay(answer: list[int], prompt_token_ids: list[int]) -> Drafter:
+    """In place of the next request's drafter, which is the only one then."""
+    drafter = Replay(answer, prompt_token_ids)
+    nanopd.core.scheduler.rounds_of = drafter.rounds_of
+    return drafter
+
+
+def answer_all(llm: LLM, samples: list[dict[str, Any]], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The median run of each request, one after the other."""
+    answer(llm, samples[0], args)  # warm-up
+    runs = [[answer(llm, sample, args) for _ in range(args.repeats)] for sample in samples]
+    return [sorted(of_sample, key=lambda run: run["tok_s"])[len(of_sample) // 2] for of_sample in runs]
+
+
+def answer(llm: LLM, sample: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Tokens, tokens per second after the first one, drafts, steps."""
+    if args.replay:
+        nanopd.engine.Drafter = partial(replay, sample["answer"])  # type: ignore[misc, assignment]
+        params = SamplingParams(temperature=0, max_tokens=len(sample["answer"]), ignore_eos=True)
+    else:
+        params = SamplingParams(temperature=0.8 * (sample["kind"] == "free"), seed=1, max_tokens=args.tokens)
+    padding = np.random.default_rng(0).integers(1000, 40_000, args.context).tolist()
+    steps: list[Work] = []
+    llm.observe(steps.append)
+    (output,) = llm.generate([padding + sample["prompt_token_ids"]], params, use_tqdm=False)
+    log = llm.stats(reset=True).logs[-1]
+    return {
+        "token_ids": output.outputs[0].token_ids,
+        "tok_s": (len(log.token_times_s) - 1) / (log.token_times_s[-1] - log.token_times_s[0]),
+        "step_ms": 1e3 * float(np.mean([step.duration_s for step in steps if not step.num_prompt_tokens])),
+        "drafts": log.num_draft_tokens,
+        "accepted": log.num_accepted_tokens,
+    }
+
+
+def make_row(sample: dict[str, Any], plain: dict[str, Any], drafted: dict[str, Any]) -> Row:
+    return {
+        "kind": sample["kind"],
+        "prompt": len(sample["prompt_token_ids"]),
+        "answer": len(plain["token_ids"]),
+        "drafts": drafted["drafts"],
+        "accepted": drafted["accepted"],
+        "share": round(drafted["accepted"] / max(drafted["drafts"], 1), 2),
+        "plain_tok_s": round(plain["tok_s"], 1),
+        "tok_s": round(drafted["tok_s"], 1),
+        "ratio": round(drafted["tok_s"] / plain["tok_s"], 2),
+        "plain_step_ms": round(plain["step_ms"], 2),
+        "step_ms": round(drafted["step_ms"], 2),
+        "same_tokens": "answer" in sample or plain["token_ids"] == drafted["token_ids"],  # of a replay it means nothing
+        "samples": {"answer": plain["token_ids"], **sample},
+    }
+
+
+def means(rows: list[Row]) -> list[Row]:
+    """Of each kind: means over its requests."""
+    table = []
+    for kind in PROMPTS:
+        of_kind = [row for row in rows if row["kind"] == kind]
+        rates = {
+            name: round(len(of_kind) / sum(1 / row[name] for row in of_kind), 1) for name in ("plain_tok_s", "tok_s")
+        }
+        drafts, accepted = (sum(row[name] for row in of_kind) for name in ("drafts", "accepted"))
+        table.append(
+            {
+                "kind": f"all of {kind}",
+                "drafts": drafts,
+                "accepted": accepted,
+                "share": round(accepted / max(drafts, 1), 2),
+                **rates,
+                "ratio": round(rates["tok_s"] / rates["plain_tok_s"], 3),
+            }
+        )
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", help="the demo model, or with --replay Qwen3-8B")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--drafts", type=int, default=7, help="num_speculative_tokens")
+    parser.add_argument("--tokens", type=int, default=128, help="at most, of each answer")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--context", type=int, default=0, help="random tokens before each prompt")
+    parser.add_argument("--replay", type=Path, help="what --json has written; its texts are said by random weights")
+    parser.add_argument("--json", type=Path, help="write the report here too")
+    args = parser.parse_args()
+    is_replay = args.replay is not None
+    keys = {"load_format": "dummy"} if is_replay else {}
+    model = args.model or ("Qwen3-8B" if is_replay else DEMO_MODEL)
+    samples: list[dict[str, Any]] = []
+    if is_replay:
+        samples = [row["samples"] for row in json.loads(args.replay.read_text())["rows"]]
+    answers = []
+    for num_drafts in (0, args.drafts):
+        with LLM(
+            model,
+            workers=[{"device": args.device}],
+            max_model_len=args.context + 2048,
+            max_num_seqs=8,
+            enable_prefix_caching=False,
+            num_speculative_tokens=num_drafts,
+            **keys,
+        ) as llm:
+            if not samples:
+                texts = [(kind, text) for kind, prompts in PROMPTS.items() for text in prompts]
+                encode = llm.encode_chat
+                samples = [{"kind": k, "prompt_token_ids": encode([{"role": "user", "content": t}])} for k, t in texts]
+            answers.append(answer_all(llm, samples, args))
+    rows = [make_row(*parts) for parts in zip(samples, *answers, strict=True)]
+    columns = [name for name in rows[0] if name != "samples"]
+    config = {
+        "model": model,
+        "drafts": args.drafts,
+        "tokens": args.tokens,
+        "replay": str(args.replay or ""),
+        "context": args.context,
+    }
+    device = None
+    if args.device != "cpu":
+        import torch
+
+        device = torch.cuda.get_device_name()
+    report = emit("speculation", config, rows, columns, device, [*rows, *means(rows)])
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
