@@ -14,19 +14,22 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 import nanopd
-from nanopd.config import EngineConfig, load_config
-from nanopd.core.metrics import Summary, by_route, summarize
+from nanopd.config import PREDICTING, EngineConfig, load_config
+from nanopd.core.metrics import SLO, Summary, by_route, summarize
 from nanopd.core.tables import format_table
-from nanopd.errors import FieldError, NanopdError, RequestError
-from nanopd.jsonl import SAMPLING_KEYS, Row, serve_rows
+from nanopd.core.workload import read_trace
+from nanopd.errors import ConfigError, FieldError, NanopdError, RequestError
+from nanopd.jsonl import PREDICTED_KEYS, SAMPLING_KEYS, Row, serve_rows
 from nanopd.messages import SamplingParams
 
 if TYPE_CHECKING:
@@ -43,8 +46,19 @@ DEMO_PROMPTS = (
     "Say hello in Spanish.",
 )
 ROUTE_COLUMNS = ("route", "completed", "TTFT ms p50 / p99", "first gap", "TPOT", "E2E", "output tokens/s")
+EXPLAINED_COLUMNS = (
+    "request",
+    "route",
+    "TTFT ms predicted / actual",
+    "first gap",
+    "TPOT",
+    "best other",
+    *PREDICTED_KEYS,
+)
 WORKER_COLUMNS = ("worker", "device", "role", "peak blocks", "still used", "of blocks")
 API_KEY_HELP = "what clients must send; by default the environment's NANOPD_API_KEY, and nothing without it"
+MAX_EXPLAINED = 1000  # requests, the latest
+COMMAND_HELP = "profile: measure the workers, fit the cost model; plan: find the best split in simulation"
 ROW_FAILED = 1
 BAD_USAGE = 2  # as argparse has it
 KILLED = 128  # plus the number of the signal
@@ -72,8 +86,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="nanopd",
         description="Serve prompts of a file, of the command line or over HTTP; else chat at a terminal or run a demo.",
     )
-    parser.add_argument("command", nargs="?", choices=["profile"], help="measure the workers and fit the cost model")
-    parser.add_argument("--params", metavar="JSON", default="params.json", help="where `profile` writes what it found")
+    parser.add_argument("command", nargs="?", choices=["profile", "plan"], help=COMMAND_HELP)
+    parser.add_argument("--params", metavar="JSON", help="what `profile` writes (default: the cache) and `plan` reads")
     parser.add_argument("--config", required=True, metavar="NAME_OR_PATH", help="a shipped one, or a YAML file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
     source = parser.add_mutually_exclusive_group()
@@ -81,18 +95,30 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue as it is; repeatable")
     source.add_argument("--serve", action="store_true", help="an OpenAI-compatible server, until a signal comes")
     parser.add_argument("--output", metavar="JSONL", help="where answers go; - (and the default) is standard output")
+    parser.add_argument("--explain", action="store_true", help="a table of what the policy predicted, and what came")
     parser.add_argument("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
     sampling = parser.add_argument_group("sampling, where a row does not say otherwise")
     sampling.add_argument("--max-tokens", type=int, default=128)
     sampling.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
     sampling.add_argument("--top-p", type=float, default=1.0)
     sampling.add_argument("--top-k", type=int, default=0)
+    sampling.add_argument("--min-p", type=float, default=0.0)
+    sampling.add_argument("--presence-penalty", type=float, default=0.0)
+    sampling.add_argument("--frequency-penalty", type=float, default=0.0)
+    sampling.add_argument("--repetition-penalty", type=float, default=1.0)
     sampling.add_argument("--seed", type=int)
+    plan = parser.add_argument_group("plan, for the machine of the configuration's params")
+    plan.add_argument("--trace", metavar="FILE", help="requests: an Azure (.csv) or Mooncake (.jsonl) trace")
+    plan.add_argument("--slo", metavar="LIMITS", help="like ttft=200,tpot=10; default: from params and trace")
+    plan.add_argument("--max-requests", type=int, default=1000, help="of the trace (1000); more: steadier, slower")
+    plan.add_argument("--figure", metavar="PNG", help="draw the plan too; needs nanopd[plot]")
     server = parser.add_argument_group("server, with --serve")
     server.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1, this machine only)")
     server.add_argument("--port", type=int, default=8000, help="0: any free one")
     server.add_argument("--api-key", metavar="KEY", default=os.environ.get("NANOPD_API_KEY"), help=API_KEY_HELP)
     args = parser.parse_args(argv)
+    if (args.command == "plan") != bool(args.trace):
+        parser.error("argument --trace: needed by plan, and by nothing else")
     if args.serve and args.output:
         parser.error("argument --output: not allowed with argument --serve")
     return args
@@ -101,36 +127,68 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def _run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.set)
     if args.command == "profile":
-        return _profile(config, Path(args.params))
+        return _profile(config, args.params and Path(args.params))
+    if args.command == "plan":
+        return _plan(args, config)
     if args.serve:
         return _serve(args, config)
     sampling = {key: value for key, value in vars(args).items() if key in SAMPLING_KEYS}
     params = SamplingParams(**sampling)
     is_chat = not (args.input or args.prompt or args.output) and sys.stdin.isatty() and sys.stdout.isatty()
+    if args.explain and config.policy not in PREDICTING:
+        raise ConfigError("--explain", config.policy, f"a policy that predicts: {', '.join(PREDICTING)}")
+    explained: deque[Row] = deque(maxlen=MAX_EXPLAINED if args.explain else 0)
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(_open(args.input, "rb", sys.stdin.buffer)) if args.input else None
         target = stack.enter_context(_open(args.output, "w", sys.stdout))
         llm = stack.enter_context(nanopd.LLM(config=config, show_progress=sys.stderr.isatty()))
-        stack.callback(_report, llm)
+        stack.callback(_report, llm, explained)
         if is_chat:
             chat(llm, params)
             return 0
-        write = write_json if args.input or args.output else write_text
+        write = partial(write_json if args.input or args.output else write_text, target)
         window = 4 * config.max_num_seqs * len(config.workers)
-        num_failed = serve_rows(llm, source or _own_rows(args, llm), sampling, partial(write, target), window)
+
+        def answer(row: Row) -> None:
+            explained.append(row)
+            write(row)
+
+        num_failed = serve_rows(llm, source or _own_rows(args, llm), sampling, answer, window)
         return ROW_FAILED if num_failed else 0
 
 
-def _profile(config: EngineConfig, target: Path) -> int:
+def _profile(config: EngineConfig, target: Path | None) -> int:
     from nanopd import profiler
     from nanopd.llm import load_settings
 
     settings, model, path = load_settings(config)
-    found = profiler.profile(settings, model, path, show_progress=sys.stderr.isatty()).parameters(settings, model)
-    found.save(target)
-    errors = [(kind, f"{e['median']:.1%}", f"{e['p90']:.1%}") for kind, e in found.errors.items()]
-    print(format_table(profiler.COLUMNS, profiler.table(found, model)), "", sep="\n")
-    print(format_table(("left out of a fit", "median error", "p90"), errors))
+    found = profiler.profile(settings, model, path, show_progress=sys.stderr.isatty())
+    parameters = found.parameters(settings, model)
+    target = target or profiler.cache_file(settings, model)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    parameters.save(target)
+    print(format_table(profiler.COLUMNS, profiler.table(parameters, model)), "", sep="\n")
+    print(format_table(profiler.ERROR_COLUMNS, found.error_rows()), "", f"kept in {target}", sep="\n")
+    return 0
+
+
+def _plan(args: argparse.Namespace, config: EngineConfig) -> int:
+    from nanopd import planner
+    from nanopd.routing.policy import find_parameters
+
+    if args.figure and find_spec("matplotlib") is None:
+        raise NanopdError("--figure needs more packages: pip install nanopd[plot]")
+    parameters = find_parameters(args.params or config.params)
+    requests = read_trace(args.trace, max_requests=args.max_requests).requests
+    slo = SLO.parse(args.slo) if args.slo else planner.default_slo(parameters, requests)
+    scenario = planner.Scenario.of(config, parameters, requests, slo)
+    arrangements = planner.candidates(len(config.workers))
+    progress = tqdm(planner.search(scenario, arrangements), total=len(arrangements), disable=not sys.stderr.isatty())
+    found = sorted(progress, key=lambda pair: -pair[1].rate)
+    print(format_table(planner.COLUMNS, planner.table(found)))
+    print(f"\nrecommended: {found[0][0].text}, for {slo}")
+    if args.figure:
+        planner.draw(found, f"{parameters.machine}, {Path(args.trace).name}", Path(args.figure))
     return 0
 
 
@@ -228,18 +286,39 @@ def _print_answer(llm: LLM, messages: list[dict[str, str]], params: SamplingPara
     return "".join(pieces)
 
 
-def _report(llm: LLM) -> None:
-    """Tables of what was served, by route, and of the KV blocks that it took, on standard error."""
+def _report(llm: LLM, explained: Iterable[Row] = ()) -> None:
+    """Tables of what was served, by route, and of the KV blocks that it took, on standard error.
+
+    Before them what was predicted of `explained` answers; after them what the cost model had to be corrected by.
+    """
     stats = llm.stats()
+    decisions = [_explained_cells(row) for row in explained if "decision" in row]
+    if decisions:
+        print(format_table(EXPLAINED_COLUMNS, decisions), "", sep="\n", file=sys.stderr)
     routes = [_route_cells(str(route or "no route"), summary) for route, summary in by_route(stats.logs).items()]
     if len(routes) > 1:
         routes.append(_route_cells("all", summarize(stats.logs)))
     workers = [
-        (number, worker.device, worker.role.value, blocks.peak, blocks.used, blocks.total)
-        for number, (worker, blocks) in enumerate(zip(llm.config.workers, stats.blocks))
+        (number, worker.device, role.value, blocks.peak, blocks.used, blocks.total)
+        for number, (worker, role, blocks) in enumerate(zip(llm.config.workers, stats.roles, stats.blocks))
     ]
     if routes:
         print(format_table(ROUTE_COLUMNS, routes), "", format_table(WORKER_COLUMNS, workers), sep="\n", file=sys.stderr)
+    if num_drafts := (whole := summarize(stats.logs)).num_draft_tokens:
+        print("", f"drafts: {whole.num_accepted_tokens} of {num_drafts} accepted", sep="\n", file=sys.stderr)
+    if routes and stats.drift:
+        print(
+            "", format_table(("cost model of", "measured / predicted"), stats.drift.items()), sep="\n", file=sys.stderr
+        )
+
+
+def _explained_cells(row: Row) -> list[object]:
+    taken, other = row["decision"]["taken"], row["decision"]["best_other"] or {}
+    cells = [row["request_id"], row["route"] or "turned away"]
+    for key in PREDICTED_KEYS:
+        actual = row["metrics"][key]
+        cells.append(f"{taken[key]:.1f} / " + ("-" if actual is None else f"{actual:.1f}"))
+    return [*cells, *(other.get(key) for key in ("route", *PREDICTED_KEYS))]
 
 
 def _route_cells(name: str, summary: Summary) -> list[object]:

@@ -22,11 +22,15 @@ from nanopd.config_files import find_config
 from nanopd.errors import ConfigError
 from nanopd.messages import Role, Route, TransferPath
 
-POLICIES = ("collocated", "disaggregated", "round_robin")
+PREDICTING = ("closed_form", "adaptive")  # the policies that need the parameters of a cost model
+POLICIES = ("collocated", "disaggregated", "round_robin", *PREDICTING)
+ADMISSIONS = ("queue", "reject")
+LEVELS = ("ttft_ms", "tpot_ms", "first_gap_ms")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 TRANSFERS = ("auto", *(path.value for path in TransferPath))
 MAX_STEPS_IN_FLIGHT = 4
+MAX_SPECULATIVE_TOKENS = 15
 
 
 def allowed_routes(roles: Sequence[Role]) -> list[Route]:
@@ -85,6 +89,9 @@ class EngineConfig:
     dtype: str = "auto"  # auto: the checkpoint's on a GPU, float32 on a CPU
     load_format: str = "auto"
     policy: str = "collocated"
+    params: str | None = None  # of the cost model: a shipped file's name, or a path; see routing/policy.py
+    slo: Mapping[str, float] | None = None  # milliseconds by LEVELS: what the policy adaptive tries to keep
+    admission: str = "queue"  # reject: adaptive turns away what no route serves within `slo`
     workers: tuple[WorkerConfig, ...] = (WorkerConfig(),)
     block_size: int = 16  # tokens per KV block
     num_blocks: int | None = None  # per worker; None: derived from memory
@@ -96,6 +103,7 @@ class EngineConfig:
     transfer: str = "auto"  # how blocks get from worker to worker: a TransferPath, or the best there is
     verify_transfers: bool = False  # compare digests of moved blocks (debugging)
     steps_in_flight: int = 2
+    num_speculative_tokens: int = 0  # drafts of a sequence that a step may verify; 0: none
     handover_timeout_s: float = 1.0  # how long a prefilled sequence waits for room on its decode worker
     start_timeout_s: float = 600.0  # how long workers may take to load
     step_timeout_s: float = 300.0  # how long a step or a transfer may take before its worker counts as hung
@@ -103,7 +111,7 @@ class EngineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("model", "tokenizer"):
+        for name in ("model", "tokenizer", "params"):
             if isinstance(path := getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(path))
         object.__setattr__(self, "workers", _parse_workers(self.workers))
@@ -139,13 +147,20 @@ class EngineConfig:
         """Slots of a worker: what may run, and as many again for each step in flight, as that may name ended ones."""
         return (1 + self.steps_in_flight) * self.max_num_seqs
 
+    @property
+    def max_decode_rows(self) -> int:
+        """Of a worker's step: drafts take the places of sequences that are not there, and those of one always fit."""
+        return self.max_num_seqs + self.num_speculative_tokens
+
     def _check_names(self) -> None:
         if not (isinstance(self.model, str) and self.model):
             raise ConfigError("model", self.model, "a local directory, a hub id or a built-in name")
         if self.tokenizer is not None and not (isinstance(self.tokenizer, str) and self.tokenizer):
             raise ConfigError("tokenizer", self.tokenizer, "a local directory, a hub id, or null for the model's own")
+        if self.params is not None and not (isinstance(self.params, str) and self.params):
+            raise ConfigError("params", self.params, "a shipped parameter file's name, a path, or null")
         choices = {"dtype": DTYPES, "load_format": LOAD_FORMATS, "policy": POLICIES, "transfer": TRANSFERS}
-        for name, allowed in choices.items():
+        for name, allowed in {**choices, "admission": ADMISSIONS}.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(name, getattr(self, name), allowed)
         on_cpu = [worker.device == "cpu" for worker in self.workers]
@@ -161,6 +176,7 @@ class EngineConfig:
         self._check_count("max_model_len", 2, optional=True)  # one token in, one out
         self._check_count("max_num_batched_tokens", 1)
         self._check_count("steps_in_flight", 1, MAX_STEPS_IN_FLIGHT)
+        self._check_count("num_speculative_tokens", 0, MAX_SPECULATIVE_TOKENS)
         self._check_count("max_restarts", 0)
         self._check_count("seed", 0, 2**64 - 1)
         self._check_positive("gpu_memory_utilization", 1.0)
@@ -183,10 +199,21 @@ class EngineConfig:
             raise ConfigError(name, value, "a finite number > 0" + (f" and <= {most}" if most < math.inf else ""))
 
     def _check_policy(self) -> None:
+        self._check_levels()
         if not routes_for_policy(self.policy, self.roles):
             possible = [policy for policy in POLICIES if routes_for_policy(policy, self.roles)]
             roles = " + ".join(role.value for role in self.roles)
             raise ConfigError("policy", self.policy, f"{', '.join(possible) or 'none'} (with workers {roles})")
+
+    def _check_levels(self) -> None:
+        if self.slo is not None and not isinstance(self.slo, Mapping):
+            raise ConfigError("slo", self.slo, f"a mapping of {', '.join(LEVELS)} to milliseconds, or null")
+        _check_keys("slo key", self.slo or {}, LEVELS)
+        for name, limit in (self.slo or {}).items():
+            if type(limit) not in (int, float) or not 0 < limit < math.inf:
+                raise ConfigError(f"slo.{name}", limit, "milliseconds, a number above 0")
+        if self.admission == "reject" and not (self.policy == "adaptive" and self.slo):
+            raise ConfigError("admission", self.admission, "queue, where there is no policy adaptive with an slo")
 
 
 def load_config(name_or_path: str | Path, overrides: Iterable[str] = (), **keys: Any) -> EngineConfig:

@@ -8,11 +8,12 @@ that prefills and decodes as told, whatever its role; moves between every pair o
 from __future__ import annotations
 
 import itertools
-import statistics
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -48,16 +49,47 @@ from nanopd.routing.cost_model import (
 )
 from nanopd.worker_process import WorkerProcess, WorkerProcesses
 
-REPEATS = 5  # of which the median counts, after one that does not
-HELD_OUT = 4  # every so many-th sample is predicted, not fitted
-BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-CONTEXTS = (64, 256, 1024, 4096, 16384)
-CHUNKS = (16, 64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
-MIXED = ((4, 512), (16, 256), (32, 1024), (64, 512), (128, 512))  # batch, context
-MOVED_TOKENS = (16, 64, 256, 512, 1024, 2048, 4096, 8192)
+REPEATS = 5  # after one that does not count; the best does, as whatever disturbs a measurement makes it longer
 ANSWER_TIMEOUT_S = 120.0
 COLUMNS = ("term", "value", "+-", "unit", "")
+ERROR_COLUMNS = ("relative error", "fitted: median", "p90", "not fitted: median", "p90")
 START = Terms(1.0, 0.1, 1e-6, 10.0, 0.1, 0.1, 16.0, 1e-4, 0.1, 0.1, 10.0)  # any terms of the right kind
+PEAKS = {  # by a part of the device's name, from data sheets: TFLOP/s of dense 16-bit products, GB/s of memory
+    "H200": (989.0, 4800.0),
+    "H100": (989.0, 3350.0),
+    "H20": (148.0, 4000.0),
+    "RTX 4090": (165.2, 1008.0),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """What to measure, as far as it fits."""
+
+    batches: tuple[int, ...]
+    contexts: tuple[int, ...]
+    chunks: tuple[int, ...]
+    cached: tuple[int, ...]  # tokens before every other chunk
+    mixed: tuple[tuple[int, int], ...]  # batch and context beside every other chunk
+    moved: tuple[int, ...]  # tokens
+
+
+FITTED = Grid(
+    (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256),
+    (64, 256, 1024, 4096, 16384),
+    (16, 64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096, 6144, 8192),
+    (1024, 4096, 16384),
+    ((4, 512), (16, 256), (32, 1024), (64, 512), (128, 512)),
+    (16, 64, 256, 512, 1024, 2048, 4096, 8192),
+)
+HELD_OUT = Grid(  # other lengths and batches: predicted, not fitted
+    (3, 6, 12, 20, 40, 80, 160, 224),
+    (128, 640, 2560, 8192),
+    (32, 96, 384, 768, 1280, 2560, 5120, 7168),
+    (512, 2048, 8192),
+    ((2, 1024), (8, 384), (24, 768), (48, 256), (96, 640)),
+    (32, 128, 384, 1536, 3072, 6144),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,15 +116,14 @@ class StepShape:
 class Profile:
     """What was measured and what was made of it."""
 
-    samples: list[Sample]
-    fit: Fit  # to all samples
-    held_out: dict[str, dict[str, float]]  # kind -> {median, p90} relative error where a quarter was not fitted
+    fit: Fit  # to the samples of FITTED
+    held_out: dict[str, dict[str, float]]  # kind -> {median, p90} relative error over those of HELD_OUT
     pair_bandwidth: dict[str, float]  # "p->d": GB/s
     num_kv_tokens: int
 
     def parameters(self, config: EngineConfig, model: ModelConfig) -> Parameters:
         return Parameters(
-            machine=_machine(config),
+            machine=machine(config),
             model=Path(config.model).name,
             provenance=f"measured by nanopd profile on {time.strftime('%Y-%m-%d')}",
             kv_bytes_per_token=model.kv_bytes_per_token(),
@@ -103,6 +134,14 @@ class Profile:
             errors=self.held_out,
         )
 
+    def error_rows(self) -> list[list[object]]:
+        """By kind of work, how well the fit predicts what was fitted and what was not."""
+        rows: list[list[object]] = []
+        for kind in self.held_out:
+            errors = [*self.fit.errors[kind].values(), *self.held_out[kind].values()]
+            rows.append([kind, *(f"{error:.1%}" for error in errors)])
+        return rows
+
 
 def profile(config: EngineConfig, model: ModelConfig, path: Path, show_progress: bool = False) -> Profile:
     """Start the workers, measure, stop them.
@@ -112,49 +151,71 @@ def profile(config: EngineConfig, model: ModelConfig, path: Path, show_progress:
     """
     with closing(WorkerProcesses(config, model, path, Doorbell())) as processes:
         workers = processes.start()
-        num_blocks = min(worker.num_blocks for worker in workers)
-        shapes = step_shapes(config, config.max_len_of(model), (num_blocks - 1) * config.block_size)
-        routes = [route for route in allowed_routes(config.roles) if not route.is_collocated]
-        counts = [n for n in MOVED_TOKENS if n <= (num_blocks - 1) * config.block_size]
-        block_bytes = config.block_size * model.kv_bytes_per_token()
-        samples: list[Sample] = []
-        moves: dict[Route, list[MoveSample]] = {route: [] for route in routes}
-        with tqdm(total=len(shapes) + len(routes) * len(counts), desc="profiling", disable=not show_progress) as bar:
-            for shape in shapes:
-                samples.append(shape.sample(_median(_step_ms, workers[0], step_of(shape, config.block_size))))
-                bar.update()
-            for route, count in itertools.product(routes, counts):
-                ms = _median(_move_ms, workers, route, -(-count // config.block_size))
-                moves[route].append(MoveSample(-(-count // config.block_size) * block_bytes, ms))
-                bar.update()
-    samples += itertools.chain.from_iterable(moves.values())
-    held_out = samples[HELD_OUT - 1 :: HELD_OUT]
-    fitted = fit([sample for sample in samples if sample not in held_out], START)
+        steps, moves = _measure(workers, FITTED, config, model, show_progress)
+        held_steps, held_moves = _measure(workers, HELD_OUT, config, model, show_progress)
+        num_kv_tokens = _num_kv_tokens(workers, config)
+    fitted = fit([*steps, *itertools.chain(*moves.values())], START)
+    held_out: list[Sample] = [*held_steps, *itertools.chain(*held_moves.values())]
     rates = {str(route): fit(of_pair, START).terms.bandwidth for route, of_pair in moves.items()}
-    return Profile(
-        samples,
-        fit(samples, START),
-        prediction_errors(held_out, fitted.terms),
-        rates,
-        (num_blocks - 1) * config.block_size,
-    )
+    return Profile(fitted, prediction_errors(held_out, fitted.terms), rates, num_kv_tokens)
 
 
-def _machine(config: EngineConfig) -> str:
-    if config.workers[0].device == "cpu":
-        return f"{len(psutil.Process().cpu_affinity())} CPU cores"
-    import torch
+def _measure(
+    workers: Sequence[WorkerProcess], grid: Grid, config: EngineConfig, model: ModelConfig, show_progress: bool
+) -> tuple[list[StepSample], dict[Route, list[MoveSample]]]:
+    num_kv_tokens = _num_kv_tokens(workers, config)
+    shapes = step_shapes(grid, config, config.max_len_of(model), num_kv_tokens)
+    routes = [route for route in allowed_routes(config.roles) if not route.is_collocated]
+    counts = [-(-n // config.block_size) for n in grid.moved if n <= num_kv_tokens]  # blocks
+    block_bytes = config.block_size * model.kv_bytes_per_token()
+    steps: list[StepSample] = []
+    moves: dict[Route, list[MoveSample]] = {route: [] for route in routes}
+    with tqdm(total=len(shapes) + len(routes) * len(counts), desc="profiling", disable=not show_progress) as bar:
+        for shape in shapes:
+            steps.append(shape.sample(_best(_step_ms, workers[0], step_of(shape, config.block_size))))
+            bar.update()
+        for route, count in itertools.product(routes, counts):
+            moves[route].append(MoveSample(count * block_bytes, _best(_move_ms, workers, route, count)))
+            bar.update()
+    return steps, moves
 
-    return torch.cuda.get_device_name(config.workers[0].device)
+
+def _num_kv_tokens(workers: Sequence[WorkerProcess], config: EngineConfig) -> int:
+    return (min(worker.num_blocks for worker in workers) - 1) * config.block_size
 
 
-def step_shapes(config: EngineConfig, max_len: int, num_kv_tokens: int) -> list[StepShape]:
+def machine(config: EngineConfig) -> str:
+    """The devices in words: "2 x NVIDIA H200"."""
+    name = f"workers on {len(psutil.Process().cpu_affinity())} CPU cores"
+    if config.workers[0].device != "cpu":
+        import torch
+
+        name = torch.cuda.get_device_name(config.workers[0].device)
+    return f"{len(config.workers)} x {name}"
+
+
+def cache_file(config: EngineConfig, model: ModelConfig) -> Path:
+    """Where the parameters of these devices, this model and these versions are kept."""
+    version = f"nanopd {_version('nanopd')}, torch {_version('torch')}"
+    name = f"{machine(config)}, {Path(config.model).name}, {model.dtype}, {version}.json"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return cache / "nanopd" / "profiles" / name.replace(" ", "-")
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # a checkout
+        return "source"
+
+
+def step_shapes(grid: Grid, config: EngineConfig, max_len: int, num_kv_tokens: int) -> list[StepShape]:
     """What fits the limits and the cache: decode steps, chunks with and without history, both together."""
-    chunks = [n for n in CHUNKS if n <= min(config.max_num_batched_tokens, max_len)]
-    shapes = [StepShape(b, c) for b, c in itertools.product(BATCHES, CONTEXTS)]
+    chunks = [n for n in grid.chunks if n <= min(config.max_num_batched_tokens, max_len)]
+    shapes = [StepShape(b, c) for b, c in itertools.product(grid.batches, grid.contexts)]
     shapes += [StepShape(0, 0, n) for n in chunks]
-    shapes += [StepShape(0, 0, n, c) for n, c in itertools.product(chunks[1::2], CONTEXTS[2:])]
-    shapes += [StepShape(b, c, n) for (b, c), n in itertools.product(MIXED, chunks[1::2])]
+    shapes += [StepShape(0, 0, n, c) for n, c in itertools.product(chunks[1::2], grid.cached)]
+    shapes += [StepShape(b, c, n) for (b, c), n in itertools.product(grid.mixed, chunks[1::2])]
     return [shape for shape in shapes if _fits(shape, config, max_len, num_kv_tokens)]
 
 
@@ -211,8 +272,8 @@ def _answer(worker: WorkerProcess) -> StepResult | TransferAck:
     return answer
 
 
-def _median(measure_ms: Callable[..., float], *args: object) -> float:
-    return statistics.median([measure_ms(*args) for _ in range(REPEATS + 1)][1:])
+def _best(measure_ms: Callable[..., float], *args: object) -> float:
+    return min([measure_ms(*args) for _ in range(REPEATS + 1)][1:])
 
 
 def table(parameters: Parameters, model: ModelConfig) -> list[list[object]]:
@@ -220,20 +281,34 @@ def table(parameters: Parameters, model: ModelConfig) -> list[list[object]]:
     terms, seed = parameters.terms, ClosedForm.of(parameters)
     weights = model.num_matrix_weights()
     itemsize = 4 if model.dtype == "float32" else 2
-    rows = [
-        ("alpha", terms.a1, "ms per prompt token", f"{2 * weights / terms.a1 / 1e9:.1f} TFLOP/s of matrix products"),
-        ("beta", terms.beta, "ms per decode step", f"{weights * itemsize / terms.beta / 1e6:.0f} GB/s of weights"),
-        ("batch_thresh", terms.batch_thresh, "rows", ""),
-        ("gamma", terms.gamma, "ms per prompt token beside decodes", ""),
-        ("bandwidth", terms.bandwidth, "GB/s between two workers", ""),
-        ("transfer rate", seed.transfer_rate, "ms per token moved", ""),
-        ("disaggregated wins", seed.winning_load(), "sequences and more", "by the closed form"),
-        ("a0", terms.a0, "ms per prefill step", ""),
-        ("a2", terms.a2 * 1e6, "ns per query-key pair", ""),
-        ("row", terms.row, "ms per decode row", ""),
-        ("excess", terms.excess, "ms per row above batch_thresh", ""),
-        ("kv", terms.kv * 1e3, "us per token of context", f"{parameters.kv_bytes_per_token / terms.kv / 1e6:.0f} GB/s"),
-        ("c0", terms.c0, "ms per move", ""),
+    peaks = next((peaks for name, peaks in PEAKS.items() if name in parameters.machine), (None, None))
+
+    def rate(amount: float, term: str, what: str, peak: float | None) -> str:
+        """`amount` per ms of a term, if that is more than its error."""
+        ms = getattr(terms, term)
+        share = f", {amount / ms / peak:.0%} of the device's peak" if peak and ms else ""
+        return f"{amount / ms:.4g} {what}{share}" if ms > parameters.stderr.get(term, 0.0) else ""
+
+    tflops = rate(2 * weights / 1e9, "a1", "TFLOP/s of matrix products", peaks[0])
+    reading = rate(weights * itemsize / 1e6, "beta", "GB/s of weights", peaks[1])
+    context = rate(parameters.kv_bytes_per_token / 1e6, "kv", "GB/s", peaks[1])
+    fitted = [
+        ("alpha", "a1", 1, "ms per prompt token", tflops),
+        ("beta", "beta", 1, "ms per decode step", reading),
+        ("batch_thresh", "batch_thresh", 1, "rows", ""),
+        ("gamma", "gamma", 1, "ms per prompt token beside decodes", ""),
+        ("bandwidth", "bandwidth", 1, "GB/s between two workers", ""),
+        ("a0", "a0", 1, "ms per prefill step", ""),
+        ("a2", "a2", 1e6, "ns per query-key pair", ""),
+        ("row", "row", 1, "ms per decode row", ""),
+        ("excess", "excess", 1, "ms per row above batch_thresh", ""),
+        ("kv", "kv", 1e3, "us per token of context", context),
+        ("c0", "c0", 1, "ms per move", ""),
     ]
-    names = {"alpha": "a1"}
-    return [[name, value, parameters.stderr.get(names.get(name, name)), unit, note] for name, value, unit, note in rows]
+    rows: list[list[object]] = []
+    for name, term, scale, unit, note in fitted:
+        deviation = parameters.stderr.get(term)
+        rows.append([name, scale * getattr(terms, term), deviation and scale * deviation, unit, note])
+    rows.insert(5, ["transfer rate", seed.transfer_rate, None, "ms per token moved", ""])
+    rows.insert(6, ["disaggregated wins", seed.winning_load(), None, "sequences and more", "by the closed form"])
+    return rows

@@ -29,6 +29,10 @@ from nanopd.ipc.process import die_with_parent
 from nanopd.ipc.ring import RingFull
 from nanopd.links import measure
 from nanopd.messages import (
+    MAX_BAD_WORD_TOKENS,
+    MAX_BAD_WORDS,
+    MAX_LOGPROBS,
+    MAX_PROCESSOR_BYTES,
     MAX_STOP_TOKEN_IDS,
     SLOT_INIT,
     TABLE_UPDATE,
@@ -38,6 +42,7 @@ from nanopd.messages import (
     Progress,
     Ready,
     Shutdown,
+    SlotExtras,
     StepBatch,
     StepResult,
     TransferAck,
@@ -80,7 +85,7 @@ class WorkerProcess:
         self.num_blocks = 0  # these three are known once it is ready
         self.paths: dict[int, TransferPath] = {}  # by source: how it gets blocks
         self.kv_handle: object = None
-        self._backlog: deque[StepBatch | TransferPlan] = deque()  # what did not fit into the ring yet
+        self._backlog: deque[SlotExtras | StepBatch | TransferPlan] = deque()  # what did not fit into the ring yet
         self._endpoint, theirs = channel(_max_message_nbytes(config, model), NUM_RING_MESSAGES)
         self._endpoint.open()
         import torch.multiprocessing  # not at the top, where the child would import it before `die_with_parent`
@@ -104,7 +109,7 @@ class WorkerProcess:
         with contextlib.suppress(OSError):  # it has ended, which will be noticed
             self._control.send(Peers(peers))
 
-    def send(self, message: StepBatch | TransferPlan) -> None:
+    def send(self, message: SlotExtras | StepBatch | TransferPlan) -> None:
         self._backlog.append(message)
         self._flush()
 
@@ -388,7 +393,10 @@ def _spawning() -> Iterator[None]:
 
 
 def _max_message_nbytes(config: EngineConfig, model: ModelConfig) -> int:
-    """An upper bound: each running sequence's whole block table and parameters anew, a full chunk budget, the rows."""
+    """An upper bound: each running sequence's whole block table and parameters anew, a full chunk budget, the rows.
+
+    Or the extras of one sequence, or logprobs of everything.
+    """
     max_len = config.max_len_of(model)
     blocks_per_seq = -(-max_len // config.block_size) + 1
     per_seq = (
@@ -397,4 +405,7 @@ def _max_message_nbytes(config: EngineConfig, model: ModelConfig) -> int:
         + SLOT_INIT.itemsize
         + 64
     )
-    return config.max_num_seqs * per_seq + 4 * config.max_num_batched_tokens + 4096
+    step = config.max_num_seqs * per_seq + 4 * config.max_num_batched_tokens
+    extras = 4 * (max_len + 3 * model.vocab_size + MAX_BAD_WORDS * MAX_BAD_WORD_TOKENS) + MAX_PROCESSOR_BYTES
+    result = 8 * (1 + MAX_LOGPROBS) * (config.max_num_seqs + config.max_num_batched_tokens)
+    return max(step, extras, result) + 4096

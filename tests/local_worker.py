@@ -9,7 +9,7 @@ from pathlib import Path
 from nanopd.config import EngineConfig, ModelConfig
 from nanopd.engine import Engine
 from nanopd.ipc.memories import Memories
-from nanopd.messages import Peer, StepBatch, StepResult, TransferAck, TransferPlan
+from nanopd.messages import Peer, SlotExtras, StepBatch, StepResult, TransferAck, TransferPlan
 from nanopd.model_files import read_model_config
 from nanopd.wire import decode, encode, encoded_size
 from nanopd.worker.worker import Worker
@@ -22,9 +22,9 @@ class LocalWorker:
         self.worker = worker
         self.num_blocks = worker.num_blocks
         self.paths = worker.paths
-        self._inbox: deque[StepBatch | TransferPlan] = deque()
+        self._inbox: deque[SlotExtras | StepBatch | TransferPlan] = deque()
 
-    def send(self, message: StepBatch | TransferPlan) -> None:
+    def send(self, message: SlotExtras | StepBatch | TransferPlan) -> None:
         self._inbox.append(_through_the_codec(message))
 
     def poll(self) -> list[StepResult | TransferAck]:
@@ -33,7 +33,8 @@ class LocalWorker:
         launched = self.worker.launch(self._inbox.popleft())
         while not launched.is_done():
             pass
-        return [_through_the_codec(launched.result())]
+        result = launched.result()
+        return [] if result is None else [_through_the_codec(result)]
 
 
 def _through_the_codec(message):

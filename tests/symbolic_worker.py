@@ -15,7 +15,7 @@ import numpy as np
 
 from nanopd.config import EngineConfig, ModelConfig
 from nanopd.errors import WorkerError
-from nanopd.messages import RowFlag, StepBatch, StepResult, TransferAck, TransferPath, TransferPlan
+from nanopd.messages import MAX_LOGPROBS, RowFlag, StepBatch, StepResult, TransferAck, TransferPath, TransferPlan
 
 VOCAB_SIZE = 64
 EOS = 7
@@ -29,6 +29,12 @@ def model_config(max_len: int = 512) -> ModelConfig:
 def next_token(context: np.ndarray) -> int:
     """The model: context [num_tokens] -> token id."""
     return zlib.crc32(np.ascontiguousarray(context, np.int64).tobytes()) % VOCAB_SIZE
+
+
+def logprobs_of(context: np.ndarray) -> dict[int, float]:
+    """The model's likeliest next tokens, for beam search: context [num_tokens] -> MAX_LOGPROBS of them."""
+    first = next_token(context)
+    return {(first + 3 * i) % VOCAB_SIZE: -0.1 * i - (first * i % 7) / 10 for i in range(1, 1 + MAX_LOGPROBS)}
 
 
 def generate(prompt: list[int], max_tokens: int, stop_ids: tuple[int, ...] = (EOS,)) -> list[int]:
@@ -52,6 +58,7 @@ class SymbolicWorker:
         self.kv = np.full((num_blocks, config.block_size), -1, np.int64)
         self.tables = np.zeros((config.num_slots, -(-max_len // config.block_size)), np.int64)
         self.last_tokens = np.full(config.num_slots, -1, np.int64)
+        self.num_logprobs = np.full(config.num_slots, -1, np.int64)
         self.peers: list[SymbolicWorker] = []
         self.is_dead = False
         self.is_buried = False  # the others have been told of its death
@@ -92,8 +99,9 @@ class SymbolicWorker:
             self.is_dead = True
             raise WorkerError(0, "was poisoned by the test")
         updates = batch.table_updates
-        for slot in batch.slot_inits["slot"]:
-            self.tables[slot], self.last_tokens[slot] = 0, -1
+        for init in batch.slot_inits:
+            slot = init["slot"]
+            self.tables[slot], self.last_tokens[slot], self.num_logprobs[slot] = 0, -1, init["num_logprobs"]
         self.tables[updates["slot"], updates["index"]] = updates["block_id"]
         self.kv[batch.copies["dst"]] = self.kv[batch.copies["src"]]
         sampled, taken = [], 0
@@ -109,19 +117,27 @@ class SymbolicWorker:
             assert (blocks > 0).all(), "writes to the null block"
             self.kv[blocks, positions % self.block_size] = tokens
             if flags & RowFlag.SAMPLE:
-                sampled.append((slot, start + length))
-        tokens = []
+                first = 1 if flags & RowFlag.DRAFTS else length
+                sampled += [(slot, start + i) for i in range(first, length + 1)]
+        tokens, rows, ids, values = [], [], [], []
         for slot, num_tokens in sampled:  # after all writes, as in a real forward pass
             positions = np.arange(num_tokens)
             context = self.kv[self.tables[slot, positions // self.block_size], positions % self.block_size]
             self.last_tokens[slot] = next_token(context)
+            if self.num_logprobs[slot] >= 0:
+                best = logprobs_of(context)
+                rows.append(len(tokens))
+                ids += [-1, *best]  # what is sampled is not among them
+                values += [-np.inf, *best.values()]
             tokens.append(self.last_tokens[slot])
-        none = np.empty(0, np.int32)
-        return StepResult(batch.step_id, 1, np.array(tokens, np.int32), none, none, np.empty(0, np.float32))
+        logprobs = np.array(rows, np.int32), np.array(ids, np.int32), np.array(values, np.float32)
+        return StepResult(batch.step_id, 1, np.array(tokens, np.int32), *logprobs)
 
 
-def symbolic_workers(config: EngineConfig, num_blocks: list[int], rng: Random | None) -> list[SymbolicWorker]:
-    workers = [SymbolicWorker(config, n, rng) for n in num_blocks]
+def symbolic_workers(
+    config: EngineConfig, num_blocks: list[int], rng: Random | None, max_len: int = 512
+) -> list[SymbolicWorker]:
+    workers = [SymbolicWorker(config, n, rng, max_len) for n in num_blocks]
     for worker in workers:
         worker.peers = workers
     return workers

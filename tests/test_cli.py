@@ -26,10 +26,16 @@ from nanopd.config import load_config
 from nanopd.core.metrics import RequestMetrics
 from nanopd.errors import RequestError, WorkerError
 from nanopd.jsonl import serve_rows
-from nanopd.messages import EventKind, FinishReason, RequestEvent, RequestLog, Route, SamplingParams
+from nanopd.messages import EventKind, FinishReason, RequestEvent, RequestLog, Role, Route, SamplingParams
 from nanopd.outputs import BlockStats
+from nanopd.routing.decision import Decision, Prediction
 
 ROOT = Path(__file__).parents[1]
+EXPLAINED = Decision(
+    Route(0, 1),
+    Prediction(Route(0, 1), 90.0, 30.0, 20.0, 0.0, 0.0, 1000.0),
+    Prediction(Route(1, 1), 120.0, 25.0, 25.0, 0.0, 0.0, 1100.0),
+)
 
 
 def echo_log(request_id: str, num_tokens: int) -> RequestLog:
@@ -69,6 +75,7 @@ class EchoHandle:
             route=Route(0, 1),
             metrics=RequestMetrics.from_log(echo_log(self.request_id, self.max_tokens)),
             error="the worker is gone" if text == "crash" else None,
+            decision=EXPLAINED if text == "why" else None,
         )
 
     def __iter__(self) -> Iterator[SimpleNamespace]:
@@ -87,6 +94,7 @@ class EchoLLM:
         self.handles: list[EchoHandle] = []
         self.params: list[SamplingParams] = []
         self.is_shut_down = False
+        self.drift: dict[str, float] = {}
         self.config = config or load_config("cpu-demo")
 
     def __enter__(self) -> EchoLLM:
@@ -100,7 +108,8 @@ class EchoLLM:
 
     def stats(self) -> SimpleNamespace:
         logs = [echo_log(handle.request_id, handle.max_tokens) for handle in self.handles]
-        return SimpleNamespace(logs=logs, blocks=[BlockStats(0, 3, 99), BlockStats(0, 5, 98)])
+        blocks = [BlockStats(0, 3, 99), BlockStats(0, 5, 98)]
+        return SimpleNamespace(logs=logs, blocks=blocks, roles=[Role.MIXED] * 2, drift=self.drift)
 
     def submit(
         self, prompt: str | list[int], params: SamplingParams, *, request_id: str | None = None, stream: bool = False
@@ -157,11 +166,11 @@ def test_an_answer_has_what_was_promised() -> None:
 
 def test_a_row_overrides_the_sampling_of_the_command_line() -> None:
     llm = EchoLLM()
-    rows = [{"prompt": "a"}, {"prompt": "b", "temperature": 0.5, "stop": "x", "top_k": 4}]
+    rows = [{"prompt": "a"}, {"prompt": "b", "temperature": 0.5, "stop": "x", "logit_bias": {"4": 1}, "min_p": 0.5}]
     serve(llm, map(json.dumps, rows), temperature=0.0, seed=3)
     assert llm.params == [
         SamplingParams(temperature=0.0, seed=3),
-        SamplingParams(temperature=0.5, seed=3, stop=("x",), top_k=4),
+        SamplingParams(temperature=0.5, seed=3, stop=("x",), logit_bias={4: 1}, min_p=0.5),
     ]
 
 
@@ -187,6 +196,8 @@ BAD_ROWS = [
     (b'{"prompt": "a", "temperature": null}', "temperature"),
     (b'{"prompt": "a", "temperature": NaN}', "temperature=nan"),
     (b'{"prompt": "a", "stop": 3}', "stop"),
+    (b'{"prompt": "a", "logit_bias": {"x": 1}}', "logit_bias"),
+    (b'{"prompt": "a", "logits_processors": []}', "key='logits_processors'"),
     (b'{"prompt": ""}', "at least one token"),
     (b'{"prompt": "\\ud800"}', "surrogates not allowed"),
     (b'{"prompt": ["a"]}', "text"),
@@ -306,6 +317,26 @@ def test_prompts_are_answered_for_people(llm: EchoLLM, capsys: pytest.CaptureFix
     row = " ".join(report.splitlines()[2].split())
     assert row == "0->1 2/2 100.0 / 100.0 100.0 / 100.0 100.0 / 100.0 1000.0 / 1000.0 256"
     assert report.splitlines()[-1].split() == ["1", "cpu", "mixed", "5", "0", "98"]
+
+
+def test_decisions_are_explained(llm: EchoLLM, capsys: pytest.CaptureFixture[str]) -> None:
+    llm.drift = {"prefill": 1.25, "step": 0.9}
+    args = ["--config", "cpu-demo", "--set", "policy=adaptive", "--prompt", "why", "--prompt", "a"]
+    assert cli.main([*args, "--output", "-", "--max-tokens", "1", "--explain"]) == 0
+    out, report = capsys.readouterr()
+    explained, plain = map(json.loads, out.splitlines())
+    assert explained["decision"]["taken"] == {"route": "0->1", "ttft_ms": 90.0, "first_gap_ms": 30.0, "tpot_ms": 20.0}
+    assert explained["decision"]["best_other"]["route"] == "1->1"
+    assert "decision" not in plain
+    table, *_, drift = report.split("\n\n")
+    assert " ".join(table.splitlines()[2].split()) == "0 0->1 90.0 / 100.0 30.0 / - 20.0 / - 1->1 120 25.0 25.0"
+    assert len(table.splitlines()) == 3
+    assert [line.split() for line in drift.splitlines()[2:]] == [["prefill", "1.25"], ["step", "0.900"]]
+
+
+def test_nothing_is_explained_where_nothing_is_predicted(llm: EchoLLM, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--config", "cpu-demo", "--prompt", "a", "--explain"]) == cli.BAD_USAGE
+    assert "--explain='round_robin'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("chat_template", ["yes", None])

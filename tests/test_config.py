@@ -80,6 +80,15 @@ BAD_VALUES = [
     ({"transfer": "shm", "workers": [{"device": "cuda:0"}]}, "transfer", "auto, ipc or relay"),
     ({"transfer": "ipc"}, "transfer", "auto, relay or shm"),
     ({"transfer": "ipc", "workers": [{"device": "cuda:0"}, {}]}, "transfer", "on the CPU"),
+    ({"params": 3}, "params", "shipped"),
+    ({"slo": "ttft=200"}, "slo", "tpot_ms"),
+    ({"slo": {"ttft": 200}}, "slo key", "did you mean ttft_ms?"),
+    ({"slo": {"ttft_ms": 0}}, "slo.ttft_ms", "above 0"),
+    ({"slo": {"tpot_ms": "10"}}, "slo.tpot_ms", "milliseconds"),
+    ({"admission": "maybe"}, "admission", "reject"),
+    ({"admission": "reject", "slo": {"ttft_ms": 200}}, "admission", "adaptive"),
+    ({"admission": "reject", "policy": "adaptive"}, "admission", "slo"),
+    ({"policy": "adaptive", "workers": workers("decode")}, "policy", "none"),
     ({"verify_transfers": 1}, "verify_transfers", "true or false"),
     ({"steps_in_flight": 0}, "steps_in_flight", "from 1 to 4"),
     ({"steps_in_flight": 5}, "steps_in_flight", "from 1 to 4"),
@@ -169,7 +178,7 @@ def test_allowed_routes_are_those_of_the_table(roles: list[Role]) -> None:
 
 @given(ROLES, st.sampled_from(POLICIES))
 def test_a_policy_is_refused_exactly_where_it_has_no_route(roles: list[Role], policy: str) -> None:
-    wanted = {"collocated": [True], "disaggregated": [False], "round_robin": [True, False]}[policy]
+    wanted = {"collocated": [True], "disaggregated": [False]}.get(policy, [True, False])
     routes = [route for route in by_table(roles) if (route.prefill_worker == route.decode_worker) in wanted]
     assert routes_for_policy(policy, roles) == routes
     values = {"model": "m", "policy": policy, "workers": workers(*(role.value for role in roles))}

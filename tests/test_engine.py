@@ -6,18 +6,38 @@ from collections.abc import Callable
 from contextlib import suppress
 from random import Random
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from symbolic_worker import EOS, POISON, VOCAB_SIZE, SymbolicWorker, generate, model_config, symbolic_workers
+from symbolic_worker import (
+    EOS,
+    POISON,
+    VOCAB_SIZE,
+    SymbolicWorker,
+    generate,
+    logprobs_of,
+    model_config,
+    symbolic_workers,
+)
 
+from nanopd.beam_search import Beams, BeamSearch
 from nanopd.config import EngineConfig, routes_for_policy
 from nanopd.core.block_manager import extend_keys
 from nanopd.core.metrics import RequestMetrics
 from nanopd.core.sequence import Sequence, SequenceStatus
 from nanopd.engine import MAX_REPLAYS, Engine
 from nanopd.errors import RequestError, WorkerError
-from nanopd.messages import EventKind, Role, Route, SamplingParams, StepBatch, TransferPlan
+from nanopd.messages import (
+    BeamSearchParams,
+    EventKind,
+    FinishReason,
+    Role,
+    Route,
+    SamplingParams,
+    StepBatch,
+    TransferPlan,
+)
 
 TOPOLOGIES = {
     "mixed": ["mixed"],
@@ -77,14 +97,15 @@ def make_engine(
     num_blocks: int = 40,
     rng: Random | None = None,
     replacements: Replacements | None = None,
+    max_len: int = 512,
     **keys,
 ) -> tuple[Engine, Clock]:
     workers = [{"device": "cpu", "role": role} for role in roles]
-    config = EngineConfig(model="none", workers=workers, policy=policy, max_model_len=512, **keys)
+    config = EngineConfig(model="none", workers=workers, policy=policy, max_model_len=max_len, **keys)
     clock = Clock()
-    clients = symbolic_workers(config, [num_blocks] * len(roles), rng)
+    clients = symbolic_workers(config, [num_blocks] * len(roles), rng, max_len)
     engine = Engine(
-        config, model_config(), clients, clock, replace=None if replacements is None else replacements.replace
+        config, model_config(max_len), clients, clock, replace=None if replacements is None else replacements.replace
     )
     if replacements is not None:
         replacements.engine = engine
@@ -140,6 +161,70 @@ def assert_caches_are_right(engine: Engine, seqs: list[Sequence]) -> None:
                 assert scheduler.is_dead or worker.kv[block].tolist() == tokens
 
 
+class Load:
+    """Requests of all kinds, and whether each got the right answer."""
+
+    def __init__(self, engine: Engine, rng: Random, longest: int) -> None:
+        self.engine, self.rng, self.longest = engine, rng, longest
+        self.seqs: list[Sequence] = []
+        self.searches: list[BeamSearch] = []
+        self.num_ended = 0
+
+    def submit(self, name: str) -> None:
+        """A request, several answers to one prompt, or a beam search."""
+        rng = self.rng
+        num_prompt = rng.randint(1, self.longest - 2)
+        prompt = make_prompt(rng, self.seqs, num_prompt)
+        num_tokens = rng.randint(1, min(30, self.longest - num_prompt))
+        if rng.random() < 0.15:
+            early = rng.choice([False, True, "never"])
+            params = BeamSearchParams(rng.randint(1, 4), min(num_tokens, 8), rng.choice([0.0, 1.0, 2.0]), early)
+            search = BeamSearch(self.engine, name, prompt, params, self.engine.clock(), self._ended)
+            self.searches.append(search)
+            return
+        limits = {
+            "deadline_s": rng.choice([None, None, None, 0.5]),
+            "queue_timeout_s": rng.choice([None, None, None, 0.2]),
+            "priority": rng.choice([0, 0, 0, -1, 1]),
+        }
+        params, leader = SamplingParams(temperature=0, max_tokens=num_tokens), None
+        for i in range(rng.choice([1, 1, 1, 2, 5])):
+            seq = self.engine.submit(f"{name}/{i}" if i else name, prompt, params, parent=leader, **limits)
+            leader = leader or seq
+            self.seqs.append(seq)
+
+    def _ended(self, search: BeamSearch) -> None:
+        self.num_ended += 1
+        assert not search.seqs
+
+    def check(self, check_error: Callable[[str], None]) -> None:
+        assert self.num_ended == len(self.searches)
+        assert not self.engine._followers
+        for search in self.searches:
+            if search.reason is None:
+                prompt = search.first.token_ids[: search.first.num_prompt_tokens]
+                assert search.beams.complete == search_alone(prompt, search.beams.params)
+            elif search.reason is FinishReason.ERROR:
+                check_error(search.error)
+        for seq in self.seqs:
+            expected = generate(seq.token_ids[: seq.num_prompt_tokens], seq.params.max_tokens)
+            if seq.status in (SequenceStatus.FINISHED_ABORTED, SequenceStatus.FINISHED_ERROR):
+                assert seq.output_token_ids == expected[: len(seq.output_token_ids)]
+                if seq.status is SequenceStatus.FINISHED_ERROR:
+                    check_error(seq.error)
+            else:
+                assert_right(seq)
+
+
+def search_alone(prompt: list[int], params: BeamSearchParams) -> list:
+    """What any correct engine finds."""
+    beams = Beams(params, (EOS,))
+    while not beams.is_done:
+        rows = [logprobs_of(np.array(prompt + beam.token_ids)) for beam in beams.running]
+        beams.advance([{token: float(np.float32(value)) for token, value in row.items()} for row in rows])
+    return beams.complete
+
+
 def policies_for(roles: list[str]) -> list[str]:
     return [p for p in ("collocated", "disaggregated", "round_robin") if routes_for_policy(p, [Role(r) for r in roles])]
 
@@ -164,15 +249,10 @@ def test_any_load_on_any_topology(topology: str, steps_in_flight: int, data: st.
         handover_timeout_s=rng.choice([0.001, 0.05, 1.0]),
         enable_prefix_caching=rng.random() < 0.9,
     )
-    longest = 20 * block_size
-    seqs: list[Sequence] = []
+    load = Load(engine, rng, 20 * block_size)
     victim = rng.randrange(len(roles)) if rng.random() < 0.3 else None
     for number in range(rng.randint(1, 14)):
-        num_prompt = rng.randint(1, longest - 2)
-        params = SamplingParams(temperature=0, max_tokens=rng.randint(1, min(30, longest - num_prompt)))
-        prompt = make_prompt(rng, seqs, num_prompt)
-        deadline_s = rng.choice([None, None, None, 0.5])
-        seqs.append(engine.submit(str(number), prompt, params, deadline_s=deadline_s))
+        load.submit(str(number))
         for _ in range(rng.choice([0, 1, 3, 20])):
             clock.now_s += 0.01
             engine.step()
@@ -182,17 +262,13 @@ def test_any_load_on_any_topology(topology: str, steps_in_flight: int, data: st.
         if victim is not None and rng.random() < 0.2:
             engine.workers[victim].is_dead = True
     drain(engine, clock)
-    assert_caches_are_right(engine, seqs)
-    for seq in seqs:
-        assert seq.status.is_finished
-        if seq.status is SequenceStatus.FINISHED_ABORTED:
-            expected = generate(seq.token_ids[: seq.num_prompt_tokens], seq.params.max_tokens)
-            assert seq.output_token_ids == expected[: len(seq.output_token_ids)]
-        elif seq.status is SequenceStatus.FINISHED_ERROR:
-            assert engine.workers[victim].is_dead
-            assert "killed by the test" in seq.error
-        else:
-            assert_right(seq)
+    assert_caches_are_right(engine, load.seqs)
+
+    def check_error(error: str) -> None:
+        assert engine.workers[victim].is_dead
+        assert "killed by the test" in error
+
+    load.check(check_error)
 
 
 @pytest.mark.parametrize("steps_in_flight", [1, 2, 3])
@@ -220,13 +296,9 @@ def test_any_load_while_workers_die_hang_return_and_change_roles(
         enable_prefix_caching=rng.random() < 0.9,
         step_timeout_s=0.5,
     )
-    longest = 20 * block_size
-    seqs: list[Sequence] = []
+    load = Load(engine, rng, 20 * block_size)
     for number in range(rng.randint(1, 14)):
-        num_prompt = rng.randint(1, longest - 2)
-        params = SamplingParams(temperature=0, max_tokens=rng.randint(1, min(30, longest - num_prompt)))
-        prompt = make_prompt(rng, seqs, num_prompt)
-        seqs.append(engine.submit(str(number), prompt, params, deadline_s=rng.choice([None, None, 0.5])))
+        load.submit(str(number))
         for _ in range(rng.choice([0, 1, 3, 20])):
             clock.now_s += 0.01
             replacements.tick()
@@ -234,18 +306,13 @@ def test_any_load_while_workers_die_hang_return_and_change_roles(
             engine.check_integrity()
             happen(engine, rng, number)
     drain(engine, clock, replacements)
-    assert_caches_are_right(engine, seqs)
-    for seq in seqs:
-        assert seq.status.is_finished
-        expected = generate(seq.token_ids[: seq.num_prompt_tokens], seq.params.max_tokens)
-        if seq.status is SequenceStatus.FINISHED_ERROR:
-            assert seq.num_deaths > MAX_REPLAYS or "no route is left" in seq.error
-            assert "by the test" in seq.error or "step_timeout_s" in seq.error
-            assert seq.output_token_ids == expected[: len(seq.output_token_ids)]
-        elif seq.status is SequenceStatus.FINISHED_ABORTED:
-            assert seq.output_token_ids == expected[: len(seq.output_token_ids)]
-        else:
-            assert_right(seq)
+    assert_caches_are_right(engine, load.seqs)
+
+    def check_error(error: str) -> None:
+        assert f"{MAX_REPLAYS + 1} workers died" in error or "no route is left" in error
+        assert "by the test" in error or "step_timeout_s" in error
+
+    load.check(check_error)
 
 
 def happen(engine: Engine, rng: Random, last: int) -> None:
@@ -522,3 +589,120 @@ def test_a_hung_worker_is_noticed_in_time_and_a_held_parent_is_none() -> None:
     assert replacements.coming == [0]
     drain(engine, clock, replacements)
     assert seq.output_token_ids == expected_tokens(seq)
+
+
+# ---------------------------------------------------------------------------------- several answers, priorities, queues
+
+
+def submit_group(
+    engine: Engine, count: int, name: str = "g", prompt: list[int] = PROMPT, params: SamplingParams = PARAMS, **args
+) -> list[Sequence]:
+    first = engine.submit(name, prompt, params, **args)
+    return [first, *(engine.submit(f"{name}/{i}", prompt, params, parent=first, **args) for i in range(1, count))]
+
+
+def assert_all_right(seqs: list[Sequence]) -> None:
+    assert [seq.output_token_ids for seq in seqs] == [expected_tokens(seq) for seq in seqs]
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+@pytest.mark.parametrize(("roles", "policy"), [(["mixed"], "collocated"), (["prefill", "decode"], "disaggregated")])
+def test_eight_answers_to_a_long_prompt_take_a_fifth_of_the_blocks(roles: list[str], policy: str, is_on: bool) -> None:
+    engine, clock = make_engine(roles, policy, 400, max_len=2304, max_num_seqs=8, enable_prefix_caching=is_on)
+    plans = count_moved_blocks(engine)
+    prompt = [token % VOCAB_SIZE for token in range(2048)]
+    params = SamplingParams(temperature=0, max_tokens=128, ignore_eos=True)
+    seqs = submit_group(engine, 8, prompt=prompt, params=params)
+    drain(engine, clock)
+    assert_all_right(seqs)
+    assert sum(plans) == (128 if policy == "disaggregated" else 0), "the prompt moves once"
+    *prefilled, decoded = engine.peak_blocks
+    assert decoded <= 0.2 * 8 * 136
+    assert all(peak <= 0.2 * 8 * 129 for peak in prefilled)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_answers_go_on_when_the_first_one_ends(topology: str) -> None:
+    for num_steps in range(8):
+        engine, clock = make_engine(TOPOLOGIES[topology], policies_for(TOPOLOGIES[topology])[0], max_num_seqs=2)
+        seqs = submit_group(engine, 5)
+        run(engine, clock, num_steps)
+        engine.abort("g")
+        engine.abort("g/2")
+        drain(engine, clock)
+        assert_all_right([seqs[1], *seqs[3:]])
+        assert [seq.status for seq in seqs[::2][:2]] == [SequenceStatus.FINISHED_ABORTED] * 2
+
+
+def test_answers_join_where_the_first_one_decodes_after_a_death() -> None:
+    replacements = Replacements()
+    engine, clock = make_engine(["prefill", "decode"], "disaggregated", replacements=replacements)
+    seqs = submit_group(engine, 3)
+    run(engine, clock, 6)
+    assert all(seq.status is SequenceStatus.RUNNING for seq in seqs)
+    engine.workers[1].is_dead = True
+    drain(engine, clock, replacements)
+    assert_all_right(seqs)
+
+
+def test_lower_priorities_go_first_and_equals_in_order() -> None:
+    engine, clock = make_engine(["mixed"], "collocated", max_num_seqs=1)
+    running = engine.submit("running", PROMPT, PARAMS)
+    run(engine, clock, 2)
+    priorities = [0, 1, -1, 0, 1, -1]
+    seqs = [engine.submit(str(i), [i, *PROMPT], PARAMS, priority=p) for i, p in enumerate(priorities)]
+    drain(engine, clock)
+    assert_all_right([running, *seqs])
+    ends = sorted(seqs, key=lambda seq: seq.events[-1].time_s)
+    assert [seq.request_id for seq in ends] == ["2", "5", "0", "3", "1", "4"]
+    assert running.events[-1].time_s < ends[0].events[-1].time_s
+    with pytest.raises(RequestError, match="priority='high'"):
+        engine.submit("a", PROMPT, PARAMS, priority="high")
+
+
+def test_the_lowest_priority_is_preempted_and_of_equals_the_latest() -> None:
+    engine, clock = make_engine(["mixed"], "collocated", num_blocks=16, block_size=4)  # for a sequence and a bit
+    params = SamplingParams(temperature=0, max_tokens=28, ignore_eos=True)
+    priorities = [1, 0, 1, 0]
+    seqs = [engine.submit(str(i), [i, i], params, priority=p) for i, p in enumerate(priorities)]
+    drain(engine, clock)
+    assert_all_right(seqs)
+    first = {
+        seq.request_id: min((e.time_s for e in seq.events if e.kind is EventKind.PREEMPTED), default=1e9)
+        for seq in seqs
+    }
+    assert first["2"] < first["0"] < first["3"] < first["1"] == 1e9
+
+
+def test_a_queue_timeout_ends_what_has_not_started() -> None:
+    engine, clock = make_engine(["mixed"], "collocated", max_num_seqs=1)
+    running = submit_group(engine, 3, "running", queue_timeout_s=0.05)  # one runs, the others belong to it
+    waiting = submit_group(engine, 3, "waiting", queue_timeout_s=0.05)
+    patient = engine.submit("patient", PROMPT, PARAMS)
+    run(engine, clock, 2)
+    assert engine.next_wakeup_s() == pytest.approx(100.05)
+    drain(engine, clock)
+    assert_all_right([*running, patient])
+    for seq in waiting:
+        assert (seq.status, seq.output_token_ids) == (SequenceStatus.FINISHED_ABORTED, [])
+        assert "queue_timeout_s" in seq.error
+        assert seq.events[-1].time_s == pytest.approx(100.05)
+    with pytest.raises(RequestError, match="queue_timeout_s=0"):
+        engine.submit("a", PROMPT, PARAMS, queue_timeout_s=0)
+
+
+def test_a_long_prompt_is_not_passed_over_where_room_is_scarce() -> None:
+    """Short ones come without end, and each would fit into what gets free at the decode worker."""
+    engine, clock = make_engine(
+        ["prefill", "decode"], "disaggregated", num_blocks=32, block_size=4, handover_timeout_s=0.05
+    )
+    shorts = [engine.submit(f"before {i}", [i, *PROMPT], PARAMS) for i in range(4)]
+    run(engine, clock, 8)
+    long = engine.submit("long", list(range(60)), PARAMS)
+    for number in range(60):
+        shorts.append(engine.submit(str(number), [number, *PROMPT[:10]], PARAMS))
+        run(engine, clock, 5)
+    assert long.status.is_finished
+    drain(engine, clock)
+    assert_all_right([long, *shorts])
+    assert sum(seq.events[-1].time_s < long.events[-1].time_s for seq in shorts) < 30

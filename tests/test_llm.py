@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -244,6 +245,39 @@ def test_logprobs(llm: LLM, model: Path, route: Route) -> None:
         assert next(iter(found)) == token
         assert set(found) == {token, *row.topk(3).indices.tolist()}
         np.testing.assert_allclose(list(found.values()), row[list(found)], atol=1e-4)
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=str)
+def test_prompt_logprobs(llm: LLM, model: Path, route: Route) -> None:
+    prompt = PROMPTS[1]
+    output = llm.submit(prompt, SamplingParams(max_tokens=1, prompt_logprobs=2), route=route).result(WAIT_S)
+    first, *rows = output.prompt_logprobs
+    with torch.no_grad():
+        exact = load_hf(model)(torch.tensor([output.prompt_token_ids])).logits[0].log_softmax(-1)
+    assert first is None and len(rows) == len(prompt) - 1
+    for row, values, token in zip(rows, exact, output.prompt_token_ids[1:], strict=False):
+        assert list(row) == list(dict.fromkeys([token, *values.topk(2).indices.tolist()]))
+        assert list(row.values()) == pytest.approx(values[list(row)].tolist(), abs=1e-4)
+
+
+def test_bad_words_as_text(llm: LLM) -> None:
+    text = llm.generate("Hello", GREEDY, use_tqdm=False)[0].outputs[0].text
+    word = next(text[i : i + 2] for i in range(2, 8) if text[i : i + 2].isascii() and text[i : i + 2].strip())
+    params = dataclasses.replace(GREEDY, max_tokens=100, bad_words=[word])
+    other = llm.generate("Hello", params, use_tqdm=False)[0].outputs[0].text
+    assert word.strip() not in other and other[:2] == text[:2]
+
+
+def even_tokens(token_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+    logits[1::2] = -torch.inf
+    return logits
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=str)
+def test_users_functions(llm: LLM, route: Route) -> None:
+    params = dataclasses.replace(GREEDY, logits_processors=(even_tokens,))
+    tokens = llm.submit("Hello", params, route=route).result(WAIT_S).outputs[0].token_ids
+    assert len(tokens) == GREEDY.max_tokens and not any(token % 2 for token in tokens)
 
 
 def test_no_best_logprobs(llm: LLM) -> None:

@@ -141,7 +141,7 @@ def test_forked(reference: Reference, num_before: int, steps_in_flight: int) -> 
             if parent.slot is not None:
                 engine.schedulers[0].slots.sync(parent)
     children = [
-        engine.fork(parent.request_id, f"child of {parent.request_id}", parent.params)
+        engine.fork(parent, f"child of {parent.request_id}", list(parent.token_ids))
         for parent in parents
         if not parent.status.is_finished
     ]
@@ -149,6 +149,24 @@ def test_forked(reference: Reference, num_before: int, steps_in_flight: int) -> 
     run_to_end(engine)
     reference.check(parents)
     reference.check(children)
+
+
+@pytest.mark.parametrize("way", [*(way for way in WAYS if "chunks of a" not in way), "without prefix caching"])
+def test_several_answers(reference: Reference, way: str) -> None:
+    """One prefill, and four answers that are each what a request for one gives with its seed."""
+    params = SamplingParams(temperature=1.0, top_p=0.95, seed=5, n=4, max_tokens=NUM_TOKENS, ignore_eos=True)
+    alone, together = reference.engine(), reference.engine(**WAYS.get(way, {"enable_prefix_caching": False}))
+    expected, answers = [], []
+    for i, prompt in enumerate(reference.prompts):
+        group: list[Sequence] = []
+        for k, one in enumerate(params.split()):
+            assert (one.seed, one.n) == (5 + k, 1)
+            expected.append(alone.submit(f"{i}/{k}", prompt, one))
+            group.append(together.submit(f"{i}/{k}", prompt, one, parent=group[0] if group else None))
+        answers += group
+    run_to_end(alone)
+    run_to_end(together)
+    assert [seq.output_token_ids for seq in answers] == [seq.output_token_ids for seq in expected]
 
 
 PROMPTS = (

@@ -121,6 +121,17 @@ def test_several_prompts_and_choices(client: openai.OpenAI, llm: AsyncLLM, name:
     assert texts == expected
 
 
+def test_the_best_of_several(client: openai.OpenAI, llm: AsyncLLM, name: str) -> None:
+    params = {**SEEDED, "n": 2, "best_of": 4}
+    [expected] = llm.llm.generate("Hello", SamplingParams(**params), use_tqdm=False)
+    answer = client.completions.create(model=name, prompt="Hello", **params)
+    assert [choice.text for choice in answer.choices] == [completion.text for completion in expected.outputs]
+    num_tokens = sum(len(completion.token_ids) for completion in expected.outputs)
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (5, num_tokens)
+    urgent = client.completions.create(model=name, prompt="Hello", **SEEDED, extra_body={"priority": -1})
+    assert urgent.choices[0].text == generate(llm, "Hello", **SEEDED).text
+
+
 def test_completion_stream(client: openai.OpenAI, llm: AsyncLLM, name: str) -> None:
     expected = generate(llm, "Hello", **SEEDED, ignore_eos=True)
     options = {"stream": True, "stream_options": {"include_usage": True}, "extra_body": NO_END}
@@ -156,6 +167,16 @@ def test_completion_logprobs(client: openai.OpenAI, llm: AsyncLLM, name: str) ->
     chunks = list(client.completions.create(model=name, prompt="Hello", stream=True, extra_body=NO_END, **params))
     streamed = [value for chunk in chunks if chunk.choices[0].logprobs for value in chunk.choices[0].logprobs.tokens]
     assert streamed == found.tokens
+
+
+def test_what_changes_logits(client: openai.OpenAI, llm: AsyncLLM, name: str) -> None:
+    openai_has = {"presence_penalty": 0.5, "frequency_penalty": 0.5, "logit_bias": {"40": 5}}
+    others = {"min_p": 0.1, "repetition_penalty": 1.5, "bad_words": ["a", [50, 51]], "allowed_token_ids": [*range(99)]}
+    expected = generate(llm, "Hello", **SEEDED, **openai_has, **others, ignore_eos=True).text
+    body = {**NO_END, **others}
+    [choice] = client.completions.create(model=name, prompt="Hello", extra_body=body, **SEEDED, **openai_has).choices
+    assert choice.text == expected
+    assert expected != generate(llm, "Hello", **SEEDED, ignore_eos=True).text
 
 
 # -------------------------------------------------------------------------------------------------------------- chat
@@ -200,13 +221,16 @@ def test_chat_logprobs(client: openai.OpenAI, llm: AsyncLLM, name: str) -> None:
 # ------------------------------------------------------------------------------------------------------------ errors
 
 BAD_BODIES: dict[str, tuple[dict[str, Any], str, str]] = {
-    "penalty": ({"frequency_penalty": 0.5}, "frequency_penalty", "not supported"),
+    "penalty": ({"frequency_penalty": 2.5}, "frequency_penalty", "-2 to 2"),
+    "bias": ({"logit_bias": {"x": 1}}, "logit_bias", "token ids"),
+    "word": ({"bad_words": [["x"]]}, "bad_words", "valid"),
     "echo": ({"echo": True}, "echo", "not supported"),
-    "best_of": ({"best_of": 2}, "best_of", "not supported"),
+    "best_of": ({"n": 3, "best_of": 2}, "best_of", "n to 128"),
+    "best of a stream": ({"best_of": 2, "stream": True}, "best_of", "for a stream"),
     "unknown": ({"temprature": 0}, "temprature", "not supported"),
     "temperature": ({"temperature": -1}, "temperature", "a finite number >= 0"),
     "type": ({"max_tokens": "5"}, "max_tokens", "valid integer"),
-    "n": ({"n": 0}, "n", "greater than or equal to 1"),
+    "n": ({"n": 0}, "n", "1 to 128"),
     "logprobs": ({"logprobs": 21}, "logprobs", "0 to 20"),
     "too long": ({"max_tokens": 512}, "max_tokens", "max_model_len=512"),
     "one of several": ({"prompt": ["good", ""]}, "prompt", "at least one token"),

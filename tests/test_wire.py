@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from nanopd import wire
 from nanopd.ipc.ring import RingReader, RingWriter, ring_memory
-from nanopd.messages import SLOT_INIT, MessageKind, StepBatch, StepResult, TransferAck, TransferPlan
+from nanopd.messages import SLOT_INIT, MessageKind, SlotExtras, StepBatch, StepResult, TransferAck, TransferPlan
 
-CLASSES = (StepBatch, StepResult, TransferPlan, TransferAck)
+CLASSES = (SlotExtras, StepBatch, StepResult, TransferPlan, TransferAck)
 
 
 def make(cls: Any, header: list[int], lengths: list[int], seed: int) -> Any:

@@ -19,6 +19,7 @@ from nanopd.messages import Role, Route
 from nanopd.routing.cost_model import CostModel, chunk_pairs
 from nanopd.routing.decision import Decision, Prediction, WorkerLoad
 from nanopd.routing.length_predictor import LengthPredictor
+from nanopd.routing.roles import Changes, RoleKeeper, RouteSet
 from nanopd.routing.split import Split
 
 TOLERANCE = 0.05  # how far from its limit, relatively, a predicted figure begins to count
@@ -51,19 +52,23 @@ class AdaptiveRouter:
         slo: SLO | None = None,
         admission: str = "queue",
         predictor: LengthPredictor | None = None,
+        roles: Workers[Role] = (),
     ) -> None:
-        """`max_chunk` bounds the chunk budgets; `admission="reject"` turns away what no route serves within `slo`."""
+        """`max_chunk` bounds the chunk budgets; `admission="reject"` turns away what no route serves within `slo`.
+
+        `roles`: of the workers as configured; none: all mixed.
+        """
         self.routes = routes
         self.costs = costs
         self.max_chunk = max_chunk
         self.slo = slo or SLO()
         self.admission = admission
         self.predictor = predictor or LengthPredictor()
-        self.split = Split(num_workers, costs.terms, max_chunk, self.slo.tpot_ms, MEMORY_STEPS * costs.terms.beta)
+        self.split = Split(num_workers, costs, max_chunk, self.slo.tpot_ms, MEMORY_STEPS * costs.terms.beta)
+        self._keeper = RoleKeeper(roles, has_limits=self.slo != SLO())
         self.bound = np.zeros((3, num_workers))  # of each worker: requests, their context tokens, their outputs
         self._bound_by_seq: dict[int, _Bound] = {}
-        self._feasible: list[Route] = []  # of the last choice
-        self._pairs = np.empty((0, 2), np.int64)  # their workers
+        self._feasible = RouteSet.of(())  # of the last choice
 
     def choose(self, feasible: list[Route], seq: Sequence, workers: Workers[WorkerLoad], now_s: float) -> Decision:
         """See `Policy.choose`."""
@@ -72,17 +77,19 @@ class AdaptiveRouter:
         num_generated = seq.num_tokens - seq.num_prompt_tokens
         num_output, lengths = self.foresee(seq)
         outlook = _Outlook(self, workers, seq.num_tokens, num_output, lengths / lengths.mean())
-        if feasible != self._feasible:
-            self._feasible = list(feasible)
-            self._pairs = np.array([(route.prefill_worker, route.decode_worker) for route in feasible])
-        taken, best_other = outlook.best(feasible, self._pairs)
-        if self.admission == "reject" and self._is_hopeless(taken):
-            return Decision(None, taken, best_other, num_output + num_generated)
+        if feasible != self._feasible.routes:
+            self._feasible = RouteSet.of(feasible)
+        taken, best_other = outlook.best(self._feasible)
+        roles: Changes = ()
+        if seq.fixed_route is None:
+            roles = self._keeper.changes(self._feasible, taken, lambda routes: outlook.best(routes)[0], workers)
+        if self.admission == "reject" and seq.decision is None and self._is_hopeless(taken):
+            return Decision(None, taken, best_other, num_output + num_generated, roles=roles)
         p, d = taken.route.prefill_worker, taken.route.decode_worker
         self._remember(seq, _Bound(d, np.array((1, seq.num_tokens + num_output / 2, num_output))))
         self.split.count(p, seq.num_tokens, num_output)
         budget = outlook.parts[p].batch + int(outlook.parts[p].chunk)
-        return Decision(taken.route, taken, best_other, num_output + num_generated, budget)
+        return Decision(taken.route, taken, best_other, num_output + num_generated, budget, roles)
 
     def foresee(self, seq: Sequence) -> tuple[float, np.ndarray]:
         """Tokens still to be generated: expected, and at QUANTILES ([*] float64)."""
@@ -248,9 +255,9 @@ class _Outlook:
         spared, hit = _excess(tpot_ms, self._slo.tpot_ms)
         return (spared + is_hit * (hit - spared)).mean(axis=1)
 
-    def best(self, feasible: list[Route], pairs: np.ndarray) -> tuple[Prediction, Prediction | None]:
-        """The best route and the second best, of `pairs` [num_routes, 2] of workers; arrays are [num_routes]."""
-        p, d = pairs.T
+    def best(self, feasible: RouteSet) -> tuple[Prediction, Prediction | None]:
+        """The best route and the second best; arrays are [num_routes]."""
+        p, d = feasible.pairs.T
         is_moved = p != d
         prefill_ms, step_ms, room_ms = np.array([(w.ttft_ms, w.tpot_ms, w.wait_ms) for w in self.parts]).T
         wait_ms = np.maximum(room_ms[d] - prefill_ms[p], 0)
@@ -265,12 +272,13 @@ class _Outlook:
         cost_ms = ttft_ms + self._num_output * tpot_ms + caused_ms
         ranked = np.lexsort((cost_ms, np.rint(excess / EXCESS_STEP)))[:2].tolist()
         columns = (ttft_ms, first_gap_ms, tpot_ms, caused_ms, excess, cost_ms)
-        best = [Prediction(feasible[i], *(float(column[i]) for column in columns)) for i in ranked]
+        best = [Prediction(feasible.routes[i], *(float(column[i]) for column in columns)) for i in ranked]
         return best[0], best[1] if len(best) > 1 else None
 
 
 def _excess(value_ms: np.ndarray, limit_ms: float | None) -> np.ndarray:
-    """By how much figures exceed their limit: next to nothing below it, growing ever more slowly above."""
+    """By how much figures exceed their limit: next to nothing below it, towards 1 above, as who misses misses once."""
     if limit_ms is None:
         return np.zeros_like(value_ms)
-    return np.log1p(np.logaddexp(0.0, (value_ms / limit_ms - 1) / TOLERANCE))
+    over = np.logaddexp(0.0, (value_ms / limit_ms - 1) / TOLERANCE)
+    return over / (1 + over)

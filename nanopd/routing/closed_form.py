@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from nanopd.core.sequence import Sequence, SequenceStatus
 from nanopd.messages import Route
 from nanopd.routing.cost_model import Parameters
-from nanopd.routing.decision import Decision, WorkerLoad
+from nanopd.routing.decision import Decision, Prediction, WorkerLoad
 from nanopd.routing.length_predictor import LengthPredictor
 
 
@@ -59,15 +59,27 @@ class ClosedForm:
         """The least load from which disaggregated wins."""
         return int(self.batch_thresh * self.transfer_rate / self.gamma) + 1
 
-    def choose(self, feasible: list[Route], num_prompt: float, num_output: float, load: Callable[[int], int]) -> Route:
-        """The fastest route; among equals, the one whose workers have the least to do."""
+    def rank(
+        self, feasible: list[Route], num_prompt: float, num_output: float, load: Callable[[int], int]
+    ) -> list[Route]:
+        """The fastest route first; among equals, the one whose workers have the least to do."""
 
         def cost(route: Route) -> tuple[float, int, Route]:
             num_seqs = load(route.decode_worker)
             predict = self.collocated_ms if route.is_collocated else self.disaggregated_ms
             return predict(num_prompt, num_output, num_seqs), num_seqs + load(route.prefill_worker), route
 
-        return min(feasible, key=cost)
+        return sorted(feasible, key=cost)
+
+    def predict(self, route: Route, num_prompt: float, num_output: float, load: int) -> Prediction:
+        """The parts of what `rank` compares; `load`: of the decode worker."""
+        ttft_ms, moved_ms, step_ms, caused_ms = self.alpha * num_prompt, 0.0, self.step_ms(max(load, 1)), 0.0
+        if route.is_collocated:
+            caused_ms = self.collocated_ms(num_prompt, num_output, load) - ttft_ms - step_ms * num_output
+        else:
+            moved_ms, step_ms = self.transfer_rate * num_prompt, self.step_ms(load + 1)
+        total_ms = ttft_ms + moved_ms + step_ms * num_output + caused_ms
+        return Prediction(route, ttft_ms, moved_ms + step_ms, step_ms, caused_ms, 0.0, total_ms)
 
 
 class ClosedFormRouter:
@@ -76,14 +88,17 @@ class ClosedFormRouter:
     def __init__(self, routes: list[Route], parameters: Parameters, predictor: LengthPredictor | None = None) -> None:
         self.routes = routes
         self.predictor = predictor or LengthPredictor()
+        self.costs = None  # its terms stay as they are
         self._form = ClosedForm.of(parameters)
 
     def choose(self, feasible: list[Route], seq: Sequence, workers: Workers[WorkerLoad], now_s: float) -> Decision:
         """See `Policy.choose`."""
         num_generated = seq.num_tokens - seq.num_prompt_tokens
         num_output = self.predictor.mean(seq.num_prompt_tokens, num_generated)
-        route = self._form.choose(feasible, seq.num_tokens, num_output - num_generated, lambda w: workers[w].load)
-        return Decision(route, num_output=num_output)
+        args = seq.num_tokens, num_output - num_generated
+        best = self._form.rank(feasible, *args, lambda w: workers[w].load)[:2]
+        taken, *others = (self._form.predict(route, *args, workers[route.decode_worker].load) for route in best)
+        return Decision(taken.route, taken, others[0] if others else None, num_output)
 
     def finished(self, seq: Sequence) -> None:
         """See `Policy.finished`; a complete answer's length is learned."""

@@ -24,6 +24,7 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from nanopd.errors import ConfigError
+from nanopd.messages import RowFlag, StepBatch
 
 Numbers = Any  # a number, or an array of them
 
@@ -31,6 +32,21 @@ Numbers = Any  # a number, or an array of them
 def chunk_pairs(num_new: Numbers, num_cached: Numbers) -> Numbers:
     """Query-key pairs of a causal chunk of `num_new` tokens behind `num_cached` others."""
     return num_new * (num_cached + num_new / 2)
+
+
+def rows_of(batch: StepBatch) -> tuple[int, int, int, float]:
+    """A step in the model's words: decode rows, their tokens of context, prompt tokens, query-key pairs.
+
+    A draft is computed as a decode row by itself.
+    """
+    lens, starts = batch.row_lens, batch.row_starts
+    if not len(batch.token_ids):  # every row goes on from its slot
+        return len(lens), int(starts.sum()) + len(lens), 0, 0.0
+    is_decode = (lens == 1) | ((batch.row_flags & RowFlag.DRAFTS) != 0)
+    rows = lens[is_decode].astype(np.int64)
+    new, cached = lens[~is_decode].astype(np.int64), starts[~is_decode]
+    num_context = int((rows * starts[is_decode] + rows * (rows + 1) // 2).sum())
+    return int(rows.sum()), num_context, int(new.sum()), float(chunk_pairs(new, cached).sum())
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,10 +172,12 @@ def _fit_group(terms: Terms, names: Sequence[str], group: Sequence[Sample]) -> t
         return np.array([sample.predict(trial) / sample.ms - 1 for sample in group])
 
     starts = [[max(getattr(terms, name), 1e-9) for name in names]]
+    most = np.full(len(names), np.inf)
     if "batch_thresh" in names:  # where the curve bends is not convex: try every batch size
-        batches = sorted({sample.num_decodes for sample in group if isinstance(sample, StepSample)})
+        batches = sorted({sample.num_decodes for sample in group if isinstance(sample, StepSample)})[:-1] or [1]
         starts = [[*starts[0][:3], float(batch), starts[0][4]] for batch in batches]
-    fits = [least_squares(residuals, x, bounds=(0, np.inf), x_scale="jac") for x in starts]
+        most[3] = batches[-1] + 1e-6  # beyond, one size would have a slope of its own
+    fits = [least_squares(residuals, x, bounds=(0, most), x_scale="jac") for x in starts]
     best = min(fits, key=lambda result: result.cost)
     variance = 2 * best.cost / max(1, len(group) - len(names))
     deviations = np.sqrt(np.diag(np.linalg.pinv(best.jac.T @ best.jac)) * variance)
@@ -234,6 +252,10 @@ def _check_number(name: str, value: object, least: float) -> None:
 # -------------------------------------------------------------------------------------------- online correction
 
 
+RESOLUTION_MS = 0.001  # of measured times
+DIFFERENCE = 0.01  # relative, of a correction, that is worth new terms
+
+
 class Correction:
     """Measured over predicted of one kind of work, smoothed (geometrically) and bounded."""
 
@@ -244,6 +266,10 @@ class Correction:
 
     def update(self, predicted_ms: float, measured_ms: float) -> None:
         """`predicted_ms` is the model's own, without this correction."""
+        if predicted_ms <= 0:
+            return
+        if abs(measured_ms - predicted_ms) < RESOLUTION_MS:
+            measured_ms = predicted_ms
         ratio = min(max(measured_ms / predicted_ms, 1 / self.BOUND), self.BOUND)
         self.factor *= (ratio / self.factor) ** self.WEIGHT
 
@@ -253,27 +279,43 @@ class CostModel:
 
     def __init__(self, parameters: Parameters) -> None:
         self.parameters = parameters
-        self.terms = parameters.terms
+        self.terms = parameters.terms  # corrected, as of the last time that it made a difference
         self.corrections = {kind: Correction() for kind in FITTED_TERMS}
-        self.pair_terms = parameters.pair_terms()
+        self._pair_terms = parameters.pair_terms()
+        self._applied = dict.fromkeys(FITTED_TERMS, 1.0)
+
+    @property
+    def drift(self) -> dict[str, float]:
+        """Measured over predicted by kind of work."""
+        return {kind: correction.factor for kind, correction in self.corrections.items()}
 
     def step_ms(self, num_decodes: float, num_kv_tokens: float) -> float:
         """`Terms.step_ms` without prompts, corrected."""
-        return self.corrections["step"].factor * self.terms.step_ms(num_decodes, num_kv_tokens)
+        return self.corrections["step"].factor * self.parameters.terms.step_ms(num_decodes, num_kv_tokens)
 
     def mixed_ms(self, num_decodes: float, num_kv_tokens: float, num_new: float, num_pairs: float) -> float:
         """`Terms.step_ms` with prompts, corrected."""
         factor = self.corrections["mixed" if num_decodes else "prefill"].factor
-        return factor * self.terms.step_ms(num_decodes, num_kv_tokens, num_new, num_pairs)
+        return factor * self.parameters.terms.step_ms(num_decodes, num_kv_tokens, num_new, num_pairs)
 
     def move_ms(self, src_worker: np.ndarray, dst_worker: np.ndarray, num_tokens: float) -> np.ndarray:
         """`Terms.move_ms` between pairs of workers, corrected."""
         num_bytes = num_tokens * self.parameters.kv_bytes_per_token
-        predicted_ms = np.full(len(src_worker), self.terms.move_ms(num_bytes))
-        for (src, dst), terms in self.pair_terms.items():
+        predicted_ms = np.full(len(src_worker), self.parameters.terms.move_ms(num_bytes))
+        for (src, dst), terms in self._pair_terms.items():
             predicted_ms[(src_worker == src) & (dst_worker == dst)] = terms.move_ms(num_bytes)
         return self.corrections["move"].factor * predicted_ms
 
-    def observe(self, sample: Sample) -> None:
-        """Take a measured step or move into account."""
-        self.corrections[sample.kind].update(sample.predict(self.terms), sample.ms)
+    def observe(self, sample: Sample, pair: tuple[int, int] | None = None) -> None:
+        """Take a measured step into account, or a move from the first to the second of a `pair` of workers."""
+        terms = self._pair_terms.get(pair, self.parameters.terms) if pair else self.parameters.terms
+        correction = self.corrections[sample.kind]
+        correction.update(sample.predict(terms), sample.ms)
+        if abs(correction.factor / self._applied[sample.kind] - 1) > DIFFERENCE:
+            self._apply()
+
+    def _apply(self) -> None:
+        self._applied = self.drift
+        factors = {name: self._applied[kind] for kind, names in FITTED_TERMS.items() for name in names}
+        factors |= {"batch_thresh": 1.0, "bandwidth": 1 / self._applied["move"]}
+        self.terms = Terms(**{name: f * getattr(self.parameters.terms, name) for name, f in factors.items()})

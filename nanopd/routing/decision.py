@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Workers
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from nanopd.core.sequence import Sequence
 from nanopd.messages import Role, Route
+
+if TYPE_CHECKING:  # who only looks at decisions does not fit anything
+    from nanopd.routing.cost_model import CostModel
 
 
 class WorkerLoad(Protocol):
@@ -63,12 +66,17 @@ class Decision:
     best_other: Prediction | None = None  # of the best route not taken
     num_output: float | None = None  # tokens predicted
     chunk_budget: int | None = None  # tokens per step of the prefill worker from now on
+    roles: tuple[tuple[int, Role], ...] = ()  # workers that should change theirs
 
 
 class Policy(Protocol):
     """Chooses routes; told of every end."""
 
     routes: list[Route]  # all it may choose from
+
+    @property
+    def costs(self) -> CostModel | None:
+        """What it predicts with, to be told of what was measured; None: nothing measured matters."""
 
     def choose(self, feasible: list[Route], seq: Sequence, workers: Workers[WorkerLoad], now_s: float) -> Decision:
         """One of `feasible`, not empty and in the order of `routes`; again for a sequence that has lost its route."""

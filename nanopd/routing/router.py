@@ -22,6 +22,7 @@ class Router:
     def __init__(self, policy: str, routes: list[Route]) -> None:
         self.policy = policy
         self.routes = routes
+        self.costs = None
         self._next = 0  # round_robin: index into `routes` of the next one
 
     def choose(self, feasible: list[Route], seq: Sequence, workers: Workers[WorkerLoad], now_s: float) -> Decision:

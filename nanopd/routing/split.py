@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from nanopd.routing.cost_model import Terms, chunk_pairs
+from nanopd.routing.cost_model import CostModel, chunk_pairs
 
 CLEAR_GAIN = 1.02
 MIN_REQUESTS = 5
@@ -22,11 +22,13 @@ PLAN_SHARE = 0.02  # of the memory, between one plan and the next
 class Split:
     """Counts what is asked for, and says how many workers should do nothing but prefill."""
 
-    def __init__(self, num_workers: int, terms: Terms, max_chunk: int, tpot_ms: float | None, memory_ms: float) -> None:
+    def __init__(
+        self, num_workers: int, costs: CostModel, max_chunk: int, tpot_ms: float | None, memory_ms: float
+    ) -> None:
         self.num_prefill = 0
         self.mean_prompt = 0.0
         self.prompt_rate = np.zeros(num_workers)  # tokens per ms sent to each worker to prefill
-        self._terms, self._max_chunk, self._tpot_ms, self._memory_ms = terms, max_chunk, tpot_ms, memory_ms
+        self._costs, self._max_chunk, self._tpot_ms, self._memory_ms = costs, max_chunk, tpot_ms, memory_ms
         self._sums = np.zeros(4)  # requests, their prompt, output and context tokens, decaying
         self._prompts = np.zeros(num_workers)
         self._seen_ms = 0.0
@@ -67,23 +69,23 @@ class Split:
         if self._total_ms - self._planned_ms < PLAN_SHARE * self._memory_ms:
             return self.num_prefill
         self._planned_ms = self._total_ms
-        limit_ms, num_workers = self._tpot_ms, len(self._prompts)
+        limit_ms, num_workers, terms = self._tpot_ms, len(self._prompts), self._costs.terms
         num_prefill = np.arange(num_workers)  # arrays are [num_workers] or, with loads, [num_loads, num_workers]
         num_decode = num_workers - num_prefill
         token_rate = LOADS * output / self._elapsed_ms / num_decode  # per ms and decoding worker
         num_context = context / num_requests
 
         def step_ms(batch: np.ndarray) -> np.ndarray:
-            return self._terms.step_ms(batch, batch * num_context, maximum=np.maximum)
+            return terms.step_ms(batch, batch * num_context, maximum=np.maximum)
 
-        batch = token_rate * self._terms.beta  # with prompts elsewhere
+        batch = token_rate * terms.beta  # with prompts elsewhere
         for _ in range(NUM_ITERATIONS):
             batch = np.minimum(token_rate * step_ms(batch), MAX_BATCH)
         batch = batch + np.sqrt(batch)  # it fluctuates
         is_kept = (step_ms(batch) <= limit_ms) & (batch * num_context <= num_usable_tokens)
-        pairs_ms = self._terms.a2 * chunk_pairs(self.mean_prompt, 0)
-        alone_ms = (self._terms.a0 / self._max_chunk + self._terms.a1) * self.mean_prompt + pairs_ms
-        beside_ms = self._terms.gamma * self.mean_prompt + pairs_ms
+        pairs_ms = terms.a2 * chunk_pairs(self.mean_prompt, 0)
+        alone_ms = (terms.a0 / self._max_chunk + terms.a1) * self.mean_prompt + pairs_ms
+        beside_ms = terms.gamma * self.mean_prompt + pairs_ms
         # with prompts that stretch the steps to the limit
         left = np.maximum(1 - step_ms(np.minimum(token_rate * limit_ms, MAX_BATCH)) / limit_ms, 0)
         room = num_prefill + num_decode * left * alone_ms / beside_ms  # in workers that only prefill

@@ -26,7 +26,17 @@ from nanopd.ipc.channel import Endpoint
 from nanopd.ipc.doorbell import Waiter
 from nanopd.ipc.memories import Memories
 from nanopd.ipc.ring import RingFull
-from nanopd.messages import Failed, Progress, Ready, Shutdown, StepBatch, StepResult, TransferAck, TransferPlan
+from nanopd.messages import (
+    Failed,
+    Progress,
+    Ready,
+    Shutdown,
+    SlotExtras,
+    StepBatch,
+    StepResult,
+    TransferAck,
+    TransferPlan,
+)
 from nanopd.wire import decode, encode, encoded_size
 from nanopd.worker.kv_transfer import Pair
 from nanopd.worker.launched import Launched
@@ -105,8 +115,8 @@ class _Server:
         view = self._endpoint.reader.read()
         if view is None:
             return False
-        message = cast("StepBatch | TransferPlan", decode(view))
-        lane = None if isinstance(message, StepBatch) else (message.src_worker, message.dst_worker)
+        message = cast("SlotExtras | StepBatch | TransferPlan", decode(view))
+        lane = (message.src_worker, message.dst_worker) if isinstance(message, TransferPlan) else None
         while isinstance(message, TransferPlan) and not self._worker.knows(message):
             self._obey()
         self._under_way[lane].append(self._worker.launch(message))

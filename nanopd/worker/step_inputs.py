@@ -26,7 +26,11 @@ class ChunkInputs:
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """T tokens: those of the rows with one token first (decodes), then those of the chunks. All arrays int64."""
+    """T tokens: those of the decode rows first, then those of the chunks. All arrays int64.
+
+    A draft is a decode row by itself, whose context ends with it: so rows with drafts need nothing of their own, and
+    what takes n decode rows (a graph, too) takes any that have n tokens together.
+    """
 
     token_ids: np.ndarray  # [T], or FROM_SLOT
     token_slots: np.ndarray  # [T]
@@ -42,27 +46,32 @@ class StepInputs:
 def step_inputs(batch: StepBatch, block_tables: np.ndarray, block_size: int) -> StepInputs:
     """`block_tables` [num_slots, max_blocks] int32, the batch's own updates applied."""
     lens = batch.row_lens
-    order = np.argsort(lens > 1, kind="stable")
+    has_drafts = (batch.row_flags & RowFlag.DRAFTS) != 0
+    is_decode = (lens == 1) | has_drafts
+    order = np.argsort(~is_decode, kind="stable")
     first = np.cumsum(lens[order]) - lens[order]  # [num_rows], where each row's tokens begin, in the new order
     row = np.repeat(order, lens[order])  # [T], the batch's row of each token
     within = np.arange(len(row)) - np.repeat(first, lens[order])
     slots = batch.row_slots[row].astype(np.int64)
     positions = batch.row_starts[row] + within
     blocks = block_tables[slots, positions // block_size].astype(np.int64)
-    num_decode_rows = int(np.count_nonzero(lens == 1))
+    num_decode_rows = int(lens[is_decode].sum())
     first_of_row = np.empty(len(order), np.int64)
     first_of_row[order] = first
-    sampled = np.flatnonzero(batch.row_flags & RowFlag.SAMPLE)
+    ends = first_of_row + lens
+    num_samples = np.where(batch.row_flags & RowFlag.SAMPLE, np.where(has_drafts, lens, 1), 0)
+    sampled = np.repeat(np.arange(len(lens)), num_samples)  # [num_samples], rows
+    before_end = (np.cumsum(num_samples) - 1)[sampled] - np.arange(len(sampled))  # samples of the row still to come
     return StepInputs(
         token_ids=_token_ids(batch, row, within),
         token_slots=slots,
         positions=positions,
         slot_mapping=blocks * block_size + positions % block_size,
         num_decode_rows=num_decode_rows,
-        chunks=[_chunk(batch, r, int(first_of_row[r])) for r in order[num_decode_rows:].tolist()],
-        logit_indices=(first_of_row + lens - 1)[sampled],
+        chunks=[_chunk(batch, r, int(first_of_row[r])) for r in order.tolist() if not is_decode[r]],
+        logit_indices=ends[sampled] - 1 - before_end,
         sampled_slots=batch.row_slots[sampled].astype(np.int64),
-        sampled_positions=(batch.row_starts + lens)[sampled].astype(np.int64),
+        sampled_positions=(batch.row_starts + lens)[sampled].astype(np.int64) - before_end,
     )
 
 

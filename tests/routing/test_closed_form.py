@@ -38,8 +38,8 @@ def test_sums_done_by_hand() -> None:
 def test_choice_is_the_cheapest_route() -> None:
     routes = [Route(p, d) for p in range(2) for d in range(2)]
     loads = {0: 3, 1: 3}
-    assert R4090.choose(routes, 1000, 128, loads.__getitem__) == Route(0, 1)  # from load 3 on: moved
+    assert R4090.rank(routes, 1000, 128, loads.__getitem__)[0] == Route(0, 1)  # from load 3 on: moved
     loads = {0: 2, 1: 2}
-    assert R4090.choose(routes, 1000, 128, loads.__getitem__) == Route(0, 0)
+    assert R4090.rank(routes, 1000, 128, loads.__getitem__)[0] == Route(0, 0)
     loads = {0: 40, 1: 0}
-    assert R4090.choose(routes, 1000, 128, loads.__getitem__) == Route(1, 1)
+    assert R4090.rank(routes, 1000, 128, loads.__getitem__)[0] == Route(1, 1)

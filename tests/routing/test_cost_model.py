@@ -27,6 +27,7 @@ from nanopd.routing.cost_model import (
 
 TERMS = Terms(4.4, 0.02, 1.4e-6, 4.4, 0.012, 0.03, 96, 3.5e-5, 0.018, 0.013, 390)
 START = Terms(1, 0.1, 1e-7, 10, 0.001, 0.001, 32, 1e-5, 0.1, 0.1, 10)
+H200 = config_dir() / "params" / "8xh200.json"
 SHIPPED = sorted((config_dir() / "params").glob("*.json"))
 
 
@@ -139,6 +140,28 @@ def test_predictions_follow_the_corrections_kind_by_kind() -> None:
     slow, usual = costs.move_ms(*pair, num_tokens=1000)
     assert usual == pytest.approx(costs.terms.move_ms(1000 * costs.parameters.kv_bytes_per_token))
     assert slow == pytest.approx(costs.terms.c0 + 1000 * costs.parameters.kv_bytes_per_token / 1e6)
+
+
+def test_corrected_terms_are_those_of_the_slower_machine() -> None:
+    """Everything takes 1.3 times as long: single terms too, whoever reckons with them."""
+    costs = CostModel(Parameters.load(H200))
+    steps = [(0, 0, 512, 1e5), (64, 40_000, 0, 0.0), (64, 40_000, 512, 1e5)]
+    fitted = costs.terms
+    for _ in range(400):
+        for step in steps:
+            costs.observe(StepSample(*step, ms=1.3 * fitted.step_ms(*step)))
+        costs.observe(MoveSample(10**8, 1.3 * fitted.move_ms(10**8)), (0, 1))
+    for step in steps:
+        assert costs.terms.step_ms(*step) == pytest.approx(1.3 * fitted.step_ms(*step), rel=0.015)
+    assert costs.terms.move_ms(10**8) == pytest.approx(1.3 * fitted.move_ms(10**8), rel=0.015)
+    assert costs.terms.batch_thresh == fitted.batch_thresh
+    assert costs.drift == {kind: pytest.approx(1.3, rel=0.002) for kind in ("prefill", "step", "mixed", "move")}
+
+
+def test_what_a_clock_cannot_tell_is_no_drift() -> None:
+    costs = CostModel(Parameters.load(H200))
+    costs.observe(StepSample(8, 4000, 0, 0.0, round(costs.step_ms(8, 4000), 3)))
+    assert costs.drift["step"] == 1.0
 
 
 def test_arrays_and_numbers_have_one_formula() -> None:

@@ -89,7 +89,7 @@ def running(poll_interval_s: float) -> Iterator[Parent]:
     here, there = channel(4096, 8)
     here.open(), there.open()
     control, their_control = multiprocessing.Pipe()
-    thread = threading.Thread(target=_Server(worker, there, their_control, poll_interval_s).run)
+    thread = threading.Thread(target=_Server(worker, there, their_control, poll_interval_s, 0.0).run)
     thread.start()
     try:
         yield Parent(worker, here, control)

@@ -18,10 +18,12 @@ ROWS = st.lists(
 
 
 def make_batch(rows: list[tuple[int, int, bool, bool]]) -> StepBatch:
-    """Rows of (start, length, samples, from its slot if it has one token), on slots 0, 1, ..."""
+    """Rows of (start, length, samples, from its slot if it has one token, else with drafts), on slots 0, 1, ..."""
     flags = [
-        (RowFlag.SAMPLE if samples else 0) | (RowFlag.FROM_SLOT if from_slot and length == 1 else 0)
-        for _, length, samples, from_slot in rows
+        (RowFlag.SAMPLE if samples else 0)
+        | (RowFlag.FROM_SLOT if special and length == 1 else 0)
+        | (RowFlag.DRAFTS if special and samples and length > 1 else 0)
+        for _, length, samples, special in rows
     ]
     num_host_tokens = sum(length for (_, length, _, _), f in zip(rows, flags, strict=True) if not f & RowFlag.FROM_SLOT)
     columns = [range(len(rows)), [r[0] for r in rows], [r[1] for r in rows], flags]
@@ -51,17 +53,18 @@ def test_every_token_of_every_row(rows: list[tuple[int, int, bool, bool]]) -> No
                 token, taken = int(batch.token_ids[taken]), taken + 1
             block = int(tables[slot, position // BLOCK_SIZE])
             expected[slot].append((token, slot, position, block * BLOCK_SIZE + position % BLOCK_SIZE))
-    singles = [slot for slot, row in enumerate(rows) if row[1] == 1]
-    chunks = [slot for slot, row in enumerate(rows) if row[1] > 1]
-    tokens = [token for slot in singles + chunks for token in expected[slot]]
+    has_drafts = (batch.row_flags & RowFlag.DRAFTS) != 0
+    decodes = [slot for slot, row in enumerate(rows) if row[1] == 1 or has_drafts[slot]]
+    chunks = [slot for slot in range(len(rows)) if slot not in decodes]
+    tokens = [token for slot in decodes + chunks for token in expected[slot]]
     columns = (inputs.token_ids, inputs.token_slots, inputs.positions, inputs.slot_mapping)
     assert list(zip(*(column.tolist() for column in columns), strict=True)) == tokens
-    assert inputs.num_decode_rows == len(singles)
+    assert inputs.num_decode_rows == sum(rows[slot][1] for slot in decodes)
     assert [(c.slot, c.num_cached, c.end - c.start) for c in inputs.chunks] == [(s, *rows[s][:2]) for s in chunks]
-    sampled = [slot for slot, row in enumerate(rows) if row[2]]
-    assert inputs.sampled_slots.tolist() == sampled
-    assert [tokens[i] for i in inputs.logit_indices] == [expected[slot][-1] for slot in sampled]
-    assert inputs.sampled_positions.tolist() == [sum(rows[slot][:2]) for slot in sampled]
+    sampled = [t for s, row in enumerate(rows) if row[2] for t in (expected[s] if has_drafts[s] else expected[s][-1:])]
+    assert [tokens[i] for i in inputs.logit_indices] == sampled
+    assert inputs.sampled_slots.tolist() == [slot for _, slot, _, _ in sampled]
+    assert inputs.sampled_positions.tolist() == [position + 1 for _, _, position, _ in sampled]
 
 
 @given(st.integers(1, 1000))

@@ -1,0 +1,50 @@
+"""From a configuration to its policy: the one place that builds routers and finds the parameters they predict with.
+
+Parameters come from a file: the user's own, one that was measured on this machine, or a shipped one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nanopd.config import PREDICTING, EngineConfig, routes_for_policy
+from nanopd.config_files import config_dir
+from nanopd.core.metrics import SLO
+from nanopd.errors import ConfigError
+from nanopd.routing.adaptive import AdaptiveRouter
+from nanopd.routing.closed_form import ClosedFormRouter
+from nanopd.routing.cost_model import CostModel, Parameters
+from nanopd.routing.decision import Policy
+from nanopd.routing.router import Router
+
+
+def make_policy(config: EngineConfig, parameters: Parameters | None = None) -> Policy:
+    """The policy that `config` names; only the fixed ones do without `parameters`."""
+    routes = routes_for_policy(config.policy, config.roles)
+    if config.policy not in PREDICTING:
+        return Router(config.policy, routes)
+    assert parameters is not None
+    if config.policy == "closed_form":
+        return ClosedFormRouter(routes, parameters)
+    slo = SLO(**(config.slo or {}))
+    costs, max_chunk = CostModel(parameters), config.max_num_batched_tokens
+    return AdaptiveRouter(routes, len(config.workers), costs, max_chunk, slo, config.admission, roles=config.roles)
+
+
+def find_parameters(name: str | None, measured: Path | None = None) -> Parameters:
+    """The file at the path `name`; else the one `measured` here, if there is one; else the shipped one of that name.
+
+    Raises:
+        ConfigError: there is none, or it holds something else.
+    """
+    shipped = config_dir() / "params"
+    candidates = [measured] if measured is not None else []
+    if name is not None:
+        path, known = Path(name), shipped / f"{name}.json"
+        candidates = [path] if path.is_file() else [*candidates, known] if known.is_file() else []
+    for path in candidates:
+        if path.is_file():
+            return Parameters.load(path)
+    names = ", ".join(sorted(file.stem for file in shipped.glob("*.json")))
+    how = "" if measured is None else "; null after `launch.py profile` with these devices and this model"
+    raise ConfigError("params", name, f"a parameter file's path, or one of {names}{how}")
