@@ -23,19 +23,9 @@ from nanopd.core.extras import extras_of, has_extras
 from nanopd.core.sequence import Sequence, SequenceStatus
 from nanopd.core.slots import SlotTable
 from nanopd.core.speculation import rounds_of
-from nanopd.messages import (
-    BLOCK_COPY,
-    MAX_LOGPROBS,
-    SLOT_INIT,
-    TABLE_UPDATE,
-    Role,
-    RowFlag,
-    SlotExtras,
-    StepBatch,
-    StepResult,
-)
+from nanopd.core.step_builder import NO_INTS, BatchBuilder, Chunk, StepInFlight
+from nanopd.messages import MAX_LOGPROBS, Role, RowFlag, SlotExtras, StepBatch, StepResult
 
-NO_INTS, NO_INITS = np.empty(0, np.int32), np.empty(0, SLOT_INIT)
 DECODE_FLAGS = np.int32(RowFlag.SAMPLE | RowFlag.FROM_SLOT)
 FIRST_DECODE_FLAGS = np.int32(RowFlag.SAMPLE)  # of a row whose token the worker does not have in its slot
 DRAFT_FLAGS = np.int32(RowFlag.SAMPLE | RowFlag.DRAFTS)
@@ -52,102 +42,12 @@ class StepOutcome:
 
 
 @dataclass(slots=True)
-class _Chunk:
-    """Prefill work: as chunks get done, blocks may be shared, and move if the sequence leaves for another worker."""
-
-    seq: Sequence
-    slot: int
-    end: int  # tokens computed when the chunk is done
-    is_last: bool  # its last token's successor is sampled
-    is_leaving: bool
-
-
-@dataclass(slots=True)
-class _StepInFlight:
-    step_id: int
-    row_slots: np.ndarray  # [num_rows] int32
-    sampled_slots: np.ndarray  # [*] int32, in the order of the rows that sample
-    chunks: list[_Chunk]
-    num_prompt_tokens: int  # of the chunks
-    drafts: dict[int, list[int]]  # by slot
-
-
-@dataclass(slots=True)
 class _Parked:
     """A slot and blocks that some step in flight may still name."""
 
     last_step_id: int
     slot: int
     table: list[int]
-
-
-class _BatchBuilder:
-    """A StepBatch in the making, with its token budget."""
-
-    def __init__(self, step_id: int, budget: int) -> None:
-        self.step_id = step_id
-        self.budget = budget
-        self.inits: list[tuple] = []
-        self.stop_ids: list[int] = []
-        self.table_updates: list[int] = []  # slot, index, block_id, slot, index, ...
-        self.copies: list[int] = []  # src, dst, src, dst, ...
-        self.decodes: tuple[np.ndarray, ...] = (
-            NO_INTS,
-        ) * 4  # slots, starts, lengths, flags of the decode rows, [*] int32 each
-        self.drafts: dict[int, list[int]] = {}  # by slot
-        self.rows: list[tuple[int, int, int, int]] = []  # prefill rows: slot, start, length, flags
-        self.token_ids: list[int] = []
-        self.chunks: list[_Chunk] = []
-        self.num_prompt_tokens = 0  # of the chunks
-
-    @property
-    def is_empty(self) -> bool:
-        return not self.rows and not len(self.decodes[0])
-
-    def add_blocks(self, slot: int, first_index: int, block_ids: list[int]) -> None:
-        for index, block_id in enumerate(block_ids, first_index):
-            self.table_updates += (slot, index, block_id)
-
-    def set_decodes(self, *columns: np.ndarray) -> None:
-        """Slots, starts, lengths and flags of the decode rows, each [*] int32."""
-        self.decodes = columns
-        self.budget -= len(columns[0]) + sum(map(len, self.drafts.values()))
-
-    def add_chunk(self, slot: int, start: int, token_ids: list[int], flags: int) -> None:
-        self.rows.append((slot, start, len(token_ids), flags))
-        self.token_ids += token_ids
-        self.budget -= len(token_ids)
-        self.num_prompt_tokens += len(token_ids)
-
-    def build(self) -> StepBatch:
-        slots, starts, lens, flags = self.decodes
-        if self.rows:
-            rows = np.array(self.rows, np.int32).T
-            slots, starts, lens, flags = map(np.concatenate, zip(self.decodes, rows, strict=True))
-        return StepBatch(
-            self.step_id,
-            np.array(self.inits, SLOT_INIT) if self.inits else NO_INITS,
-            _int32(self.stop_ids),
-            _int32(self.table_updates).view(TABLE_UPDATE),
-            _int32(self.copies).view(BLOCK_COPY),
-            slots,
-            starts,
-            lens,
-            flags,
-            _int32(self.token_ids),
-        )
-
-    def sampled_slots(self) -> np.ndarray:
-        """[*] int32, in the order of the rows that sample."""
-        chunks = [slot for slot, _, _, flags in self.rows if flags & RowFlag.SAMPLE]
-        slots, _, lens, _ = self.decodes
-        if self.drafts:
-            slots = np.repeat(slots, lens)
-        return np.concatenate((slots, np.array(chunks, np.int32))) if chunks else slots
-
-
-def _int32(values: list[int]) -> np.ndarray:
-    return np.array(values, np.int32) if values else NO_INTS
 
 
 class Scheduler:
@@ -182,7 +82,7 @@ class Scheduler:
         self.num_waiting_tokens = 0  # to be computed of sequences that wait or prefill, those in flight included
         self.is_dead = False
         self.generation = 0  # of the worker process; raised when it is replaced
-        self.in_flight: deque[_StepInFlight] = deque()
+        self.in_flight: deque[StepInFlight] = deque()
         self._parked: deque[_Parked] = deque()
         self._num_parked_blocks = 0
         self._step_id = 0
@@ -352,7 +252,7 @@ class Scheduler:
 
     def _build_step(self) -> StepBatch | None:
         self._step_id += 1
-        batch = _BatchBuilder(self._step_id, self.max_num_batched_tokens)
+        batch = BatchBuilder(self._step_id, self.max_num_batched_tokens)
         self._schedule_decodes(batch)
         self._schedule_chunks(batch)
         self._admit_waiting(batch)
@@ -361,7 +261,7 @@ class Scheduler:
             return None
         step = batch.build()
         self.in_flight.append(
-            _StepInFlight(
+            StepInFlight(
                 step.step_id,
                 step.row_slots,
                 batch.sampled_slots(),
@@ -372,7 +272,7 @@ class Scheduler:
         )
         return step
 
-    def _schedule_decodes(self, batch: _BatchBuilder) -> None:
+    def _schedule_decodes(self, batch: BatchBuilder) -> None:
         """A row for every decoding sequence that has not come to its end: of one token, and of drafts if it has any."""
         t, ready = self.slots, self._slots_of_decoding()
         can_run = t.num_computed[ready] < t.last_start[ready]
@@ -402,7 +302,7 @@ class Scheduler:
         if self._needs_feedback:
             t.is_awaited[ready] = t.needs_feedback[ready]
 
-    def _propose(self, batch: _BatchBuilder, ready: np.ndarray) -> None:
+    def _propose(self, batch: BatchBuilder, ready: np.ndarray) -> None:
         """Drafts for those of `ready` that wait for each result, as far as a step has rows for them."""
         t, room = self.slots, min(self._max_decode_rows, batch.budget) - len(ready)
         for slot in ready[t.needs_feedback[ready]].tolist():
@@ -413,7 +313,7 @@ class Scheduler:
                 t.has_last_token[slot] = False  # the worker does not know which of its tokens that will be
                 room -= len(drafts)
 
-    def _full(self, batch: _BatchBuilder, ready: np.ndarray) -> np.ndarray:
+    def _full(self, batch: BatchBuilder, ready: np.ndarray) -> np.ndarray:
         """The slots of `ready` that lack a block to write to. Where blocks are few, there are no drafts."""
         t = self.slots
         starts, limits = t.num_computed[ready], t.writable_len[ready]
@@ -425,7 +325,7 @@ class Scheduler:
             t.num_drafts[ready] = 0
         return ready[starts >= limits]
 
-    def _send_tokens(self, batch: _BatchBuilder, slots: np.ndarray) -> None:
+    def _send_tokens(self, batch: BatchBuilder, slots: np.ndarray) -> None:
         """Decode rows of slots that do not hold their last token: the message brings it, and all the rest."""
         for slot in slots.tolist():
             if not self.slots.is_entered[slot]:
@@ -434,7 +334,7 @@ class Scheduler:
             batch.token_ids += batch.drafts.get(slot, ())
         self.slots.has_last_token[slots] = self.slots.num_drafts[slots] == 0
 
-    def _make_room(self, batch: _BatchBuilder, ready: np.ndarray, full: np.ndarray) -> np.ndarray:
+    def _make_room(self, batch: BatchBuilder, ready: np.ndarray, full: np.ndarray) -> np.ndarray:
         """Give each slot in `full` blocks to write to, preempting who comes last; returns the slots that can run."""
         t, block_size = self.slots, self.blocks.block_size
         is_tight = self.blocks.num_free < len(full)
@@ -464,13 +364,13 @@ class Scheduler:
         seq.status = SequenceStatus.PREEMPTED
         self.preempted.append(seq)
 
-    def _schedule_chunks(self, batch: _BatchBuilder) -> None:
+    def _schedule_chunks(self, batch: BatchBuilder) -> None:
         for seq in self.prefilling[:]:
             if not batch.budget:
                 return
             self._add_chunk(batch, seq)
 
-    def _admit_waiting(self, batch: _BatchBuilder) -> None:
+    def _admit_waiting(self, batch: BatchBuilder) -> None:
         """Start waiting sequences, in order of rank, while there is budget, a place and blocks."""
         while self.waiting and batch.budget and self.num_seqs < self.max_num_seqs:
             seq = self.waiting[0]
@@ -493,7 +393,7 @@ class Scheduler:
         insort(self.prefilling, seq, key=lambda s: s.rank)
         self.admitted.append(seq)
 
-    def _add_chunk(self, batch: _BatchBuilder, seq: Sequence) -> None:
+    def _add_chunk(self, batch: BatchBuilder, seq: Sequence) -> None:
         slot = seq.slot
         assert slot is not None and seq.route is not None
         if not self.slots.is_entered[slot]:
@@ -503,7 +403,7 @@ class Scheduler:
         is_last = end == seq.num_tokens
         batch.add_chunk(slot, start, seq.token_ids[start:end], RowFlag.SAMPLE if is_last else 0)
         self.slots.num_computed[slot] = end
-        batch.chunks.append(_Chunk(seq, slot, end, is_last, not seq.route.is_collocated))
+        batch.chunks.append(Chunk(seq, slot, end, is_last, not seq.route.is_collocated))
         if is_last:
             self.prefilling.remove(seq)
             self.slots.has_last_token[slot] = True
@@ -513,7 +413,7 @@ class Scheduler:
             else:
                 self.departing.append(seq)
 
-    def _enter(self, batch: _BatchBuilder, slot: int) -> None:
+    def _enter(self, batch: BatchBuilder, slot: int) -> None:
         """Tell the worker who holds the slot from now on."""
         seq, params = self._seq(slot), self._seq(slot).params
         stop_ids = sorted(seq.stop_ids) if seq.params.min_tokens else []  # the worker needs them for masking only
@@ -611,7 +511,7 @@ class Scheduler:
             drafter.num_accepted += 1
         return self._take(slots, result, now_s)
 
-    def _verify(self, step: _StepInFlight, result: StepResult) -> tuple[np.ndarray, StepResult]:
+    def _verify(self, step: StepInFlight, result: StepResult) -> tuple[np.ndarray, StepResult]:
         """Split a result with drafts: slots and result of the first token of each row; the others are for `accept`."""
         for slot, drafts in step.drafts.items():
             seq = self.slots.seqs[slot]
@@ -675,7 +575,7 @@ class Scheduler:
         t.is_awaited[slot] = seq.needs_feedback and t.num_computed[slot] >= t.num_tokens[slot]
         self._needs_feedback |= seq.needs_feedback
 
-    def _advance(self, outcome: StepOutcome, chunks: list[_Chunk]) -> None:
+    def _advance(self, outcome: StepOutcome, chunks: list[Chunk]) -> None:
         """What the step's chunks mean for others of the same prefix, and for sequences that leave."""
         finished = [seq for seq, _ in outcome.finished]
         for chunk in chunks:
