@@ -12,13 +12,13 @@ from __future__ import annotations
 import heapq
 import logging
 import math
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from nanopd.config import EngineConfig, ModelConfig, allowed_routes, routes_for_policy
 from nanopd.core.block_manager import BlockManager
+from nanopd.core.followers import Followers
 from nanopd.core.handover import Handovers
 from nanopd.core.pacer import Pacer
 from nanopd.core.scheduler import Scheduler, StepOutcome
@@ -116,7 +116,7 @@ class Engine:
         self._make_text = make_text
         self._replace = replace
         self._stranded: list[Sequence] = []  # on no worker; those of their routes are being replaced
-        self._followers: dict[Sequence, deque[Sequence]] = {}  # on no worker; they will share blocks
+        self._followers = Followers(self.schedulers)
         self._num_submitted = 0
         self._deadlines: list[tuple[float, int, bool, Sequence]] = []  # a heap; whether for the queue alone
         self._updates: list[Update] = []
@@ -235,39 +235,15 @@ class Engine:
         if parent is None or parent.status.is_finished:
             self._route(seq)
         else:
-            self._followers.setdefault(parent, deque()).append(seq)
+            self._followers.add(seq, parent)
 
     def _fork_followers(self) -> None:
-        """Let those join whose parents decode, as far as there is room."""
-        for parent, followers in list(self._followers.items()):
-            if parent.status is SequenceStatus.RUNNING and parent.worker is not None:
-                scheduler = self.schedulers[parent.worker]
-                if not scheduler.role.may_decode:  # it has changed
-                    self._promote(self._followers.pop(parent))
-                    continue
-                while followers and self._join(followers[0], parent, scheduler):
-                    followers.popleft()
-                if not followers:
-                    del self._followers[parent]
+        for seq in self._followers.join(self.clock()):
+            self._route(seq)
 
-    def _join(self, child: Sequence, parent: Sequence, scheduler: Scheduler) -> bool:
-        """Whether there was room for it, or it has ended."""
-        if not child.status.is_finished:
-            if not scheduler.fork(parent, child):
-                return False
-            child.route = parent.route
-            child.log_event(self.clock(), EventKind.SCHEDULED, scheduler.worker)
-        return True
-
-    def _promote(self, followers: deque[Sequence]) -> None:
-        """Their parent has ended: the first of them is computed from the beginning, and the others follow it."""
-        while followers and followers[0].status.is_finished:
-            followers.popleft()
-        if followers:
-            first = followers.popleft()
-            if followers:
-                self._followers[first] = followers
-            self._route(first)
+    def _release_followers(self, parent: Sequence) -> None:
+        for seq in self._followers.release(parent):
+            self._route(seq)
 
     @property
     def has_unfinished(self) -> bool:
@@ -309,8 +285,7 @@ class Engine:
 
     def _has_started(self, seq: Sequence) -> bool:
         """Whether its prompt is being computed, or has been, for itself or who it follows."""
-        leader = next((parent for parent, followers in self._followers.items() if seq in followers), seq)
-        return leader.status is not SequenceStatus.WAITING
+        return self._followers.leader_of(seq).status is not SequenceStatus.WAITING
 
     def _live_workers(self) -> list[int]:
         return [worker for worker, scheduler in enumerate(self.schedulers) if not scheduler.is_dead]
@@ -430,7 +405,7 @@ class Engine:
             seq.chooser.ended(seq)
         else:
             self._updates.append(Update(seq, [], seq.text.finish() if seq.text is not None else "", is_finished=True))
-        self._promote(self._followers.pop(seq, deque()))
+        self._release_followers(seq)
 
     # ------------------------------------------------------------------------------------- routes and workers
 
@@ -441,7 +416,7 @@ class Engine:
         """
         seq.route = None  # it is nowhere now
         if seq.awaits_choice:
-            self._promote(self._followers.pop(seq, deque()))
+            self._release_followers(seq)
             return
         routes = self._feasible_routes(seq)
         if not routes:

@@ -165,6 +165,8 @@ class Handovers:
         for handover in list(self._settling.values()):
             if handover.src.is_settled(handover.seq):
                 self._complete(handover)
+                if handover.has_arrived:  # nothing had been computed of it, so no plan will tell
+                    self._arrive(handover, now_s)
 
     def next_due_s(self) -> float:
         """When `tick` has to redirect a sequence, if no room is found before; inf: never."""
