@@ -217,8 +217,7 @@ def search(
     """The goodput of each, one after the other; of clear losers only that they are.
 
     Splits into prefill and decode workers come in order of their distance from a likely one; those behind one that has
-    lost clearly are left out. What is `known`, by an arrangement's text, comes first
-    and is not simulated again.
+    lost clearly are left out. What is `known`, by an arrangement's text, comes first and is not simulated again.
     """
     best, likely = 0.0, scenario.likely_split
     lost: list[float] = []  # prefill shares
