@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -53,7 +54,7 @@ REPEATS = 5  # after one that does not count; the best does, as whatever disturb
 ANSWER_TIMEOUT_S = 120.0
 COLUMNS = ("term", "value", "+-", "unit", "")
 ERROR_COLUMNS = ("relative error", "fitted: median", "p90", "not fitted: median", "p90")
-START = Terms(1.0, 0.1, 1e-6, 10.0, 0.1, 0.1, 16.0, 1e-4, 0.1, 0.1, 10.0)  # any terms of the right kind
+START = Terms(1.0, 0.1, 1e-6, 1e-4, 10.0, 0.1, 0.1, 16.0, 1e-4, 0.1, 0.1, 10.0)  # any terms of the right kind
 PEAKS = {  # by a part of the device's name, from data sheets: TFLOP/s of dense 16-bit products, GB/s of memory
     "H200": (989.0, 4800.0),
     "H100": (989.0, 3350.0),
@@ -103,7 +104,7 @@ class StepShape:
 
     def sample(self, ms: float) -> StepSample:
         pairs = chunk_pairs(self.num_new, self.num_cached)
-        return StepSample(self.batch, self.batch * self.context, self.num_new, pairs, ms)
+        return StepSample(self.batch, self.batch * self.context, self.num_new, pairs, self.num_cached, ms)
 
     def rows(self) -> Iterator[tuple[int, int]]:
         """Start and length of each row."""
@@ -167,17 +168,22 @@ def _measure(
     shapes = step_shapes(grid, config, config.max_len_of(model), num_kv_tokens)
     routes = [route for route in allowed_routes(config.roles) if not route.is_collocated]
     counts = [-(-n // config.block_size) for n in grid.moved if n <= num_kv_tokens]  # blocks
+    moves = list(itertools.product(routes, counts))
+    tasks = [partial(_step_ms, workers[0], step_of(shape, config.block_size)) for shape in shapes]
+    tasks += [partial(_move_ms, workers, *move) for move in moves]
+    with tqdm(total=(REPEATS + 1) * len(tasks), desc="profiling", disable=not show_progress) as bar:
+
+        def run(task: Callable[[], float]) -> float:
+            bar.update()
+            return task()
+
+        rounds = [[run(task) for task in tasks] for _ in range(REPEATS + 1)]  # not each one's repeats in a row: what
+    best_ms = np.min(rounds[1:], axis=0).tolist()  # disturbs for a while then spoils none of them
     block_bytes = config.block_size * model.kv_bytes_per_token()
-    steps: list[StepSample] = []
-    moves: dict[Route, list[MoveSample]] = {route: [] for route in routes}
-    with tqdm(total=len(shapes) + len(routes) * len(counts), desc="profiling", disable=not show_progress) as bar:
-        for shape in shapes:
-            steps.append(shape.sample(_best(_step_ms, workers[0], step_of(shape, config.block_size))))
-            bar.update()
-        for route, count in itertools.product(routes, counts):
-            moves[route].append(MoveSample(count * block_bytes, _best(_move_ms, workers, route, count)))
-            bar.update()
-    return steps, moves
+    of_routes: dict[Route, list[MoveSample]] = {route: [] for route in routes}
+    for (route, count), ms in zip(moves, best_ms[len(shapes) :], strict=True):
+        of_routes[route].append(MoveSample(count * block_bytes, ms))
+    return [shape.sample(ms) for shape, ms in zip(shapes, best_ms, strict=False)], of_routes
 
 
 def _num_kv_tokens(workers: Sequence[WorkerProcess], config: EngineConfig) -> int:
@@ -272,10 +278,6 @@ def _answer(worker: WorkerProcess) -> StepResult | TransferAck:
     return answer
 
 
-def _best(measure_ms: Callable[..., float], *args: object) -> float:
-    return min([measure_ms(*args) for _ in range(REPEATS + 1)][1:])
-
-
 def table(parameters: Parameters, model: ModelConfig) -> list[list[object]]:
     """Rows for people: the seed's terms first, each with its error, then the rest and what it means per second."""
     terms, seed = parameters.terms, ClosedForm.of(parameters)
@@ -300,6 +302,7 @@ def table(parameters: Parameters, model: ModelConfig) -> list[list[object]]:
         ("bandwidth", "bandwidth", 1, "GB/s between two workers", ""),
         ("a0", "a0", 1, "ms per prefill step", ""),
         ("a2", "a2", 1e6, "ns per query-key pair", ""),
+        ("a3", "a3", 1e3, "us per cached token before a chunk", ""),
         ("row", "row", 1, "ms per decode row", ""),
         ("excess", "excess", 1, "ms per row above batch_thresh", ""),
         ("kv", "kv", 1e3, "us per token of context", context),

@@ -1,10 +1,12 @@
 """What a step, a prompt and a move cost on a machine: fitted terms, predictions, corrections, parameter files.
 
-    T_prefill = a0 + a1 * new + a2 * pairs                   pairs: sum over prompt chunks of new * (cached + new / 2)
+    T_prefill = hypot(a0, a1 * new) + history                history: a2 * pairs + a3 * cached tokens
     T_step    = beta + row * batch + excess * max(0, batch - batch_thresh) + kv * KV tokens
-    T_mixed   = max(T_prefill, T_step + gamma * new + a2 * pairs)
+    T_mixed   = max(T_prefill, T_step + gamma * new + history)
     T_move    = c0 + bytes / bandwidth
 
+Few prompt tokens take as long as fewer, until arithmetic takes longer than reading weights and launching (a0); pairs
+are the sum over prompt chunks of new * (cached + new / 2); a short chunk behind a long history is bound by walking it.
 A decode step reads all weights (beta) and the context of its rows; above `batch_thresh` rows it is bound by compute.
 a1, beta, batch_thresh and gamma are the seed's alpha, beta, batch_thresh and gamma. Numbers only: knows neither
 requests nor workers, and whether a time was measured or simulated makes no difference to it.
@@ -34,28 +36,29 @@ def chunk_pairs(num_new: Numbers, num_cached: Numbers) -> Numbers:
     return num_new * (num_cached + num_new / 2)
 
 
-def rows_of(batch: StepBatch) -> tuple[int, int, int, float]:
-    """A step in the model's words: decode rows, their tokens of context, prompt tokens, query-key pairs.
+def rows_of(batch: StepBatch) -> tuple[int, int, int, float, int]:
+    """A step as `Terms.step_ms` wants it: decode rows, their context, prompt tokens, query-key pairs, cached tokens.
 
     A draft is computed as a decode row by itself.
     """
     lens, starts = batch.row_lens, batch.row_starts
     if not len(batch.token_ids):  # every row goes on from its slot
-        return len(lens), int(starts.sum()) + len(lens), 0, 0.0
+        return len(lens), int(starts.sum()) + len(lens), 0, 0.0, 0
     is_decode = (lens == 1) | ((batch.row_flags & RowFlag.DRAFTS) != 0)
     rows = lens[is_decode].astype(np.int64)
     new, cached = lens[~is_decode].astype(np.int64), starts[~is_decode]
     num_context = int((rows * starts[is_decode] + rows * (rows + 1) // 2).sum())
-    return int(rows.sum()), num_context, int(new.sum()), float(chunk_pairs(new, cached).sum())
+    return int(rows.sum()), num_context, int(new.sum()), float(chunk_pairs(new, cached).sum()), int(cached.sum())
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
     """Fitted terms of one machine and model, in milliseconds per unit."""
 
-    a0: float  # a prefill step
+    a0: float  # a prefill step, at least
     a1: float  # a prompt token (alpha)
     a2: float  # a query-key pair
+    a3: float  # a cached token before a prompt's chunk
     beta: float  # a decode step
     row: float  # a decode row
     excess: float  # a decode row above batch_thresh, on top of `row`
@@ -65,25 +68,24 @@ class Terms:
     c0: float  # a move of blocks
     bandwidth: float  # GB/s between two workers
 
-    def prefill_ms(self, num_new: int, num_pairs: float = 0.0) -> float:
-        return self.step_ms(0, 0, num_new, num_pairs)
-
     def step_ms(
         self,
         num_decodes: Numbers,
         num_kv_tokens: Numbers,
         num_new: Numbers = 0,
         num_pairs: Numbers = 0.0,
+        num_cached: Numbers = 0,
         maximum: Callable[[Any, Any], Any] = max,
     ) -> Any:
-        """A step of `num_decodes` rows with `num_kv_tokens` tokens of context in all, and a prompt's chunks.
+        """A step of `num_decodes` rows with `num_kv_tokens` tokens of context in all, and prompts' chunks.
 
         Numbers, or with `maximum=np.maximum` arrays of them, one step each.
         """
-        pairs_ms = self.a2 * num_pairs
+        history_ms = self.a2 * num_pairs + self.a3 * num_cached
         step_ms = self.beta + self.row * num_decodes + self.excess * maximum(num_decodes - self.batch_thresh, 0.0)
-        mixed_ms = (num_decodes > 0) * (step_ms + self.kv * num_kv_tokens + self.gamma * num_new + pairs_ms)
-        return maximum(mixed_ms, self.a0 * (num_new > 0) + self.a1 * num_new + pairs_ms)
+        mixed_ms = (num_decodes > 0) * (step_ms + self.kv * num_kv_tokens + self.gamma * num_new + history_ms)
+        prompt_ms = ((self.a0 * (num_new > 0)) ** 2 + (self.a1 * num_new) ** 2) ** 0.5
+        return maximum(mixed_ms, prompt_ms + history_ms)
 
     def move_ms(self, num_bytes: float) -> float:
         return self.c0 + num_bytes / (self.bandwidth * 1e6)
@@ -100,6 +102,7 @@ class StepSample:
     num_kv_tokens: int
     num_new: int
     num_pairs: float
+    num_cached: int
     ms: float
 
     @property
@@ -107,7 +110,7 @@ class StepSample:
         return "prefill" if not self.num_decodes else "mixed" if self.num_new else "step"
 
     def predict(self, terms: Terms) -> float:
-        return terms.step_ms(self.num_decodes, self.num_kv_tokens, self.num_new, self.num_pairs)
+        return terms.step_ms(self.num_decodes, self.num_kv_tokens, self.num_new, self.num_pairs, self.num_cached)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +130,7 @@ class MoveSample:
 
 Sample = StepSample | MoveSample
 FITTED_TERMS = {  # by kind of sample, in the order in which they are fitted
-    "prefill": ("a0", "a1", "a2"),
+    "prefill": ("a0", "a1", "a2", "a3"),
     "step": ("beta", "row", "excess", "batch_thresh", "kv"),
     "mixed": ("gamma",),
     "move": ("c0", "bandwidth"),

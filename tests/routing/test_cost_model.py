@@ -25,17 +25,17 @@ from nanopd.routing.cost_model import (
     prediction_errors,
 )
 
-TERMS = Terms(4.4, 0.02, 1.4e-6, 4.4, 0.012, 0.03, 96, 3.5e-5, 0.018, 0.013, 390)
-START = Terms(1, 0.1, 1e-7, 10, 0.001, 0.001, 32, 1e-5, 0.1, 0.1, 10)
+TERMS = Terms(4.4, 0.02, 1.4e-6, 5e-4, 4.4, 0.012, 0.03, 96, 3.5e-5, 0.018, 0.013, 390)
+START = Terms(1, 0.1, 1e-7, 1e-4, 10, 0.001, 0.001, 32, 1e-5, 0.1, 0.1, 10)
 H200 = config_dir() / "params" / "8xh200.json"
 SHIPPED = sorted((config_dir() / "params").glob("*.json"))
 
 
 def samples(terms: Terms, noise: float, batches: tuple[int, ...], lengths: tuple[int, ...]) -> list[Sample]:
     rng = np.random.default_rng(0)
-    shapes = [(0, 0, n, chunk_pairs(n, c)) for n in lengths for c in (0, 4 * n)]
-    shapes += [(b, b * c, 0, 0.0) for b in batches for c in (256, 2048)]
-    shapes += [(b, b * 512, n, chunk_pairs(n, 0)) for b in batches for n in lengths]
+    shapes = [(0, 0, n, chunk_pairs(n, c), c) for n in lengths for c in (0, 4 * n, 4000)]
+    shapes += [(b, b * c, 0, 0.0, 0) for b in batches for c in (256, 2048)]
+    shapes += [(b, b * 512, n, chunk_pairs(n, 0), 0) for b in batches for n in lengths]
     steps = [StepSample(*shape, ms=terms.step_ms(*shape) * math.exp(noise * rng.normal())) for shape in shapes]
     sizes = [2**k for k in range(16, 31, 2)]
     return [*steps, *(MoveSample(n, terms.move_ms(n) * math.exp(noise * rng.normal())) for n in sizes)]
@@ -64,13 +64,14 @@ def test_fit_of_noisy_samples_predicts_others_and_knows_its_uncertainty() -> Non
 
 def test_a_kind_without_samples_keeps_its_terms() -> None:
     fitted = fit([s for s in samples(TERMS, 0.0, (1, 8, 32), (128, 512, 2048)) if s.kind == "prefill"], START)
-    assert replace(fitted.terms, a0=START.a0, a1=START.a1, a2=START.a2) == START
-    assert set(fitted.stderr) == {"a0", "a1", "a2"}
+    assert replace(fitted.terms, a0=START.a0, a1=START.a1, a2=START.a2, a3=START.a3) == START
+    assert set(fitted.stderr) == {"a0", "a1", "a2", "a3"}
     assert set(fitted.errors) == {"prefill"}
 
 
 def test_a_step_grows_with_everything_in_it() -> None:
     shapes = [(1, 100, 0, 0.0), (1, 200, 0, 0.0), (97, 200, 0, 0.0), (97, 200, 64, 2048.0), (97, 200, 64, 9000.0)]
+    shapes.append((97, 200, 64, 9000.0, 100))
     times = [TERMS.step_ms(*shape) for shape in shapes]
     assert times == sorted(times)
     assert TERMS.step_ms(0, 0) == 0
@@ -132,8 +133,8 @@ def test_predictions_follow_the_corrections_kind_by_kind() -> None:
     pair = np.array([0, 1]), np.array([1, 0])
     step, mixed, prefill = costs.step_ms(8, 4000), costs.mixed_ms(8, 4000, 512, 1e5), costs.mixed_ms(0, 0, 512, 1e5)
     for _ in range(500):
-        costs.observe(StepSample(8, 4000, 0, 0.0, ms=1.5 * step))
-        costs.observe(StepSample(8, 4000, 512, 1e5, ms=0.8 * mixed))
+        costs.observe(StepSample(8, 4000, 0, 0.0, 0, ms=1.5 * step))
+        costs.observe(StepSample(8, 4000, 512, 1e5, 0, ms=0.8 * mixed))
     assert costs.step_ms(8, 4000) == pytest.approx(1.5 * step, rel=1e-3)
     assert costs.mixed_ms(8, 4000, 512, 1e5) == pytest.approx(0.8 * mixed, rel=1e-3)
     assert costs.mixed_ms(0, 0, 512, 1e5) == prefill
@@ -145,7 +146,7 @@ def test_predictions_follow_the_corrections_kind_by_kind() -> None:
 def test_corrected_terms_are_those_of_the_slower_machine() -> None:
     """Everything takes 1.3 times as long: single terms too, whoever reckons with them."""
     costs = CostModel(Parameters.load(H200))
-    steps = [(0, 0, 512, 1e5), (64, 40_000, 0, 0.0), (64, 40_000, 512, 1e5)]
+    steps = [(0, 0, 512, 1e5, 0), (64, 40_000, 0, 0.0, 0), (64, 40_000, 512, 1e5, 0)]
     fitted = costs.terms
     for _ in range(400):
         for step in steps:
@@ -160,7 +161,7 @@ def test_corrected_terms_are_those_of_the_slower_machine() -> None:
 
 def test_what_a_clock_cannot_tell_is_no_drift() -> None:
     costs = CostModel(Parameters.load(H200))
-    costs.observe(StepSample(8, 4000, 0, 0.0, round(costs.step_ms(8, 4000), 3)))
+    costs.observe(StepSample(8, 4000, 0, 0.0, 0, round(costs.step_ms(8, 4000), 3)))
     assert costs.drift["step"] == 1.0
 
 
