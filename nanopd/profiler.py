@@ -54,7 +54,7 @@ REPEATS = 5  # after one that does not count; the best does, as whatever disturb
 ANSWER_TIMEOUT_S = 120.0
 COLUMNS = ("term", "value", "+-", "unit", "")
 ERROR_COLUMNS = ("relative error", "fitted: median", "p90", "not fitted: median", "p90")
-START = Terms(1.0, 0.1, 1e-6, 1e-4, 10.0, 0.1, 0.1, 16.0, 1e-4, 0.1, 0.1, 10.0)  # any terms of the right kind
+START = Terms(1.0, 0.1, 1e-6, 1e-4, 10.0, 0.1, 0.1, 0.1, 16.0, 1e-4, 0.1, 0.1, 0.1, 10.0)  # any terms of the right kind
 PEAKS = {  # by a part of the device's name, from data sheets: TFLOP/s of dense 16-bit products, GB/s of memory
     "H200": (989.0, 4800.0),
     "H100": (989.0, 3350.0),
@@ -167,7 +167,9 @@ def _measure(
     num_kv_tokens = _num_kv_tokens(workers, config)
     shapes = step_shapes(grid, config, config.max_len_of(model), num_kv_tokens)
     routes = [route for route in allowed_routes(config.roles) if not route.is_collocated]
-    counts = [-(-n // config.block_size) for n in grid.moved if n <= num_kv_tokens]  # blocks
+    counts = [
+        -(-n // config.block_size) for n in reversed(grid.moved) if n <= num_kv_tokens
+    ]  # blocks; the first move has to wake workers up
     moves = list(itertools.product(routes, counts))
     tasks = [partial(_step_ms, workers[0], step_of(shape, config.block_size)) for shape in shapes]
     tasks += [partial(_move_ms, workers, *move) for move in moves]
@@ -304,8 +306,10 @@ def table(parameters: Parameters, model: ModelConfig) -> list[list[object]]:
         ("a2", "a2", 1e6, "ns per query-key pair", ""),
         ("a3", "a3", 1e3, "us per cached token before a chunk", ""),
         ("row", "row", 1, "ms per decode row", ""),
+        ("jump", "jump", 1, "ms per step above batch_thresh", ""),
         ("excess", "excess", 1, "ms per row above batch_thresh", ""),
         ("kv", "kv", 1e3, "us per token of context", context),
+        ("m0", "m0", 1, "ms per mixed step", ""),
         ("c0", "c0", 1, "ms per move", ""),
     ]
     rows: list[list[object]] = []

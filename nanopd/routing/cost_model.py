@@ -1,13 +1,14 @@
 """What a step, a prompt and a move cost on a machine: fitted terms, predictions, corrections, parameter files.
 
     T_prefill = hypot(a0, a1 * new) + history                history: a2 * pairs + a3 * cached tokens
-    T_step    = beta + row * batch + excess * max(0, batch - batch_thresh) + kv * KV tokens
-    T_mixed   = max(T_prefill, T_step + gamma * new + history)
-    T_move    = c0 + bytes / bandwidth
+    T_step    = beta + row * batch + reading + (jump + excess * (batch - batch_thresh) above batch_thresh)
+    T_mixed   = max(hypot(a0, a1 * (new + batch)) + m0, T_step - reading + gamma * new) + history + reading
+    T_move    = c0 + bytes / bandwidth                       reading: kv * tokens of context
 
-Few prompt tokens take as long as fewer, until arithmetic takes longer than reading weights and launching (a0); pairs
+Few prompt tokens take as long as fewer, until arithmetic takes longer than launching and reading weights (a0); pairs
 are the sum over prompt chunks of new * (cached + new / 2); a short chunk behind a long history is bound by walking it.
-A decode step reads all weights (beta) and the context of its rows; above `batch_thresh` rows it is bound by compute.
+A decode step reads all weights (beta) and the context of its rows; above `batch_thresh` rows the products are made in
+another way, or bound by compute. In a mixed step, rows are tokens like those of prompts.
 a1, beta, batch_thresh and gamma are the seed's alpha, beta, batch_thresh and gamma. Numbers only: knows neither
 requests nor workers, and whether a time was measured or simulated makes no difference to it.
 """
@@ -61,10 +62,12 @@ class Terms:
     a3: float  # a cached token before a prompt's chunk
     beta: float  # a decode step
     row: float  # a decode row
+    jump: float  # a step of more than batch_thresh rows
     excess: float  # a decode row above batch_thresh, on top of `row`
     batch_thresh: float  # rows
     kv: float  # a token of context that a decode row reads
-    gamma: float  # a prompt token in a step that also decodes
+    gamma: float  # a prompt token in a step that also decodes, as far as a1 does not say
+    m0: float  # a step of prompts that also decodes
     c0: float  # a move of blocks
     bandwidth: float  # GB/s between two workers
 
@@ -82,10 +85,12 @@ class Terms:
         Numbers, or with `maximum=np.maximum` arrays of them, one step each.
         """
         history_ms = self.a2 * num_pairs + self.a3 * num_cached
-        step_ms = self.beta + self.row * num_decodes + self.excess * maximum(num_decodes - self.batch_thresh, 0.0)
-        mixed_ms = (num_decodes > 0) * (step_ms + self.kv * num_kv_tokens + self.gamma * num_new + history_ms)
-        prompt_ms = ((self.a0 * (num_new > 0)) ** 2 + (self.a1 * num_new) ** 2) ** 0.5
-        return maximum(mixed_ms, prompt_ms + history_ms)
+        decodes, prompts = num_decodes > 0, num_new > 0
+        above = maximum(num_decodes - self.batch_thresh, 0.0)
+        step_ms = self.beta + self.row * num_decodes + self.jump * (above > 0) + self.excess * above
+        matrix_ms = ((self.a0 * prompts) ** 2 + (self.a1 * prompts * (num_new + num_decodes)) ** 2) ** 0.5
+        longest_ms = maximum(decodes * (step_ms + self.gamma * num_new), matrix_ms + self.m0 * (decodes & prompts))
+        return longest_ms + self.kv * num_kv_tokens + history_ms
 
     def move_ms(self, num_bytes: float) -> float:
         return self.c0 + num_bytes / (self.bandwidth * 1e6)
@@ -131,10 +136,13 @@ class MoveSample:
 Sample = StepSample | MoveSample
 FITTED_TERMS = {  # by kind of sample, in the order in which they are fitted
     "prefill": ("a0", "a1", "a2", "a3"),
-    "step": ("beta", "row", "excess", "batch_thresh", "kv"),
-    "mixed": ("gamma",),
+    "step": ("beta", "row", "kv", "jump", "excess", "batch_thresh"),
+    "mixed": ("gamma", "m0"),
     "move": ("c0", "bandwidth"),
 }
+
+
+TOLERANCE = 0.03  # relative
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,13 +153,16 @@ class Fit:
 
 
 def fit(samples: Sequence[Sample], start: Terms) -> Fit:
-    """Terms of least squared relative error, all >= 0; a term whose kind of sample is missing stays as in `start`."""
+    """Terms of least relative error, all >= 0; a term whose kind of sample is missing stays as in `start`.
+
+    The loss is squared for errors within TOLERANCE and linear beyond: single odd points do not bend the rest.
+    """
     terms = start
     stderr: dict[str, float] = {}
     for kind, names in FITTED_TERMS.items():
         group = [sample for sample in samples if sample.kind == kind]
-        if group and kind == "mixed":  # from below, the prompt's own time would hide it
-            terms = replace(terms, gamma=max(terms.gamma, terms.a1))
+        if group and kind == "mixed":  # much smaller, and a1 hides it
+            terms = replace(terms, gamma=terms.a1)
         if group:
             terms, errors = _fit_group(terms, names, group)
             stderr |= errors
@@ -170,22 +181,29 @@ def prediction_errors(samples: Sequence[Sample], terms: Terms) -> dict[str, dict
 
 
 def _fit_group(terms: Terms, names: Sequence[str], group: Sequence[Sample]) -> tuple[Terms, dict[str, float]]:
+    if "batch_thresh" not in names:
+        return _fitted(terms, names, group)[1:]
+    # where the curve bends or jumps is not convex: try every batch size but the last
+    names = [name for name in names if name != "batch_thresh"]
+    batches = sorted({sample.num_decodes for sample in group if isinstance(sample, StepSample)})[:-1] or [1]
+    fits = [_fitted(replace(terms, batch_thresh=float(batch)), names, group) for batch in batches]
+    return min(fits, key=lambda found: found[0])[1:]
+
+
+def _fitted(terms: Terms, names: Sequence[str], group: Sequence[Sample]) -> tuple[float, Terms, dict[str, float]]:
+    """The loss, the terms, and the standard deviation of those that are called `names`."""
+
     def residuals(values: np.ndarray) -> np.ndarray:  # [num_names] -> [num_samples], relative
         trial = replace(terms, **dict(zip(names, values, strict=True)))
         return np.array([sample.predict(trial) / sample.ms - 1 for sample in group])
 
-    starts = [[max(getattr(terms, name), 1e-9) for name in names]]
-    most = np.full(len(names), np.inf)
-    if "batch_thresh" in names:  # where the curve bends is not convex: try every batch size
-        batches = sorted({sample.num_decodes for sample in group if isinstance(sample, StepSample)})[:-1] or [1]
-        starts = [[*starts[0][:3], float(batch), starts[0][4]] for batch in batches]
-        most[3] = batches[-1] + 1e-6  # beyond, one size would have a slope of its own
-    fits = [least_squares(residuals, x, bounds=(0, most), x_scale="jac") for x in starts]
-    best = min(fits, key=lambda result: result.cost)
+    start = [max(getattr(terms, name), 1e-9) for name in names]
+    bounds = 0, np.inf
+    best = least_squares(residuals, start, bounds=bounds, x_scale="jac", loss="soft_l1", f_scale=TOLERANCE)
     variance = 2 * best.cost / max(1, len(group) - len(names))
     deviations = np.sqrt(np.diag(np.linalg.pinv(best.jac.T @ best.jac)) * variance)
     values = dict(zip(names, map(float, best.x), strict=True))
-    return replace(terms, **values), dict(zip(names, map(float, deviations), strict=True))
+    return best.cost, replace(terms, **values), dict(zip(names, map(float, deviations), strict=True))
 
 
 # ------------------------------------------------------------------------------------------------ parameter files

@@ -25,8 +25,8 @@ from nanopd.routing.cost_model import (
     prediction_errors,
 )
 
-TERMS = Terms(4.4, 0.02, 1.4e-6, 5e-4, 4.4, 0.012, 0.03, 96, 3.5e-5, 0.018, 0.013, 390)
-START = Terms(1, 0.1, 1e-7, 1e-4, 10, 0.001, 0.001, 32, 1e-5, 0.1, 0.1, 10)
+TERMS = Terms(4.4, 0.02, 1.4e-6, 5e-4, 4.4, 0.012, 0.3, 0.03, 96, 3.5e-5, 0.018, 1.1, 0.013, 390)
+START = Terms(1, 0.1, 1e-7, 1e-4, 10, 0.001, 0.001, 0.001, 32, 1e-5, 0.1, 0.1, 0.1, 10)
 H200 = config_dir() / "params" / "8xh200.json"
 SHIPPED = sorted((config_dir() / "params").glob("*.json"))
 
