@@ -19,6 +19,7 @@ from nanopd.routing.policy import find_parameters
 
 PROMPTS = np.unique(np.rint(np.geomspace(64, 8192, 60)).astype(int))  # tokens
 NUM_OUTPUT = 128
+MAX_BATCH = 256
 CONTEXTS = (512, 2048, 8192)
 COLOURS = ("#4477aa", "#ccbb44", "#ee6677")
 
@@ -37,7 +38,7 @@ def draw(parameters: Parameters) -> Figure:
 
 def routing(figure: Figure, axes: Axes, form: ClosedForm) -> None:
     """Interference less transfer: above 0 the disaggregated path wins, decode steps being equal."""
-    loads = np.unique(np.linspace(1, 2 * form.batch_thresh, 80).astype(int))
+    loads = np.unique(np.linspace(1, min(2 * form.batch_thresh, MAX_BATCH), 80).astype(int))
     gain_ms = np.array([[_overhead_ms(form, n, load) - form.transfer_rate * n for n in PROMPTS] for load in loads])
     limit = float(np.abs(gain_ms).max())
     mesh = axes.pcolormesh(PROMPTS, loads, gain_ms, cmap="RdBu", norm="symlog", vmin=-limit, vmax=limit)
@@ -66,7 +67,7 @@ def transfer(axes: Axes, form: ClosedForm) -> None:
 
 
 def decode_step(axes: Axes, terms: Terms) -> None:
-    batches = np.arange(1, round(4 * terms.batch_thresh) + 1)
+    batches = np.arange(1, MAX_BATCH + 1)
     for context, colour in zip(CONTEXTS if terms.kv else (0,), COLOURS):
         step_ms = terms.step_ms(batches, batches * context, maximum=np.maximum)
         axes.plot(batches, step_ms, color=colour, label=f"context {context}" if terms.kv else "any context")
@@ -77,8 +78,9 @@ def decode_step(axes: Axes, terms: Terms) -> None:
 
 
 def _loads(form: ClosedForm, most: float) -> tuple[int, int, int]:
-    """One sequence, and a quarter and the whole of `most` times batch_thresh."""
-    return 1, round(most * form.batch_thresh / 4), round(most * form.batch_thresh)
+    """One sequence, and a quarter and the whole of `most` times batch_thresh, or of MAX_BATCH."""
+    largest = min(round(most * form.batch_thresh), MAX_BATCH)
+    return 1, largest // 4, largest
 
 
 def _overhead_ms(form: ClosedForm, num_prompt: int, load: int) -> float:

@@ -296,18 +296,18 @@ def table(parameters: Parameters, model: ModelConfig) -> list[list[object]]:
     tflops = rate(2 * weights / 1e9, "a1", "TFLOP/s of matrix products", peaks[0])
     reading = rate(weights * itemsize / 1e6, "beta", "GB/s of weights", peaks[1])
     context = rate(parameters.kv_bytes_per_token / 1e6, "kv", "GB/s", peaks[1])
+    jumps = f"ms per step above {terms.batch_thresh:g} rows"
     fitted = [
         ("alpha", "a1", 1, "ms per prompt token", tflops),
         ("beta", "beta", 1, "ms per decode step", reading),
-        ("batch_thresh", "batch_thresh", 1, "rows", ""),
         ("gamma", "gamma", 1, "ms per prompt token beside decodes", ""),
         ("bandwidth", "bandwidth", 1, "GB/s between two workers", ""),
         ("a0", "a0", 1, "ms per prefill step", ""),
         ("a2", "a2", 1e6, "ns per query-key pair", ""),
         ("a3", "a3", 1e3, "us per cached token before a chunk", ""),
         ("row", "row", 1, "ms per decode row", ""),
-        ("jump", "jump", 1, "ms per step above batch_thresh", ""),
-        ("excess", "excess", 1, "ms per row above batch_thresh", ""),
+        ("jump", "jump", 1, jumps, ""),
+        ("excess", "excess", 1, "ms per row more than those", ""),
         ("kv", "kv", 1e3, "us per token of context", context),
         ("m0", "m0", 1, "ms per mixed step", ""),
         ("c0", "c0", 1, "ms per move", ""),
@@ -316,6 +316,7 @@ def table(parameters: Parameters, model: ModelConfig) -> list[list[object]]:
     for name, term, scale, unit, note in fitted:
         deviation = parameters.stderr.get(term)
         rows.append([name, scale * getattr(terms, term), deviation and scale * deviation, unit, note])
+    rows.insert(2, ["batch_thresh", seed.batch_thresh, None, "rows", "as many as cost what beta is"])
     rows.insert(5, ["transfer rate", seed.transfer_rate, None, "ms per token moved", ""])
     rows.insert(6, ["disaggregated wins", seed.winning_load(), None, "sequences and more", "by the closed form"])
     return rows

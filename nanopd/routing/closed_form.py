@@ -34,7 +34,7 @@ class ClosedForm:
     @classmethod
     def of(cls, parameters: Parameters) -> ClosedForm:
         t = parameters.terms
-        return cls(t.a1, t.beta, t.batch_thresh, t.gamma, t.bandwidth, parameters.kv_bytes_per_token)
+        return cls(t.a1, t.beta, t.compute_bound_rows, t.gamma, t.bandwidth, parameters.kv_bytes_per_token)
 
     @property
     def transfer_rate(self) -> float:

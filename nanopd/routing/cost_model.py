@@ -9,8 +9,8 @@ Few prompt tokens take as long as fewer, until arithmetic takes longer than laun
 are the sum over prompt chunks of new * (cached + new / 2); a short chunk behind a long history is bound by walking it.
 A decode step reads all weights (beta) and the context of its rows; above `batch_thresh` rows the products are made in
 another way, or bound by compute. In a mixed step, rows are tokens like those of prompts.
-a1, beta, batch_thresh and gamma are the seed's alpha, beta, batch_thresh and gamma. Numbers only: knows neither
-requests nor workers, and whether a time was measured or simulated makes no difference to it.
+a1, beta and gamma are the seed's alpha, beta and gamma. Numbers only: knows neither requests nor workers, and whether a
+time was measured or simulated makes no difference to it.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Terms:
     row: float  # a decode row
     jump: float  # a step of more than batch_thresh rows
     excess: float  # a decode row above batch_thresh, on top of `row`
-    batch_thresh: float  # rows
+    batch_thresh: float  # rows above which there is a jump or another slope
     kv: float  # a token of context that a decode row reads
     gamma: float  # a prompt token in a step that also decodes, as far as a1 does not say
     m0: float  # a step of prompts that also decodes
@@ -91,6 +91,11 @@ class Terms:
         matrix_ms = ((self.a0 * prompts) ** 2 + (self.a1 * prompts * (num_new + num_decodes)) ** 2) ** 0.5
         longest_ms = maximum(decodes * (step_ms + self.gamma * num_new), matrix_ms + self.m0 * (decodes & prompts))
         return longest_ms + self.kv * num_kv_tokens + history_ms
+
+    @property
+    def compute_bound_rows(self) -> float:
+        """Rows that take as long as reading the weights; the seed's batch_thresh, where its two terms meet."""
+        return self.beta / max(self.row + self.excess, 1e-9)
 
     def move_ms(self, num_bytes: float) -> float:
         return self.c0 + num_bytes / (self.bandwidth * 1e6)
