@@ -38,7 +38,7 @@ def test_what_is_held_out_has_lengths_and_batches_of_its_own() -> None:
 
 @pytest.mark.parametrize("shape", [StepShape(3, 33), StepShape(0, 0, 40, 16), StepShape(2, 16, 5)])
 def test_a_step_has_blocks_for_all_that_it_reads_and_writes(shape: StepShape) -> None:
-    step = step_of(shape, 16)
+    step = step_of(shape, 16, 100)
     assert len(np.unique(step.table_updates["block_id"])) == len(step.table_updates)
     assert step.table_updates["block_id"].min() == 1, "block 0 is the null block"
     for slot, start, length in zip(step.row_slots, step.row_starts, step.row_lens, strict=True):
