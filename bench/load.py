@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from nanopd import LLM, EngineConfig, NanopdError, SamplingParams
 from nanopd.cli import DEMO_PROMPTS
-from nanopd.config import POLICIES, load_config
+from nanopd.config import POLICIES, ModelConfig, load_config, routes_for_policy
 from nanopd.core.metrics import SLO, Percentiles, RequestMetrics, summarize
 from nanopd.core.workload import (
     LONG_PROMPTS,
@@ -44,6 +44,9 @@ from nanopd.core.workload import (
 )
 from nanopd.errors import ConfigError
 from nanopd.messages import FinishReason, RequestLog, Work
+from nanopd.routing.cost_model import Parameters
+from nanopd.routing.policy import make_policy
+from nanopd.simulator import simulate
 
 PROMPTS: dict[str, LengthDistribution] = {"short": SHORT_PROMPTS, "long": LONG_PROMPTS, "mixed": MIXED_PROMPTS}
 NATURAL = "natural"
@@ -132,14 +135,18 @@ class Workload:
         """What arrives within `seconds`, and of that the first `max_requests`."""
         if self.name == NATURAL or self.name.endswith(".txt"):
             return self._text_jobs(llm, seconds, max_requests)
-        requests = self.requests(llm, seconds, max_requests)
+        requests = self.requests(llm.config.max_len_of(llm.model_config), seconds, max_requests)
         vocab_size = llm.model_config.vocab_size
         return [Job(r.arrival_s, prompt_token_ids(r, vocab_size), greedy(r.num_output_tokens)) for r in requests]
 
-    def requests(self, llm: LLM, seconds: float, max_requests: int | None = None) -> list[WorkloadRequest]:
-        """As `jobs`, with lengths in place of tokens. Runs in one engine share no prompts, unless a trace does."""
+    def requests(self, max_len: int, seconds: float, max_requests: int | None = None) -> list[WorkloadRequest]:
+        """As `jobs`, with lengths in place of tokens, `max_len` at most of prompt and answer.
+
+        Runs in one engine share no prompts, unless a trace does.
+        """
         salt = zlib.crc32(f"{self.label} {self.rate} {self.seed}".encode()) << 40
-        requests = self._trace(llm, seconds, max_requests) if self.is_trace else self._synthetic(seconds, max_requests)
+        is_trace = self.is_trace
+        requests = self._trace(max_len, seconds, max_requests) if is_trace else self._synthetic(seconds, max_requests)
         return [
             replace(r, prompt_seed=r.prompt_seed + salt, hash_ids=tuple(h + salt for h in r.hash_ids))
             for r in requests
@@ -154,17 +161,16 @@ class Workload:
         outputs = FixedLength(int(num_out or self.output_len))
         return self._timed(prompts, outputs, seconds, max_requests)
 
-    def _trace(self, llm: LLM, seconds: float, max_requests: int | None) -> list[WorkloadRequest]:
+    def _trace(self, max_len: int, seconds: float, max_requests: int | None) -> list[WorkloadRequest]:
         """What is longer than the engine allows is cut: answers to a quarter of it, prompts to the rest."""
-        most = llm.config.max_model_len or llm.model_config.max_position_embeddings
         if max_requests is None and self.rate is not None:
             max_requests = ceil(seconds * self.rate)
         return read_trace(
             self.name,
             max_requests=max_requests,
             requests_per_s=self.rate,
-            max_prompt_tokens=most - most // 4,
-            max_output_tokens=most // 4,
+            max_prompt_tokens=max_len - max_len // 4,
+            max_output_tokens=max_len // 4,
             seed=self.seed,
         ).requests
 
@@ -199,7 +205,7 @@ def greedy(max_tokens: int) -> SamplingParams:
 
 @dataclass(slots=True)
 class Run:
-    """What came of jobs; times are of `time.monotonic`."""
+    """What came of jobs; times are of the engine's clock."""
 
     start_s: float
     late_s: list[float] = field(default_factory=list)  # how long after each job was due it had been submitted
@@ -245,9 +251,39 @@ def play(llm: LLM, jobs: Sequence[Job], label: str = "", one_by_one: bool = Fals
     run.logs, run.busy_s = stats.logs, stats.busy_s
     if run.is_interrupted:  # what was aborted would count as missed
         run.logs = [log for log in run.logs if log.finish_reason is not FinishReason.ABORT]
-    run.num_devices = len({worker.device for worker in llm.config.workers} - {"cpu"}) or len(llm.config.workers)
+    run.num_devices = num_devices(llm.config)
     run.num_blocks, run.num_peak = [b.total for b in stats.blocks], [b.peak for b in stats.blocks]
     return run
+
+
+class Simulation:
+    """In place of an LLM: workers that take the time that `parameters` say. Its router too knows what was played."""
+
+    def __init__(self, config: EngineConfig, model: ModelConfig, parameters: Parameters) -> None:
+        self.config = config
+        self._model, self._parameters = model, parameters
+        self._policy = make_policy(config, parameters)
+        self._end_s = 0.0
+        self.play([WorkloadRequest(0.0, WARM_UP_TOKENS, 8, seed) for seed in range(8)])  # as `serving` does
+
+    def requests(self, workload: Workload, seconds: float) -> list[WorkloadRequest]:
+        return workload.requests(self.config.max_len_of(self._model), seconds)
+
+    def play(self, requests: Sequence[WorkloadRequest]) -> Run:
+        start_s = self._end_s
+        later = [replace(r, arrival_s=start_s + r.arrival_s) for r in requests]
+        self._policy.routes = routes_for_policy(self.config.policy, self.config.roles)
+        # jumps would leave out busy times
+        engine, logs = simulate(self.config, self._model, self._parameters, later, self._policy, may_jump=False)
+        self._end_s = engine.clock()
+        run = Run(start_s, logs=logs, seconds=self._end_s - start_s, num_devices=num_devices(self.config))
+        run.busy_s, run.num_peak = [busy_us / 1e6 for busy_us in engine.busy_us], engine.peak_blocks
+        run.num_blocks = [scheduler.blocks.num_usable for scheduler in engine.schedulers]
+        return run
+
+
+def num_devices(config: EngineConfig) -> int:
+    return len({worker.device for worker in config.workers} - {"cpu"}) or len(config.workers)
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 As a command it makes Markdown and figures of files that serving benches wrote with --json (or sweep.py with --out):
 
     python bench/report.py bench/results/sweep-2xh200.json --beside bench/results/vllm-h200.json --figures docs/figures
+
+With --against it compares a real run with its simulation (sweep.py --simulate), or any two, run by run.
 """
 
 from __future__ import annotations
@@ -31,6 +33,18 @@ LATENCIES = {
     "TPOT": "tpot_ms",
     "ITL": "itl_ms",
     "E2E": "e2e_ms",
+}
+
+KEY = ("workload", "rate", "seed", "cv", "policy", "split", "window_s")  # of a run of a sweep
+COMPARED = {  # figure -> how near a simulation should come; None: shown only
+    "output_tokens_per_s": 0.1,
+    "ttft_ms.p50": 0.1,
+    "ttft_ms.p99": 0.2,
+    "first_gap_ms.p50": None,
+    "tpot_ms.p50": 0.1,
+    "tpot_ms.p99": 0.2,
+    "itl_ms.p99": None,
+    "slo_attainment": None,
 }
 
 Row = Mapping[str, Any]
@@ -193,6 +207,55 @@ def _markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
+# ---------------------------------------------------------------------------------------------------- comparison
+
+
+def compare(real: Sequence[Row], simulated: Sequence[Row]) -> list[Row]:
+    """For each run that both have: its key, and `{real, simulated, difference}` of each figure in COMPARED.
+
+    Differences are relative to what was real; of attainment, which is a share itself, they are plain.
+    """
+    others = {tuple(row[name] for name in KEY): row for row in simulated}
+    pairs = [(row, others[key]) for row in real if (key := tuple(row[name] for name in KEY)) in others]
+    return [
+        {**{name: row[name] for name in KEY}, **{figure: _difference(figure, row, other) for figure in COMPARED}}
+        for row, other in pairs
+    ]
+
+
+def _difference(figure: str, *rows: Row) -> dict[str, float] | None:
+    name, _, percentile = figure.partition(".")
+    real, simulated = (row[name] and row[name][percentile] if percentile else row[name] for row in rows)
+    if None in (real, simulated):
+        return None
+    difference = simulated - real if figure == "slo_attainment" else simulated / real - 1
+    return {"real": real, "simulated": simulated, "difference": difference}
+
+
+def comparison_tables(rows: Sequence[Row]) -> str:
+    """Real / simulated and the difference, of each run; then how near the simulation came, by figure."""
+    cells = [[row["workload"], row["rate"], policy_of(row), *(_compared(row[f], f) for f in COMPARED)] for row in rows]
+    names = [figure.removesuffix("_per_s").replace("_ms.", " ").replace("_", " ") for figure in COMPARED]
+    summary = []
+    for figure, bar in COMPARED.items():
+        found = [abs(row[figure]["difference"]) for row in rows if row[figure]]
+        if found:
+            within = None if bar is None else f"{sum(x <= bar for x in found)}/{len(found)}"
+            summary.append([figure, _share(bar), _share(float(np.median(found))), _share(max(found)), within])
+    columns = ("figure", "bar", "median difference", "largest", "runs within the bar")
+    return "\n\n".join(
+        [format_table(["workload", "requests/s", "policy", *names], cells), format_table(columns, summary)]
+    )
+
+
+def _compared(found: Mapping[str, float] | None, figure: str) -> str | None:
+    if found is None:
+        return None
+    values = (found["real"], found["simulated"])
+    real, simulated = (f"{x:.0%}" if figure == "slo_attainment" else f"{x:.{x < 20:d}f}" for x in values)
+    return f"{real} / {simulated} {found['difference']:+.0%}"
+
+
 def _pair(found: Mapping[str, float] | None) -> str | None:
     return f"{found['p50']:.{found['p50'] < 20:d}f} / {found['p99']:.{found['p99'] < 20:d}f}" if found else None
 
@@ -243,7 +306,13 @@ def main() -> None:
     parser.add_argument("--figures", type=Path, help="directory for figures (needs matplotlib)")
     parser.add_argument("--slo", type=SLO.parse, help="other service levels, as ttft=200,tpot=10")
     parser.add_argument("--out", type=Path, help="the page; default: beside the report, with suffix .md")
+    parser.add_argument("--against", type=Path, metavar="SIMULATED", help="print real / simulated and the difference")
     args = parser.parse_args()
+    if args.against:
+        rows = compare(load(args.report)["rows"], load(args.against)["rows"])
+        print(comparison_tables(rows))
+        print(json.dumps({"bench": "comparison", "rows": rows}))
+        return
     out = args.out or args.report.with_suffix(".md")
     for image in write_page(args.report, out, args.figures, args.beside, args.slo):
         print(image)

@@ -4,6 +4,9 @@ Every policy is given the same prompts, sampling and arrivals, and the same devi
 policy. After each run the report is written anew, with a line for it. What it holds already is not run again: a sweep
 that was interrupted, or stopped by --budget-s, goes on where it was. `SWEEPS` says what is run under the name of a
 configuration, and every part of it has an option.
+
+--simulate makes the same rows by a simulation, with the parameters that the policy adaptive would use, and needs no
+device: a prediction, to be made before the run (`bench/report.py REAL --against SIMULATED`).
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +23,7 @@ from typing import Any
 
 from load import (
     Arrangement,
+    Simulation,
     Workload,
     add_arguments,
     device_name,
@@ -33,9 +37,13 @@ from load import (
 from report import Row, emit, figures_of, load, make_report, save, write_page
 
 from nanopd import LLM, EngineConfig
-from nanopd.config import LEVELS
+from nanopd.config import LEVELS, ModelConfig
 from nanopd.core.metrics import SLO
 from nanopd.errors import ConfigError
+from nanopd.model_files import read_model_config, resolve
+from nanopd.profiler import cache_file
+from nanopd.routing.cost_model import Parameters
+from nanopd.routing.policy import find_parameters
 
 TIMELINE_S = 1.5
 PROGRESS = ("policy", "workload", "requests/s", "served", "TTFT", "TPOT", "attained")  # of each run, as it ends
@@ -58,6 +66,18 @@ class Sweep:
         return replace(self, points=self.points[:1], window_s=10.0, warm_up_s=1.0)
 
 
+def many_h200(count: int, num_prefill: Sequence[int]) -> Sweep:
+    """Up to near their limit; splits in the order of `num_prefill`, the likely ones first."""
+    return Sweep(
+        (f"adaptive:{count}M", f"{count}M", *(f"{p}P{count - p}D" for p in num_prefill)),
+        (f"1024/128@{16 * count},{12 * count}",),
+        "ttft=200,tpot=10,first_gap=50",
+        window_s=10.0,
+        warm_up_s=2.0,
+        settings=("model=Qwen3-8B", "load_format=dummy"),
+    )
+
+
 PAIR = ("2M", "1P1D", "adaptive:2M")
 SWEEPS = {
     "cpu-demo": Sweep(PAIR, ("64/32@0.5,1,2", "256/32@0.25,0.5,1"), "ttft=1000,tpot=100"),
@@ -69,6 +89,8 @@ SWEEPS = {
         settings=("model=Qwen3-8B", "load_format=dummy"),
         beside=("vllm-h200.json",),
     ),
+    "4xh200": many_h200(4, (2, 3, 1)),
+    "8xh200": many_h200(8, (4, 5, 3, 6, 2, 7, 1)),
 }
 OTHER = Sweep(("2M", "1P1D"), ("mixed@1,2,4",), "ttft=1000,tpot=100")
 
@@ -103,6 +125,27 @@ class Point:
             save_timeline(run, llm.config, title, timeline, (middle_s, middle_s + TIMELINE_S))
         return result_row(run, self.key(arrangement), self.slo, (start_s, end_s))
 
+    def simulate(self, simulation: Simulation, arrangement: Arrangement) -> Row:
+        start_s, end_s = self.warm_up_s, self.warm_up_s + self.window_s
+        run = simulation.play(simulation.requests(self.workload, end_s))
+        return result_row(run, self.key(arrangement), self.slo, (start_s, end_s))
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a simulation stands on."""
+
+    base: EngineConfig
+    model: ModelConfig
+    parameters: Parameters
+
+    @classmethod
+    def of(cls, base: EngineConfig) -> Machine:
+        """Raises ConfigError: there are no parameters of it."""
+        on_cpu = base.workers[0].device == "cpu"
+        model = read_model_config(resolve(base.model, load_format=base.load_format), base.dtype, on_cpu)
+        return cls(base, model, find_parameters(base.params, cache_file(base, model) if on_cpu else None))
+
 
 class Results:
     """The report on disk."""
@@ -114,7 +157,7 @@ class Results:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             before = load(path)
-            if before["config"]["engine"] != config["engine"]:
+            if any(before["config"].get(part) != config.get(part) for part in ("engine", "parameters")):
                 raise ConfigError("out", str(path), "a new file, or one of the same model, devices and settings")
             self.rows = before["rows"]
 
@@ -137,13 +180,18 @@ def points_of(sweep: Sweep, seeds: Sequence[int], cv: float) -> list[Point]:
     ]
 
 
+def missing(
+    policies: Sequence[str], points: list[Point], results: Results
+) -> Iterator[tuple[Arrangement, list[Point]]]:
+    for arrangement in map(Arrangement.parse, policies):
+        if todo := [point for point in points if not results.has(point.key(arrangement))]:
+            yield arrangement, todo
+
+
 def runs(base: EngineConfig, policies: Sequence[str], points: list[Point], results: Results) -> Generator[Row]:
     """Every run that there is no result of yet, policy by policy."""
     shown = points[min(1, len(points) - 1)]  # of which timelines are kept
-    for arrangement in map(Arrangement.parse, policies):
-        todo = [point for point in points if not results.has(point.key(arrangement))]
-        if not todo:
-            continue
+    for arrangement, todo in missing(policies, points, results):
         timeline = results.path.with_name(f"{results.path.stem}-timeline-{arrangement.policy}.json")
         with ExitStack() as stack:
             try:
@@ -157,12 +205,17 @@ def runs(base: EngineConfig, policies: Sequence[str], points: list[Point], resul
                 yield point.run(llm, arrangement, timeline if point is shown else None)
 
 
-def carry_out(
-    base: EngineConfig, policies: Sequence[str], points: list[Point], results: Results, budget_s: float
-) -> str:
-    """All runs, until the end, Ctrl-C, or no time is left for another one; returns how it ended."""
+def simulations(machine: Machine, policies: Sequence[str], points: list[Point], results: Results) -> Generator[Row]:
+    """As `runs`."""
+    for arrangement, todo in missing(policies, points, results):
+        simulation = Simulation(arrangement.applied(machine.base), machine.model, machine.parameters)
+        yield from (point.simulate(simulation, arrangement) for point in todo)
+
+
+def carry_out(rows: Generator[Row], results: Results, budget_s: float, run_s: float) -> str:
+    """All rows, until the end, Ctrl-C, or no time is left for a run of `run_s`; returns how it ended."""
     end_s = time.monotonic() + budget_s
-    with closing(runs(base, policies, points, results)) as rows:
+    with closing(rows):
         for row in rows:
             if row["is_interrupted"]:
                 print("of the run that was interrupted, which is not kept:")
@@ -171,7 +224,7 @@ def carry_out(
             results.add(row)
             shown = figures_of(row)
             print(*(f"{name} {shown[name]}" for name in PROGRESS), sep=", ", file=sys.stderr, flush=True)
-            if time.monotonic() + 1.2 * max(point.window_s + point.warm_up_s for point in points) > end_s:
+            if time.monotonic() + 1.2 * run_s > end_s:
                 return "out of time"
     return "done"
 
@@ -194,6 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
     parser.add_argument("--quick", action="store_true", help="the first workload, in short windows")
+    parser.add_argument("--simulate", action="store_true", help="predict the rows; needs parameters, and no device")
     parser.add_argument("--policies", nargs="+", metavar="POLICY", help="[policy:]split; in place of --policy")
     parser.add_argument("--points", nargs="+", metavar="WORKLOAD@RATE,..", help="in place of the sweep's own")
     parser.add_argument("--traces", nargs="+", default=[], metavar="PATH@RATE,..", help="besides: *.csv, *.jsonl")
@@ -209,10 +263,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     sweep = sweep_of(args)
     slo = {name: limit for name, limit in asdict(SLO.parse(sweep.slo)).items() if limit is not None and name in LEVELS}
     base = engine_config(args, sweep.settings).replace(slo=slo)
-    out = args.out or RESULTS / f"sweep-{Path(args.config).stem}{'-quick' if args.quick else ''}.json"
+    kind = "-simulated" if args.simulate else "-quick" if args.quick else ""
+    out = args.out or RESULTS / f"sweep-{Path(args.config).stem}{kind}.json"
     config = {"engine": settings_of(base), "warm_up_s": sweep.warm_up_s, "load_average": os.getloadavg()[0]}
-    results = Results(out, config, device_name(base))
-    outcome = carry_out(base, sweep.policies, points_of(sweep, args.seeds, args.cv), results, args.budget_s)
+    points = points_of(sweep, args.seeds, args.cv)
+    if args.simulate:
+        machine = Machine.of(base)
+        config["parameters"] = asdict(machine.parameters)
+        results = Results(out, config, f"simulated: {machine.parameters.machine}")
+        rows = simulations(machine, sweep.policies, points, results)
+    else:
+        results = Results(out, config, device_name(base))
+        rows = runs(base, sweep.policies, points, results)
+    outcome = carry_out(rows, results, args.budget_s, 0.0 if args.simulate else sweep.warm_up_s + sweep.window_s)
     if results.rows:
         table = [figures_of(row) for row in results.rows]
         emit("sweep", results.config, results.rows, device=results.device, table=table)

@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import cast
+from unittest import mock
 
 import numpy as np
 import torch
@@ -40,42 +42,67 @@ BLOCK_SIZE = 16
 TIMEOUT_S = 60
 PLAN_STRIDE = 1024  # of plan ids; what is below says how many CTAs
 
+Pair = tuple[int, int]  # source, destination
 
-class Pair:
-    """Two workers, of which the second gets blocks of the first."""
+
+def pool_config(model: str, devices: Sequence[str], num_tokens: int, transfer: str = "auto") -> EngineConfig:
+    """Workers that may hand over to each other, with room for what `num_tokens` have at both ends of a move."""
+    return EngineConfig.from_dict(
+        {
+            "model": model,
+            "load_format": "dummy",
+            "policy": "round_robin",
+            "workers": [{"device": device} for device in devices],
+            "transfer": transfer,
+            "block_size": BLOCK_SIZE,
+            "num_blocks": 2 * -(-num_tokens // BLOCK_SIZE) + 1,
+            "max_num_seqs": 1,
+            "max_model_len": num_tokens,
+        }
+    )
+
+
+class Pool:
+    """Workers that get blocks of each other."""
 
     def __init__(self, config: EngineConfig, model: ModelConfig, path: Path) -> None:
-        worker_process.WORKER_ENTRY = "pool_worker"
         self._num_blocks = config.num_blocks or 0
         self._rng = np.random.default_rng(0)
         self._processes = WorkerProcesses(config, model, path, Doorbell())
-        self._workers: list[WorkerProcess] = self._processes.start()
+        with mock.patch.object(worker_process, "WORKER_ENTRY", "pool_worker"):
+            self._workers: list[WorkerProcess] = self._processes.start()
         self._num_plans = 0
 
-    @property
-    def path(self) -> TransferPath:
-        return self._workers[1].paths[0]
+    def path(self, src: int = 0, dst: int = 1) -> TransferPath:
+        return self._workers[dst].paths[src]
 
-    def move(self, num_blocks: int, ctas: int) -> tuple[float, float]:
-        """Milliseconds of one plan: by the acknowledgement, and as seen from here."""
-        self._num_plans += 1
-        src, dst = (1 + self._rng.permutation(self._num_blocks - 1)[:num_blocks] for _ in range(2))
-        plan = TransferPlan(self._num_plans * PLAN_STRIDE + ctas, 0, 0, 1, 0, src.astype("i4"), dst.astype("i4"))
+    def move(self, pairs: Sequence[Pair], num_blocks: int, ctas: int) -> tuple[float, float]:
+        """Milliseconds of plans sent together, one for each pair: their mean, as acknowledged; all, as seen here."""
+        plans = [self._plan(*pair, num_blocks, ctas) for pair in pairs]
         start = time.perf_counter()
-        send_plan(plan, self._workers)
-        while not (acks := self._workers[1].poll()):
+        for plan in plans:
+            send_plan(plan, self._workers)
+        acks: list[TransferAck] = []
+        while len(acks) < len(plans):
+            acks += [cast("TransferAck", ack) for worker in self._workers for ack in worker.poll()]
             assert time.perf_counter() - start < TIMEOUT_S, "no acknowledgement"
         seen_ms = (time.perf_counter() - start) * 1e3
-        (ack,) = acks
-        assert isinstance(ack, TransferAck) and ack.num_bytes
-        return ack.duration_us / 1e3, seen_ms
+        assert all(ack.num_bytes for ack in acks)
+        return statistics.mean(ack.duration_us for ack in acks) / 1e3, seen_ms
 
-    def median(self, num_blocks: int, repeats: int, ctas: int = MAX_CTAS) -> tuple[float, float]:
-        times = [self.move(num_blocks, ctas) for _ in range(repeats + 2)][2:]
+    def median(
+        self, num_blocks: int, repeats: int, ctas: int = MAX_CTAS, pairs: Sequence[Pair] = ((0, 1),)
+    ) -> tuple[float, float]:
+        times = [self.move(pairs, num_blocks, ctas) for _ in range(repeats + 2)][2:]
         return statistics.median(t[0] for t in times), statistics.median(t[1] for t in times)
 
     def close(self) -> None:
         self._processes.close()
+
+    def _plan(self, src: int, dst: int, num_blocks: int, ctas: int) -> TransferPlan:
+        self._num_plans += 1
+        ids = [1 + self._rng.permutation(self._num_blocks - 1)[:num_blocks].astype(np.int32) for _ in range(2)]
+        return TransferPlan(self._num_plans * PLAN_STRIDE + ctas, src, 0, dst, 0, *ids)
 
 
 def timed_ms(copy: Callable[[], object], devices: Sequence[str], count: int = 8) -> float:
@@ -119,22 +146,22 @@ class PlainCopies:
 
 
 def token_rows(
-    pair: Pair, block_bytes: int, tokens: Sequence[int], plain_ms: dict[int, float], link: float
+    pool: Pool, block_bytes: int, tokens: Sequence[int], plain_ms: dict[int, float], link: float
 ) -> list[Row]:
     rows = []
     for count in tokens:
         num_blocks = -(-count // BLOCK_SIZE)
         nbytes = num_blocks * block_bytes
-        ms, seen_ms = pair.median(num_blocks, repeats=20 if count <= 8192 else 8)
+        ms, seen_ms = pool.median(num_blocks, repeats=20 if count <= 8192 else 8)
         rate = nbytes / max(ms, 1e-3) / 1e6
         rows.append(
             {
-                "what": f"{pair.path.value}, {count} tokens",
+                "what": f"{pool.path().value}, {count} tokens",
                 "MB": round(nbytes / 1e6, 1),
                 "ms": round(ms, 3),
                 "seen_ms": round(seen_ms, 3),
                 "GB/s": round(rate, 1),
-                "bar": BARS.get(pair.path, {}).get(count),
+                "bar": BARS.get(pool.path(), {}).get(count),
                 "plain_ms": round(plain_ms[count], 3),
                 "plain_GB/s": round(nbytes / plain_ms[count] / 1e6, 1),
                 "floor_GB/s": round(link, 1),
@@ -144,14 +171,14 @@ def token_rows(
     return rows
 
 
-def sweep_rows(pair: Pair, block_bytes: int, tokens: Sequence[int]) -> list[Row]:
+def sweep_rows(pool: Pool, block_bytes: int, tokens: Sequence[int]) -> list[Row]:
     rows = []
     for count in tokens:
         num_blocks = -(-count // BLOCK_SIZE)
         for ctas in CTAS:
-            ms, seen_ms = pair.median(num_blocks, 10, ctas)
+            ms, seen_ms = pool.median(num_blocks, 10, ctas)
             rate = round(num_blocks * block_bytes / max(ms, 1e-3) / 1e6, 1)
-            row = {"what": f"{pair.path.value}, {count} tokens, {ctas} CTAs", "ms": round(ms, 3)}
+            row = {"what": f"{pool.path().value}, {count} tokens, {ctas} CTAs", "ms": round(ms, 3)}
             rows.append({**row, "seen_ms": round(seen_ms, 3), "GB/s": rate})
     return rows
 
@@ -197,7 +224,6 @@ def main() -> None:
     path = resolve(args.model, load_format="dummy")
     model = read_model_config(path, "auto", not on_gpu)
     block_bytes = BLOCK_SIZE * model.kv_bytes_per_token()
-    num_blocks = 2 * (-(-max(args.tokens) // BLOCK_SIZE)) + 1
     sweep_tokens = [count for count in SWEEP_TOKENS if count in args.tokens] if args.sweep and on_gpu else []
     plain = PlainCopies(devices, max(LINK_BYTES, -(-max(args.tokens) // BLOCK_SIZE) * block_bytes))
     plain_ms = {count: plain.peer_ms(-(-count // BLOCK_SIZE) * block_bytes) for count in args.tokens}
@@ -207,27 +233,11 @@ def main() -> None:
     if on_gpu:
         torch.cuda.empty_cache()
     for transfer in args.paths or ("auto", "relay"):
-        config = EngineConfig.from_dict(
-            {
-                "model": args.model,
-                "load_format": "dummy",
-                "policy": "disaggregated",
-                "workers": [
-                    {"device": device, "role": role}
-                    for device, role in zip(devices, ("prefill", "decode"), strict=True)
-                ],
-                "transfer": transfer,
-                "block_size": BLOCK_SIZE,
-                "num_blocks": num_blocks,
-                "max_num_seqs": 1,
-                "max_model_len": max(args.tokens),
-            }
-        )
-        pair = Pair(config, model, path)
-        link = links[pair.path is TransferPath.RELAY]
-        rows += token_rows(pair, block_bytes, args.tokens, plain_ms, link)
-        sweep += sweep_rows(pair, block_bytes, sweep_tokens) if pair.path is TransferPath.IPC else []
-        pair.close()
+        pool = Pool(pool_config(args.model, devices, max(args.tokens), transfer), model, path)
+        link = links[pool.path() is TransferPath.RELAY]
+        rows += token_rows(pool, block_bytes, args.tokens, plain_ms, link)
+        sweep += sweep_rows(pool, block_bytes, sweep_tokens) if pool.path() is TransferPath.IPC else []
+        pool.close()
     settings = {"model": args.model, "devices": devices, "block_size": BLOCK_SIZE, "max_ctas": MAX_CTAS}
     device = torch.cuda.get_device_name(next(d for d in devices if d != "cpu")) if on_gpu else None
     report = emit("transfer", settings, rows, device=device)

@@ -11,14 +11,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import load
 import numpy as np
 import psutil
 import pytest
 import report
+import scaling
 import sweep
 from model_zoo import make_tiny_model
 
@@ -26,6 +25,7 @@ from nanopd import LLM, ConfigError, EngineConfig, Route
 from nanopd.core.metrics import SLO
 from nanopd.core.workload import prompt_token_ids
 from nanopd.messages import EventKind, FinishReason, RequestEvent, RequestLog, Work
+from nanopd.routing.policy import find_parameters
 
 STALL_S = 0.8
 
@@ -39,11 +39,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def llm(model: Path) -> Iterator[LLM]:
     with LLM(str(model), num_blocks=200, max_num_seqs=8) as llm:
         yield llm
-
-
-def engine(max_model_len: int = 512) -> Any:
-    """All that a workload of token ids asks of an LLM."""
-    return SimpleNamespace(config=SimpleNamespace(max_model_len=max_model_len))
 
 
 # ----------------------------------------------------------------------------------------------------- arrivals
@@ -91,9 +86,9 @@ def test_one_by_one_finds_the_engine_idle(llm: LLM) -> None:
 
 
 def test_other_seeds_and_rates_share_no_prompts_and_equal_ones_are_equal() -> None:
-    requests = [load.Workload("16/4", rate, seed).requests(engine(), 10.0) for rate, seed in ((5, 0), (6, 0), (5, 1))]
+    requests = [load.Workload("16/4", rate, seed).requests(512, 10.0) for rate, seed in ((5, 0), (6, 0), (5, 1))]
     assert len({r.prompt_seed for workload in requests for r in workload}) == sum(map(len, requests))
-    assert requests[0] == load.Workload("16/4", 5, 0).requests(engine(), 10.0)
+    assert requests[0] == load.Workload("16/4", 5, 0).requests(512, 10.0)
     assert all(r.arrival_s < 10.0 for workload in requests for r in workload)
 
 
@@ -101,7 +96,7 @@ def test_trace_keeps_its_shared_prefixes_and_is_cut_to_the_engine(tmp_path: Path
     path = tmp_path / "trace.jsonl"
     rows = [{"timestamp": 1000 * i, "input_length": 600, "output_length": 900, "hash_ids": [7, i]} for i in range(4)]
     path.write_text("\n".join(map(json.dumps, rows)))
-    requests = load.Workload(str(path), 2.0).requests(engine(1000), 1.6)
+    requests = load.Workload(str(path), 2.0).requests(1000, 1.6)
     assert [r.arrival_s for r in requests] == [0.0, 0.5, 1.0, 1.5]
     assert {(r.num_prompt_tokens, r.num_output_tokens) for r in requests} == {(600, 250)}
     prompts = [prompt_token_ids(r, 100) for r in requests]
@@ -112,7 +107,7 @@ def test_trace_keeps_its_shared_prefixes_and_is_cut_to_the_engine(tmp_path: Path
 @pytest.mark.parametrize("name", ["medium", "16", "16/", "/4", "a/b"])
 def test_unknown_workload_is_named(name: str) -> None:
     with pytest.raises(ConfigError) as error:
-        load.Workload(name, 1.0).requests(engine(), 1.0)
+        load.Workload(name, 1.0).requests(512, 1.0)
     assert (error.value.field, error.value.value) == ("workload", name)
 
 
@@ -240,6 +235,78 @@ def test_quick_sweep_goes_on_where_it_was(model: Path, tmp_path: Path, capsys: p
     assert "| 30.0 | disaggregated 1P1D |" in out.with_suffix(".md").read_text()
     with pytest.raises(ConfigError, match="settings"):
         sweep.main([*base, "--set", "block_size=32"])
+
+
+def test_simulated_sweep_is_that_of_the_parameters(model: Path, tmp_path: Path) -> None:
+    """Requests that hardly ever meet, where neither rows nor context cost anything."""
+    out = tmp_path / "simulated.json"
+    args = ["--config", "cpu-demo", "--simulate", "--set", f"model={model}", "--set", "params=8x4090"]
+    args += ["--policies", "2M", "1P1D", "--points", "64/8@0.05", "--window", "300", "--out", str(out)]
+    assert sweep.main([*args, "--figures", str(tmp_path)]) == 0
+    collocated, split = json.loads(out.read_text())["rows"]
+    terms = find_parameters("8x4090").terms
+    assert collocated["num_requests"] == collocated["num_completed"] == split["num_completed"] > 3
+    for row in (collocated, split):
+        assert row["ttft_ms"]["p50"] == pytest.approx(64 * terms.a1)
+        assert row["itl_without_first_gap_ms"]["p50"] == pytest.approx(terms.beta)
+    assert split["first_gap_ms"]["p50"] > collocated["first_gap_ms"]["p50"]
+    assert split["routes"] == {"0->1": 1.0}
+
+
+def test_comparison_by_hand() -> None:
+    key = {"workload": "x", "rate": 1.0, "seed": 0, "cv": 1.0, "policy": "adaptive", "split": "2M", "window_s": 9.0}
+
+    def row(tokens_per_s: float, ms: float, share: float, **other: object) -> report.Row:
+        latency = {"p50": ms, "p99": 2 * ms}
+        figures = {"output_tokens_per_s": tokens_per_s, "slo_attainment": share, "ttft_ms": latency, "tpot_ms": latency}
+        return {**key, **figures, "first_gap_ms": None, "itl_ms": latency, **other}
+
+    real = [row(100.0, 40.0, 0.9), row(1.0, 1.0, 0.5, rate=2.0)]
+    simulated = [row(1.0, 1.0, 0.5, split="1P1D"), row(105.0, 30.0, 1.0)]
+    (found,) = report.compare(real, simulated)
+    assert found["output_tokens_per_s"]["difference"] == pytest.approx(0.05)
+    assert found["ttft_ms.p99"] == {"real": 80.0, "simulated": 60.0, "difference": -0.25}
+    assert found["slo_attainment"]["difference"] == pytest.approx(0.1)
+    assert found["first_gap_ms.p50"] is None
+    table = report.comparison_tables([found])
+    assert "80 / 60 -25%" in table
+    assert "90% / 100% +10%" in table
+    (line,) = [line for line in table.splitlines() if line.startswith("ttft_ms.p99")]
+    assert line.split() == ["ttft_ms.p99", "20.0%", "25.0%", "25.0%", "0/1"]
+
+
+# ------------------------------------------------------------------------------------------------------ scaling
+
+
+def test_what_a_death_did_to_others_by_hand() -> None:
+    done, route = FinishReason.LENGTH, Route(1, 1)
+    hit = make_log("hit", 99.0, [99.5, 99.75, 101.75, 102.0], route, done)
+    hit.events.insert(1, RequestEvent(100.0, EventKind.PREEMPTED, 1))
+    elsewhere = make_log("preempted by another", 99.0, [99.5, 100.5, 100.75], route, done)
+    elsewhere.events.insert(1, RequestEvent(100.0, EventKind.PREEMPTED, 0))
+    run = load.Run(95.0, logs=[hit, elsewhere, make_log("later", 101.0, [101.5], route, done)])
+    rows = {row["what"]: row["value"] for row in scaling.aftermath_rows(run, 1, 100.0)}
+    assert rows["requests that the worker had"] == 1
+    assert rows["the last of them was answered after"] == 2.0
+    assert rows["longest gap of each of them, p50"] == 2000.0
+    assert rows["others, 3 s before: gap, p50"] is None
+    assert rows["others, 3 s after: longest gap"] == 1000.0
+    assert rows["others, 3 s after: gap, p50"] == 625.0
+    assert (rows["others, 3 s before: TTFT, p50"], rows["others, 3 s after: TTFT, p50"]) == (500.0, 500.0)
+
+
+@pytest.mark.slow
+def test_scaling_of_two_workers(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scaling.json"
+    args = ["--config", "cpu-demo", "--set", f"model={model}", "--set", "max_model_len=512", "--tokens", "32"]
+    args += ["--sections", "start", "hops", "feed", "transfer", "--batches", "2", "--context", "32"]
+    scaling.main([*args, "--json", str(out)])
+    rows = {row["what"]: row for row in json.loads(out.read_text())["rows"]}
+    assert {row["workers"] for row in rows.values()} == {2}
+    assert rows["tokens as without 6 hops"]["value"] == 100.0
+    assert 0 <= rows["2 x 32 on each: no work, most of a worker"]["value"] < 100
+    assert rows["0->1: 32 tokens, shm"]["value"] > 0
+    assert rows["1->0: 32 tokens, shm"]["value"] > 0
 
 
 @pytest.mark.slow
