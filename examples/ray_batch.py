@@ -48,7 +48,7 @@ def main() -> None:
         Engine,
         fn_constructor_args=(args.config, args.model, args.max_tokens),
         batch_size=args.batch,
-        concurrency=args.engines,
+        compute=ray.data.ActorPoolStrategy(size=args.engines),
         num_gpus=args.gpus,
     )
     answers.write_json(args.output)

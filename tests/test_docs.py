@@ -1,31 +1,54 @@
-"""The docs: the same sections in both languages, links that resolve, Python that compiles, every key's default, and
-the same figures wherever they stand."""
+"""The docs: the same sections in both languages, links that resolve, programs that run, examples that give what they
+show, every key's default, and the same figures wherever they stand."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
+import doctest
 import re
+import runpy
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from tiny_chat_model import make_tiny_chat_model
 
+import nanopd
+from nanopd import LLM, async_llm
 from nanopd.config import EngineConfig
 from nanopd.messages import SamplingParams
 
 DOCS = Path(__file__).parents[1] / "docs"
 LANGUAGES = ("en", "zh")
-PAGES = sorted(DOCS.glob("*/*.md"))
+PAGES = [DOCS.parent / "README.md", *sorted(DOCS.rglob("*.md"))]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
-each_page = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(DOCS)) for page in PAGES])
+each_page = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(DOCS.parent)) for page in PAGES])
 each_language = pytest.mark.parametrize("language", LANGUAGES)
 
 
+def names_of_pages(language: str) -> list[str]:
+    return sorted(str(page.relative_to(DOCS / language)) for page in (DOCS / language).rglob("*.md"))
+
+
+def code_blocks(page: Path, kind: str) -> list[str]:
+    return [code for name, code in FENCED.findall(page.read_text(encoding="utf-8")) if name == kind]
+
+
+def headings(page: Path) -> list[tuple[str, str]]:
+    """Marks and title of each."""
+    return re.findall(r"^(#+) (.*)", FENCED.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+
+
 def heading_levels(page: Path) -> list[int]:
-    text = FENCED.sub("", page.read_text(encoding="utf-8"))
-    return [len(marks) for marks in re.findall(r"^(#+) ", text, re.MULTILINE)]
+    return [len(marks) for marks, _ in headings(page)]
+
+
+def anchors_of(page: Path) -> set[str]:
+    """As GitHub makes them."""
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for _, title in headings(page)}
 
 
 def tables_of_keys(language: str) -> tuple[dict[str, str], dict[str, str]]:
@@ -52,12 +75,11 @@ def references_of_bench() -> set[tuple[object, ...]]:
 
 
 def test_both_languages_have_the_same_pages() -> None:
-    english, chinese = ({page.name for page in (DOCS / language).iterdir()} for language in LANGUAGES)
-    assert english == chinese
-    assert len(english) >= 6
+    assert names_of_pages("en") == names_of_pages("zh")
+    assert len(names_of_pages("en")) >= 20
 
 
-@pytest.mark.parametrize("name", [page.name for page in PAGES if page.parent.name == "en"])
+@pytest.mark.parametrize("name", names_of_pages("en"))
 def test_both_languages_have_the_same_sections(name: str) -> None:
     levels = heading_levels(DOCS / "en" / name)
     assert len(levels) > 3
@@ -81,16 +103,45 @@ def test_floors_are_those_of_the_bench(language: str) -> None:
 
 @each_page
 def test_links_resolve(page: Path) -> None:
-    targets = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
-    broken = [target for target in targets if "://" not in target and not (page.parent / target).exists()]
-    assert not broken
+    links = re.findall(r"\]\(([^)\s#]*)#?([^)\s]*)\)", page.read_text(encoding="utf-8"))
+    for target, anchor in [link for link in links if "://" not in link[0]]:
+        path = page.parent / target if target else page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors_of(path), f"{target}#{anchor}"
 
 
 @each_page
 def test_python_compiles(page: Path) -> None:
-    for kind, code in FENCED.findall(page.read_text(encoding="utf-8")):
-        if kind == "python":
-            compile(code, str(page), "exec")
+    for code in code_blocks(page, "python"):
+        compile(code, str(page), "exec")
+
+
+@pytest.fixture(scope="module")
+def one_llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    """Whoever makes an LLM gets this one, of a tiny model and two workers."""
+    model = make_tiny_chat_model(tmp_path_factory.mktemp("model"))
+    with (
+        LLM(str(model), workers=[{"count": 2}], policy="round_robin", num_blocks=200, max_num_seqs=8) as llm,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(llm, "shutdown", lambda: None)
+        for module in (nanopd, async_llm):
+            patch.setattr(module, "LLM", lambda *_args, **_settings: llm)
+        yield llm
+
+
+@pytest.mark.parametrize("page", [DOCS.parent / "README.md", *sorted(DOCS.glob("*/library.md"))], ids=str)
+def test_programs_run(page: Path, one_llm: LLM) -> None:
+    names = {"__name__": "__main__", "llm": one_llm}
+    for code in code_blocks(page, "python"):
+        exec(compile(code, str(page), "exec"), names)
+
+
+@each_page
+def test_examples_give_what_they_show(page: Path) -> None:
+    session = "\n".join(code_blocks(page, "pycon"))
+    examples = doctest.DocTestParser().get_doctest(session, {}, page.name, str(page), 0)
+    assert not doctest.DocTestRunner().run(examples).failed
 
 
 @each_language
@@ -111,3 +162,10 @@ def test_every_sampling_parameter_has_its_default(language: str) -> None:
     assert cells.keys() == {field.name for field in dataclasses.fields(SamplingParams)}
     for field in dataclasses.fields(SamplingParams):
         assert ast.literal_eval(cells[field.name]) == field.default, field.name
+
+
+@each_language
+def test_tables_of_the_configuration_are_those_of_the_code(language: str) -> None:
+    generate = runpy.run_path(str(DOCS / "generate.py"))
+    text = (DOCS / language / "configuration.md").read_text(encoding="utf-8")
+    assert generate["updated"](text, language) == text, "python docs/generate.py brings it up to date"
