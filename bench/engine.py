@@ -4,6 +4,7 @@ Random weights of the model's shape cost the same time as trained ones. A decode
 while all sequences decode; prefill is the time to the first token of one prompt on an idle engine, the best of five.
 Floors and vLLM's figures were measured for Qwen3-8B in bfloat16 on one H200 (docs/en/performance.md); rows of another
 model or device have none. With several devices only the offline rows are measured, with as many times the requests.
+Rows of sampled steps say how fast they are against the greedy step of the same size (`of_greedy`).
 `idle` is the share of a second of steady decoding in which the GPU had nothing to do, by the worker's events.
 `--peer transformers` runs the first offline row through its continuous batching too, in a process of its own: before,
 or at the same time on another GPU (`--peer-device`).
@@ -153,18 +154,21 @@ def offline(llm: LLM, count: int, num_in: int, num_out: int) -> float:
 def row(what: str, value: float, unit: str, reference: tuple[float | None, float | None]) -> Row:
     floor, peer = reference
     better = value / floor if unit == "tok/s" and floor else floor / value if floor else None
-    return {"what": what, "value": round(value, 2), "unit": unit, "floor": floor, "of_floor": better, "vLLM 0.26": peer}
+    cells = {"what": what, "value": round(value, 2), "unit": unit}
+    return {**cells, "floor": floor, "of_floor": better, "vLLM 0.26": peer, "of_greedy": None}
 
 
 def latency_rows(llm: LLM, quick: bool) -> list[Row]:
-    rows = []
-    for batch, context in [(1, 512), (64, 512)] if quick else DECODE_FLOORS:
-        value = decode_step(llm, batch, context)
+    rows: list[Row] = []
+    steps = {work: decode_step(llm, *work) for work in ([(1, 512), (64, 512)] if quick else DECODE_FLOORS)}
+    for (batch, context), value in steps.items():
         rows.append(row(f"decode step, {batch} x {context}", value, "ms", DECODE_FLOORS[batch, context]))
     for batch in () if quick else (1, 64):
         rows.append(row(f"idle, {batch} x 512", 100 * idle(llm, batch, 512), "%", NONE))
     for name, params in {} if quick else SAMPLED.items():
-        rows.append(row(f"decode step, 64 x 512, {name}", decode_step(llm, 64, 512, **params), "ms", NONE))
+        value = decode_step(llm, 64, 512, **params)
+        cells = row(f"decode step, 64 x 512, {name}", value, "ms", NONE)
+        rows.append({**cells, "of_greedy": steps[64, 512] / value})
     for length, reference in PREFILL_FLOORS.items():
         rows.append(row(f"prefill, {length}", prefill(llm, length), "ms", reference))
     count, length, *reference = MANY_PROMPTS

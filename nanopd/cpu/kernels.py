@@ -106,10 +106,14 @@ def rotary_and_store(qkv, positions, slot_mapping, cos_sin, kv, layer, q_norm, k
 
 @njit(**OPTIONS)
 def _score_keys(q, keys, num_keys, scale, scores):
-    """scores[g, j] = scale * q[g] . keys[j]; four keys at a time, so that each number of q is used four times."""
-    whole = num_keys - num_keys % 4
-    for j in range(0, whole, 4):
-        key0, key1, key2, key3 = keys[j], keys[j + 1], keys[j + 2], keys[j + 3]
+    """scores[g, j] = scale * q[g] . keys[j]; four keys at a time, so that each number of q is used four times.
+
+    Past the last key it is taken again.
+    """
+    last = num_keys - 1
+    for j in range(0, num_keys, 4):
+        j1, j2, j3 = min(j + 1, last), min(j + 2, last), min(j + 3, last)
+        key0, key1, key2, key3 = keys[j], keys[j1], keys[j2], keys[j3]
         for g in range(q.shape[0]):
             s0 = s1 = s2 = s3 = float32(0.0)
             for d in range(q.shape[1]):
@@ -117,16 +121,7 @@ def _score_keys(q, keys, num_keys, scale, scores):
                 s1 += q[g, d] * key1[d]
                 s2 += q[g, d] * key2[d]
                 s3 += q[g, d] * key3[d]
-            scores[g, j], scores[g, j + 1], scores[g, j + 2], scores[g, j + 3] = s0, s1, s2, s3
-    for j in range(whole, num_keys):
-        for g in range(q.shape[0]):
-            score = float32(0.0)
-            for d in range(q.shape[1]):
-                score += q[g, d] * keys[j, d]
-            scores[g, j] = score
-    for g in range(q.shape[0]):
-        for j in range(num_keys):
-            scores[g, j] *= scale
+            scores[g, j], scores[g, j1], scores[g, j2], scores[g, j3] = s0 * scale, s1 * scale, s2 * scale, s3 * scale
 
 
 @njit(**OPTIONS)

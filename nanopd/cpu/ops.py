@@ -1,7 +1,8 @@
-"""Operations on CPU tensors: float32 runs the numba kernels, the 16-bit types run torch (`low_precision`).
+"""The operations of a decoder: float32 on the CPU runs the numba kernels, all else runs torch (`portable`).
 
-In float32 every output is computed in an order of its own, so results do not depend on what else is in the batch
-or on where a prompt was cut into chunks. Tensors must be contiguous. Knows no model and no scheduling.
+`nanopd.cuda.operations` has the same functions, and takes these for what it has no kernels for. With the kernels every
+output is computed in an order of its own, so results do not depend on what else is in the batch or on where a prompt
+was cut into chunks. Tensors must be contiguous. Knows no model and no scheduling.
 
 KV storage: kv [num_blocks, num_layers, 2 (K, V), num_kv_heads, block_size, head_dim]; token i of a sequence lies in
 block `block_table[i // block_size]` at offset `i % block_size`; a slot is `block_id * block_size + offset`.
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanopd.cpu import kernels, low_precision
+from nanopd.cpu import kernels, portable
 
 
 def prepare_thread() -> None:
@@ -37,7 +38,7 @@ def embedding(token_ids: Tensor, weight: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [T, in], weight [out, in], bias [out] -> [T, out]; out is at least 4."""
-    if x.dtype != torch.float32:
+    if not _has_kernels(x):
         return torch.nn.functional.linear(x, weight, bias)
     assert weight.shape[0] >= kernels.ROWS, weight.shape
     out = x.new_empty(x.shape[0], weight.shape[0])
@@ -47,8 +48,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [T, hidden], weight [hidden] -> weight * x / sqrt(mean(x**2) + eps), computed in float32."""
-    if x.dtype != torch.float32:
-        return low_precision.rms_norm(x, weight, eps)
+    if not _has_kernels(x):
+        return portable.rms_norm(x, weight, eps)
     out = torch.empty_like(x)
     kernels.rms_norm(x.numpy(), weight.numpy(), np.float32(eps), out.numpy())
     return out
@@ -56,8 +57,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
     """gate_up [T, 2 * size] -> silu(gate_up[:, :size]) * gate_up[:, size:]."""
-    if gate_up.dtype != torch.float32:
-        return low_precision.silu_and_mul(gate_up)
+    if not _has_kernels(gate_up):
+        return portable.silu_and_mul(gate_up)
     out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
     kernels.silu_and_mul(gate_up.numpy(), out.numpy())
     return out
@@ -95,8 +96,8 @@ def rotary_and_store(
     """
     num_kv_heads, head_dim = kv.shape[3], kv.shape[5]
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
-    if qkv.dtype != torch.float32:
-        return low_precision.rotary_and_store(qkv, positions, slot_mapping, cos_sin, kv, layer, q_norm, k_norm, eps)
+    if not _has_kernels(qkv):
+        return portable.rotary_and_store(qkv, positions, slot_mapping, cos_sin, kv, layer, q_norm, k_norm, eps)
     q = qkv.new_empty(qkv.shape[0], num_heads, head_dim)
     kernels.rotary_and_store(
         qkv.numpy(),
@@ -117,12 +118,16 @@ def paged_decode_attention(
     q: Tensor,  # [num_rows, num_heads, head_dim], one token of each sequence
     kv: Tensor,  # KV storage
     layer: int,
-    block_tables: Tensor,  # [num_rows, max_blocks] int32
+    block_tables: Tensor,  # [num_rows, max_blocks] int32; [1, max_blocks]: all tokens are of one sequence
     seq_lens: Tensor,  # [num_rows] int32, context length including the token itself
     out: Tensor,  # [num_rows, num_heads, head_dim]
 ) -> None:
     """Attention of one token per sequence over its cached K and V, its own included."""
-    _paged_attention(q, kv, layer, block_tables, seq_lens, out)
+    if _has_kernels(q):
+        arrays = q.numpy(), kv.numpy(), layer, block_tables.numpy(), seq_lens.numpy()
+        kernels.paged_attention(*arrays, np.float32(q.shape[2] ** -0.5), out.numpy())
+    else:
+        portable.paged_attention(q, kv, layer, block_tables, seq_lens, out)
 
 
 def prefill_attention(
@@ -138,24 +143,18 @@ def prefill_attention(
     out = torch.empty_like(q)
     for row in rows:
         tokens, first = slice(row.start, row.end), row.num_cached + 1
-        context_lens = torch.arange(first, first + row.end - row.start, dtype=torch.int32)
-        _paged_attention(q[tokens], kv, layer, row.block_table.unsqueeze(0), context_lens, out[tokens])
+        context_lens = torch.arange(first, first + row.end - row.start, dtype=torch.int32, device=q.device)
+        paged_decode_attention(q[tokens], kv, layer, row.block_table.unsqueeze(0), context_lens, out[tokens])
     return out
-
-
-def _paged_attention(
-    q: Tensor, kv: Tensor, layer: int, block_tables: Tensor, context_lens: Tensor, out: Tensor
-) -> None:
-    if q.dtype == torch.float32:
-        arrays = q.numpy(), kv.numpy(), layer, block_tables.numpy(), context_lens.numpy()
-        kernels.paged_attention(*arrays, np.float32(q.shape[2] ** -0.5), out.numpy())
-    else:
-        low_precision.paged_attention(q, kv, layer, block_tables, context_lens, out)
 
 
 def copy_blocks(kv: Tensor, src_ids: Tensor, dst_ids: Tensor) -> None:
     """Copies whole blocks (all layers) `src_ids[i]` to `dst_ids[i]`, [n] int64; all are read before any is written."""
     kv.index_copy_(0, dst_ids, kv.index_select(0, src_ids))
+
+
+def _has_kernels(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and not x.is_cuda
 
 
 def _numpy(tensor: Tensor | None) -> np.ndarray | None:

@@ -1,5 +1,6 @@
-"""The operations of a decoder on a GPU, in numba kernels. The functions have the signatures of `nanopd.cpu`; what has
-no kernel (the embedding, attention of a prompt) is missing.
+"""The operations of a decoder on a GPU, in numba kernels, with the signatures of `nanopd.cpu.ops`.
+
+What has no kernel, the embedding and attention of a prompt, is missing.
 
 Operations take `overlap=True` where a step is a chain of these kernels alone: a kernel then starts while its
 predecessor ends (programmatic dependent launch). They launch on torch's current stream and can be captured into a CUDA

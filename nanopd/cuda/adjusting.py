@@ -6,20 +6,17 @@ nothing. The arithmetic is that of `nanopd.worker.adjustments.adjust_logits`, op
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from numba.cuda.types import int32 as i32
 from torch import Tensor
 
 from nanopd.cuda import warp
-from nanopd.cuda.launch import Kernel, Spec, kernel_for
+from nanopd.cuda.launch import Spec, address_of, kernel_of
 from nanopd.cuda.ptx import Instruction, macro
-from nanopd.cuda.sampling import NAMES
+from nanopd.cuda.sampling import in_chunks
 
 THREADS = 256
 ROW_BYTES = 24  # of parameters
@@ -36,9 +33,7 @@ def adjusting_kernel(dtype: str) -> Callable[..., None]:
 
     @macro
     def unpack(emit: Any, registers: Any) -> list[Any]:
-        if dtype == "f32":
-            return [emit(warp.F32_OF_BITS, register) for register in registers]
-        return [x for register in registers for x in emit(warp.UNPACK[dtype], register)]
+        return warp.values_of(emit, dtype, registers)
 
     @macro
     def add(emit: Any, values: Any, biases: Any) -> list[Any]:
@@ -97,40 +92,21 @@ def adjusting_spec(dtype: str) -> Spec:
     return Spec(adjusting_kernel, (dtype,), ADJUSTING_ARGUMENTS, THREADS, shared_percent=0)
 
 
-def adjust_logits(logits: Tensor, counts: Tensor, biases: Tensor | None, params: Tensor) -> Tensor:
-    """New logits.
+def adjust_logits(
+    logits: Tensor,  # [num_rows, vocab_size] bfloat16, float16 or float32, contiguous
+    counts: Tensor,  # [num_table_rows, table_width] int32; table_width is a multiple of 8, and at least vocab_size
+    biases: Tensor | None,  # the same shape, float32; None: there are none
+    params: Tensor,  # [num_rows * 3] int64
+) -> Tensor:
+    """New logits, [num_rows, vocab_size] float32, contiguous.
 
-    Args:
-        logits: [num_rows, vocab_size] bfloat16, float16 or float32, contiguous
-        counts: [num_table_rows, table_width] int32; table_width is a multiple of 8, and at least vocab_size
-        biases: the same shape, float32; None: there are none
-        params: [num_rows * 3] int64, a record of 24 bytes for each row: row of the tables, int32; presence and
-            frequency penalty, repetition penalty and its inverse, float32
-
-    Returns:
-        [num_rows, vocab_size] float32, contiguous
+    A record of 24 bytes for each row in `params`: row of the tables, int32; presence and frequency penalty, repetition
+    penalty and its inverse, float32.
     """
-    assert logits.is_contiguous()
     num_rows, vocab_size = logits.shape
-    per_chunk = 16 // logits.element_size()
-    if vocab_size % per_chunk:
-        logits = F.pad(logits, (0, -vocab_size % per_chunk), value=-math.inf)
+    logits, num_chunks = in_chunks(logits)
     out = torch.empty(logits.shape, device=logits.device)
-    num_chunks = logits.shape[1] // per_chunk
-    tables = counts.data_ptr(), 0 if biases is None else biases.data_ptr()
-    _kernel(logits.dtype, logits.get_device())(
-        -(-num_rows * num_chunks // THREADS),
-        logits.data_ptr(),
-        *tables,
-        params.data_ptr(),
-        out.data_ptr(),
-        num_rows,
-        num_chunks,
-        counts.shape[1],
-    )
+    addresses = logits.data_ptr(), counts.data_ptr(), address_of(biases), params.data_ptr(), out.data_ptr()
+    kernel = kernel_of(adjusting_spec, logits.get_device(), warp.NAMES_OF_LOGITS[logits.dtype])
+    kernel(-(-num_rows * num_chunks // THREADS), *addresses, num_rows, num_chunks, counts.shape[1])
     return out[:, :vocab_size].contiguous()
-
-
-@functools.cache
-def _kernel(dtype: torch.dtype, device: int) -> Kernel:
-    return kernel_for(adjusting_spec(NAMES[dtype]), device)

@@ -17,17 +17,16 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from numba.cuda.types import float32 as f32
 from numba.cuda.types import int32 as i32
 from torch import Tensor
-from torch.nn import functional as F
 
 from nanopd.cuda import warp
-from nanopd.cuda.launch import Kernel, Spec, kernel_for
+from nanopd.cuda.elementwise import layout_of
+from nanopd.cuda.launch import Spec, kernel_for
 from nanopd.cuda.ptx import inlined, macro, shared_memory
 
 NUM_WARPS = 4  # of a CTA
@@ -54,45 +53,18 @@ OWNER = warp.Instruction(
 owner = warp.function(OWNER)
 
 
-@dataclass(frozen=True)
 class SharedLayout:
     """Shared memory of a CTA, in bytes: the warps' rings, then what the warps exchange at the end of a segment."""
 
-    head_dim: int
-    num_warps: int
-    num_stages: int
-
-    @property
-    def stage(self) -> int:  # K and V [WARP_TILE, head_dim], 16 bits
-        return 2 * WARP_TILE * 2 * self.head_dim
-
-    @property
-    def ring(self) -> int:
-        return self.num_stages * self.stage
-
-    @property
-    def out_row(self) -> int:  # [head_dim] float32, padded against bank conflicts
-        return 4 * (self.head_dim + 4)
-
-    @property
-    def out_warp(self) -> int:
-        return COLUMNS * self.out_row
-
-    @property
-    def outputs(self) -> int:  # [num_warps, COLUMNS, head_dim + 4] float32
-        return self.num_warps * self.ring
-
-    @property
-    def maxima(self) -> int:  # [num_warps, COLUMNS] float32
-        return self.outputs + self.num_warps * self.out_warp
-
-    @property
-    def sums(self) -> int:  # [num_warps, COLUMNS] float32
-        return self.maxima + self.num_warps * COLUMNS * 4
-
-    @property
-    def size(self) -> int:
-        return self.sums + self.num_warps * COLUMNS * 4
+    def __init__(self, head_dim: int, num_warps: int, num_stages: int) -> None:
+        self.stage = 2 * WARP_TILE * 2 * head_dim  # K and V [WARP_TILE, head_dim], 16 bits
+        self.ring = num_stages * self.stage
+        self.out_row = 4 * (head_dim + 4)  # [head_dim] float32, padded against bank conflicts
+        self.out_warp = COLUMNS * self.out_row
+        self.outputs = num_warps * self.ring  # [num_warps, COLUMNS, head_dim + 4] float32
+        self.maxima = self.outputs + num_warps * self.out_warp  # [num_warps, COLUMNS] float32
+        self.sums = self.maxima + num_warps * COLUMNS * 4  # the same
+        self.size = self.sums + num_warps * COLUMNS * 4
 
 
 @inlined
@@ -533,36 +505,31 @@ class PagedDecodeAttention:
         max_rows: int,
         num_heads: int,
         num_kv_heads: int,
-        head_dim: int,
-        block_size: int,
-        dtype: torch.dtype,
+        head_dim: int,  # one of HEAD_DIMS
+        block_size: int,  # a power of two, at least WARP_TILE
+        dtype: torch.dtype,  # one of warp.NAMES
         device: torch.device,
         max_queries: int = 1,
     ) -> None:
+        assert block_size >= WARP_TILE and block_size.bit_count() == 1
         properties = torch.cuda.get_device_properties(device)
-        is_power = block_size >= WARP_TILE and block_size & (block_size - 1) == 0
-        self._kernels: tuple[Kernel, Kernel] | None = None
-        if not is_power or head_dim not in HEAD_DIMS or dtype not in warp.NAMES:
-            return
         shared_limit: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
         spec = decode_spec(head_dim, warp.NAMES[dtype], shared_limit)
         index = torch.device(device).index or 0
-        self._kernels = kernel_for(plan_spec(), index), kernel_for(spec, index)
+        self._plan_kernel, self._kernel = kernel_for(plan_spec(), index), kernel_for(spec, index)
         ctas_per_sm = properties.shared_memory_per_multiprocessor // (spec.shared_bytes + RESERVED_SHARED_BYTES)
         self._num_ctas = properties.multi_processor_count * ctas_per_sm
         self._num_kv_heads, self._group = num_kv_heads, num_heads // num_kv_heads
-        head_units = self._head_units(max_queries)
         empty = functools.partial(torch.empty, device=device)
         self._plan = empty(max_rows + 1, dtype=torch.int32)
         self._partials = empty(2 * self._num_ctas, COLUMNS, head_dim, dtype=torch.float32)
         self._partial_lse = empty(2 * self._num_ctas, COLUMNS, dtype=torch.float32)
-        self._arrivals = torch.zeros(max_rows, head_units, dtype=torch.int32, device=device)
+        self._arrivals = torch.zeros(max_rows, self._head_units(max_queries), dtype=torch.int32, device=device)
 
-    def begin_step(self, seq_lens: Tensor, num_queries: int = 1, overlap: bool = False) -> None:
+    def begin_step(self, seq_lens: Tensor, num_queries: int = 1) -> None:
         """Shares the step's work out: seq_lens [num_rows] int32, tokens of each row, its queries included."""
-        if self._kernels is not None:
-            rows, heads = seq_lens.shape[0], self._head_units(num_queries)
-            self._kernels[0](1, seq_lens.data_ptr(), self._plan.data_ptr(), rows, heads, overlap=overlap)
+        sizes = seq_lens.shape[0], self._head_units(num_queries)
+        self._plan_kernel(1, seq_lens.data_ptr(), self._plan.data_ptr(), *sizes)
 
     def __call__(
         self,
@@ -575,58 +542,16 @@ class PagedDecodeAttention:
         overlap: bool = False,
     ) -> None:
         """One layer. With `overlap`, not right after `begin_step`: the plan is read before the predecessor is done."""
-        if self._kernels is None:
-            gathered_attention(q, kv, layer, block_tables, seq_lens, out)
-            return
-        assert q.is_contiguous() and out.is_contiguous() and block_tables.stride(1) == 1
         num_rows, block_size, head_dim = seq_lens.shape[0], kv.shape[4], kv.shape[5]
-        size = kv.element_size()
-        self._kernels[1](
-            self._num_ctas,
-            q.data_ptr(),
-            kv.data_ptr() + layer * kv.stride(1) * size,
-            block_tables.data_ptr(),
-            seq_lens.data_ptr(),
-            self._plan.data_ptr(),
-            out.data_ptr(),
-            self._partials.data_ptr(),
-            self._partial_lse.data_ptr(),
-            self._arrivals.data_ptr(),
-            kv.stride(0) * size,
-            kv.stride(3) * size,
-            kv.stride(2) * size,
-            num_rows,
-            self._num_kv_heads,
-            self._group,
-            q.shape[0] // num_rows,
-            block_size.bit_length() - 1,
-            block_tables.stride(0),
-            head_dim**-0.5 * math.log2(math.e),
-            overlap=overlap,
-        )
+        assert q.is_contiguous() and out.is_contiguous() and block_tables.stride(1) == 1
+        first_key, *strides = layout_of(kv, layer)
+        inputs = q.data_ptr(), first_key, block_tables.data_ptr(), seq_lens.data_ptr(), self._plan.data_ptr()
+        workspace = self._partials.data_ptr(), self._partial_lse.data_ptr(), self._arrivals.data_ptr()
+        sizes = num_rows, self._num_kv_heads, self._group, q.shape[0] // num_rows
+        tables = block_size.bit_length() - 1, block_tables.stride(0)
+        scale = head_dim**-0.5 * math.log2(math.e)
+        addresses = *inputs, out.data_ptr(), *workspace
+        self._kernel(self._num_ctas, *addresses, *strides, *sizes, *tables, scale, overlap=overlap)
 
     def _head_units(self, num_queries: int) -> int:
         return self._num_kv_heads * -(-self._group * num_queries // COLUMNS)
-
-
-def gathered_attention(
-    q: Tensor,  # [num_rows * num_queries, num_heads, head_dim]
-    kv: Tensor,  # KV storage
-    layer: int,
-    block_tables: Tensor,  # [num_rows, max_blocks] int32
-    seq_lens: Tensor,  # [num_rows] int32
-    out: Tensor,  # as q
-) -> None:
-    """The same for any head size and block size: gathers all that the tables name, and masks. Right, not fast."""
-    num_rows, num_kv_heads, head_dim = seq_lens.shape[0], kv.shape[3], kv.shape[5]
-    num_queries = q.shape[0] // num_rows
-    blocks = kv[block_tables.long(), layer]  # [num_rows, max_blocks, 2, num_kv_heads, block_size, head_dim]
-    keys, values = blocks.permute(2, 0, 3, 1, 4, 5).reshape(2, num_rows, num_kv_heads, -1, head_dim)
-    positions = torch.arange(keys.shape[2], device=q.device)
-    limits = seq_lens[:, None] - num_queries + 1 + torch.arange(num_queries, device=q.device)  # [num_rows, queries]
-    seen = positions < limits[:, :, None]  # [num_rows, num_queries, tokens]
-    # what no query sees may be no numbers, and 0 * nan is nan
-    keys, values = (x.masked_fill(~seen.any(1)[:, None, :, None], 0) for x in (keys, values))
-    heads = q.view(num_rows, num_queries, -1, head_dim).transpose(1, 2)
-    y = F.scaled_dot_product_attention(heads, keys, values, attn_mask=seen[:, None], enable_gqa=True)
-    out.copy_(y.transpose(1, 2).reshape(out.shape))

@@ -7,7 +7,6 @@ the GPU to whoever computes.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from numba.cuda.types import int32 as i32
 from torch import Tensor
 
 from nanopd.cuda import warp
-from nanopd.cuda.launch import Kernel, Spec, kernel_for
+from nanopd.cuda.launch import Spec, address_of, kernel_of
 from nanopd.cuda.ptx import macro
 
 THREADS = 256
@@ -36,7 +35,7 @@ class Side:
     @classmethod
     def of(cls, blocks: Tensor, ids: Tensor | None = None) -> Side:
         """blocks [num_blocks, ...], each of them contiguous."""
-        assert blocks[0].is_contiguous()
+        assert blocks[:1].is_contiguous()  # there may be none
         return cls(blocks.data_ptr(), blocks.stride(0) * blocks.element_size(), ids)
 
 
@@ -92,19 +91,11 @@ def move_blocks(src: Side, dst: Side, num_blocks: int, block_bytes: int, device:
     """Copies `num_blocks` blocks on `device`'s current stream. No block may be both source and destination."""
     assert block_bytes % 16 == src.stride % 16 == dst.stride % 16 == 0
     if num_blocks:
-        _kernel(device)(
-            min(max_ctas, num_blocks * -(-block_bytes // PIECE)),
-            src.address,
-            dst.address,
-            0 if src.ids is None else src.ids.data_ptr(),
-            0 if dst.ids is None else dst.ids.data_ptr(),
-            src.stride,
-            dst.stride,
-            8 if src.ids is None else src.ids.element_size(),
-            8 if dst.ids is None else dst.ids.element_size(),
-            num_blocks,
-            block_bytes,
-        )
+        addresses = src.address, dst.address, address_of(src.ids), address_of(dst.ids)
+        id_sizes = [8 if side.ids is None else side.ids.element_size() for side in (src, dst)]
+        num_ctas = min(max_ctas, num_blocks * -(-block_bytes // PIECE))
+        kernel = kernel_of(move_spec, device)
+        kernel(num_ctas, *addresses, src.stride, dst.stride, *id_sizes, num_blocks, block_bytes)
 
 
 def copy_blocks(kv: Tensor, src_ids: Tensor, dst_ids: Tensor) -> None:
@@ -114,8 +105,3 @@ def copy_blocks(kv: Tensor, src_ids: Tensor, dst_ids: Tensor) -> None:
     buffer = kv.new_empty(num_blocks, *kv.shape[1:])
     move_blocks(Side.of(kv, src_ids), Side.of(buffer), num_blocks, block_bytes, kv.get_device())
     move_blocks(Side.of(buffer), Side.of(kv, dst_ids), num_blocks, block_bytes, kv.get_device())
-
-
-@functools.cache
-def _kernel(device: int) -> Kernel:
-    return kernel_for(move_spec(), device)

@@ -1,13 +1,11 @@
 """What lies between the matrix products: RMS norm, SiLU-and-multiply, rotary embedding with the KV store.
 
 All compute in float32 and round once. Tensors are contiguous, rows are multiples of 16 bytes, and the types are
-bfloat16 and float16; anything else is computed by torch. With `overlap` a kernel may start while its predecessor, one
-of this package, still runs.
+bfloat16 and float16. With `overlap` a kernel may start while its predecessor, one of this package, still runs.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +16,7 @@ from numba.cuda.types import int32 as i32
 from torch import Tensor
 
 from nanopd.cuda import warp
-from nanopd.cuda.launch import Kernel, Spec, kernel_for
+from nanopd.cuda.launch import Kernel, Spec, address_of, kernel_of
 from nanopd.cuda.ptx import macro, shared_memory
 
 THREADS = 256
@@ -74,7 +72,7 @@ def eight_at_a_time(dtype: str) -> tuple[Any, Any]:
 
     @macro
     def square(emit: Any, total: Any, a: Any) -> Any:
-        for value in [x for register in a for x in emit(UNPACK, register)]:
+        for value in warp.values_of(emit, dtype, a):
             total = emit(warp.FMA_F32, value, value, total)
         return total
 
@@ -232,25 +230,22 @@ def rotary_spec(head_dim: int, dtype: str) -> Spec:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, overlap: bool = False) -> Tensor:
     """x [T, hidden], weight [hidden] -> weight * x / sqrt(mean(x**2) + eps)."""
-    if x.dtype not in warp.NAMES or x.shape[1] % 8:
-        return torch.nn.functional.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+    assert x.shape[1] % 8 == 0
     out = torch.empty_like(x)
     if x.shape[0]:
-        kernel, addresses = _kernel(norm_spec, x.dtype, x.get_device()), (x.data_ptr(), weight.data_ptr())
-        kernel(x.shape[0], *addresses, out.data_ptr(), x.shape[1] // 8, eps, overlap=overlap)
+        kernel, addresses = _kernel(norm_spec, x), (x.data_ptr(), weight.data_ptr(), out.data_ptr())
+        kernel(x.shape[0], *addresses, x.shape[1] // 8, eps, overlap=overlap)
     return out
 
 
 def silu_and_mul(gate_up: Tensor, overlap: bool = False) -> Tensor:
     """gate_up [T, 2 * size] -> silu(gate_up[:, :size]) * gate_up[:, size:]."""
     num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2
-    if gate_up.dtype not in warp.NAMES or size % 8:
-        gate, up = gate_up.float().chunk(2, dim=1)
-        return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
+    assert size % 8 == 0
     out = gate_up.new_empty(num_rows, size)
     if num_rows:
-        kernel = _kernel(silu_spec, gate_up.dtype, gate_up.get_device())
         num_ctas = -(-num_rows * size // (8 * THREADS))
+        kernel = _kernel(silu_spec, gate_up)
         kernel(num_ctas, gate_up.data_ptr(), out.data_ptr(), num_rows, size // 8, overlap=overlap)
     return out
 
@@ -271,75 +266,30 @@ def rotary_and_store(
 
     Returns Q [T, num_heads, head_dim]. With `overlap`, positions must be older than the predecessor.
     """
-    num_kv_heads, block_size, head_dim = kv.shape[3:]
+    num_tokens, (num_kv_heads, block_size, head_dim) = qkv.shape[0], kv.shape[3:]
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
-    if qkv.dtype not in warp.NAMES or head_dim not in HEAD_DIMS:
-        return _rotary_and_store_in_torch(qkv, positions, slot_mapping, cos_sin, kv, layer, q_norm, k_norm, eps)
-    q = qkv.new_empty(qkv.shape[0], num_heads, head_dim)
-    size = kv.element_size()
-    # few tokens: a warp for each head; many: angles and slots are read once for several heads
-    heads_per_warp = 1 if qkv.shape[0] < MANY_TOKENS else 8
-    num_warps = math.ceil((num_heads + 2 * num_kv_heads) / heads_per_warp) * math.ceil(qkv.shape[0] * head_dim / 128)
-    if qkv.shape[0]:
-        _rotary(head_dim, qkv.dtype, qkv.get_device())(
-            math.ceil(num_warps / NUM_WARPS),
-            qkv.data_ptr(),
-            positions.data_ptr(),
-            slot_mapping.data_ptr(),
-            cos_sin.data_ptr(),
-            kv.data_ptr() + layer * kv.stride(1) * size,
-            0 if q_norm is None else q_norm.data_ptr(),
-            0 if k_norm is None else k_norm.data_ptr(),
-            q.data_ptr(),
-            kv.stride(0) * size,
-            kv.stride(3) * size,
-            kv.stride(2) * size,
-            qkv.shape[0],
-            num_heads,
-            num_kv_heads,
-            block_size,
-            heads_per_warp,
-            eps,
-            overlap=overlap,
-        )
+    q = qkv.new_empty(num_tokens, num_heads, head_dim)
+    if num_tokens:
+        # few tokens: a warp for each head; many: angles and slots are read once for several heads
+        heads_per_warp = 1 if num_tokens < MANY_TOKENS else 8
+        warps_per_token = math.ceil((num_heads + 2 * num_kv_heads) / heads_per_warp)
+        num_warps = warps_per_token * math.ceil(num_tokens * head_dim / 128)
+        first_key, *strides = layout_of(kv, layer)
+        inputs = qkv.data_ptr(), positions.data_ptr(), slot_mapping.data_ptr(), cos_sin.data_ptr()
+        sizes = num_tokens, num_heads, num_kv_heads, block_size, heads_per_warp
+        norms = address_of(q_norm), address_of(k_norm)
+        kernel = _kernel(rotary_spec, qkv, head_dim)
+        num_ctas = math.ceil(num_warps / NUM_WARPS)
+        kernel(num_ctas, *inputs, first_key, *norms, q.data_ptr(), *strides, *sizes, eps, overlap=overlap)
     return q
 
 
-def _rotary_and_store_in_torch(
-    qkv: Tensor,
-    positions: Tensor,
-    slot_mapping: Tensor,
-    cos_sin: Tensor,
-    kv: Tensor,
-    layer: int,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
-) -> Tensor:
-    """The same for other head sizes and types."""
-    num_kv_heads, block_size, head_dim = kv.shape[3:]
-    num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
-    heads = qkv.view(qkv.shape[0], -1, head_dim).split((num_heads, num_kv_heads, num_kv_heads), dim=1)
-    cos, sin = cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, dim=2)
-    rotated = []
-    for x, norm in ((heads[0], q_norm), (heads[1], k_norm)):
-        x = x.float()
-        if norm is not None:
-            x = torch.nn.functional.rms_norm(x, norm.shape, norm.float(), eps)
-        first, second = x.chunk(2, dim=2)
-        rotated.append(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=2).to(qkv.dtype))
-    blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
-    layer_kv = kv[:, layer]
-    layer_kv[blocks, 0, :, offsets] = rotated[1]
-    layer_kv[blocks, 1, :, offsets] = heads[2]
-    return rotated[0]
+def layout_of(kv: Tensor, layer: int) -> tuple[int, int, int, int]:
+    """Where K of a layer's block 0 lies; bytes to the next block, to the next head, and from K to V."""
+    size = kv.element_size()
+    strides = kv.stride(0) * size, kv.stride(3) * size, kv.stride(2) * size
+    return kv.data_ptr() + layer * kv.stride(1) * size, *strides
 
 
-@functools.cache
-def _kernel(spec: Callable[[str], Spec], dtype: torch.dtype, device: int) -> Kernel:
-    return kernel_for(spec(warp.NAMES[dtype]), device)
-
-
-@functools.cache
-def _rotary(head_dim: int, dtype: torch.dtype, device: int) -> Kernel:
-    return kernel_for(rotary_spec(head_dim, warp.NAMES[dtype]), device)
+def _kernel(make_spec: Callable[..., Spec], x: Tensor, *parameters: int) -> Kernel:
+    return kernel_of(make_spec, x.get_device(), *parameters, warp.NAMES[x.dtype])

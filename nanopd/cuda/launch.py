@@ -15,7 +15,8 @@ import os
 import re
 import struct
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -41,7 +42,6 @@ class Spec:
     arguments: str  # a letter each: r int32, l int64 (and addresses), f float32
     threads: int
     shared_bytes: int = 0
-    min_ctas: int = 1  # per multiprocessor: bounds the registers
     shared_percent: int = 100  # of what a multiprocessor can have as shared memory rather than L1
 
     @property
@@ -64,7 +64,7 @@ def compile_to_ptx(spec: Spec, capability: Capability) -> str:
             tuple(getattr(types, SIGNATURE[letter]) for letter in spec.arguments),
             cc=capability,
             fastmath=True,
-            launch_bounds=(spec.threads, spec.min_ctas),
+            launch_bounds=(spec.threads, 1),
         )
     mangled = re.search(r"\.entry (\w+)\(", ptx)
     assert mangled
@@ -113,7 +113,7 @@ def cache_directory() -> Path:
 
 def _fingerprint(spec: Spec, capability: Capability) -> str:
     """Of the kernels' sources (all of this package), the compilers, the device and the options."""
-    described = [spec.name, spec.arguments, spec.threads, spec.min_ctas, capability, _compilers(), _sources()]
+    described = [spec.name, spec.arguments, spec.threads, capability, _compilers(), _sources()]
     return hashlib.sha256(repr(described).encode()).hexdigest()[:20]
 
 
@@ -129,16 +129,16 @@ def _compilers() -> tuple[tuple[str, str], ...]:
     return tuple((name, installed.get(name, "")) for name in COMPILERS)
 
 
-class _toolkit:
+@contextmanager
+def _toolkit() -> Iterator[None]:
     """numba looks for libnvvm in pip packages, then in CUDA_HOME: names the usual place there, for the time being."""
-
-    def __enter__(self) -> None:
-        self._added = "CUDA_HOME" not in os.environ and Path("/usr/local/cuda").is_dir()
-        if self._added:
-            os.environ["CUDA_HOME"] = "/usr/local/cuda"
-
-    def __exit__(self, *_: object) -> None:
-        if self._added:
+    is_missing = "CUDA_HOME" not in os.environ and Path("/usr/local/cuda").is_dir()
+    if is_missing:
+        os.environ["CUDA_HOME"] = "/usr/local/cuda"
+    try:
+        yield
+    finally:
+        if is_missing:
             del os.environ["CUDA_HOME"]
 
 
@@ -150,12 +150,7 @@ class _LaunchConfig(ctypes.Structure):
     """CUlaunchConfig of cuda.h."""
 
     _fields_ = (
-        ("grid_x", ctypes.c_uint),
-        ("grid_y", ctypes.c_uint),
-        ("grid_z", ctypes.c_uint),
-        ("block_x", ctypes.c_uint),
-        ("block_y", ctypes.c_uint),
-        ("block_z", ctypes.c_uint),
+        *((f"{of}_{axis}", ctypes.c_uint) for of in ("grid", "block") for axis in "xyz"),
         ("shared_bytes", ctypes.c_uint),
         ("stream", ctypes.c_void_p),
         ("attributes", ctypes.POINTER(_LaunchAttribute)),
@@ -179,13 +174,17 @@ class Kernel:
         self._driver = _driver()
         self._stream = functools.partial(torch._C._cuda_getCurrentRawStream, device)
         self._function = self._load(device)
-        self._layout = struct.Struct("@" + "".join({"r": "i", "l": "q", "f": "f"}[a] for a in spec.arguments))
+        formats = [{"r": "i", "l": "q", "f": "f"}[letter] for letter in spec.arguments]
+        self._layout = struct.Struct("@" + "".join(formats))
         self._arguments = ctypes.create_string_buffer(self._layout.size)
         self._config = _LaunchConfig(1, 1, 1, spec.threads, 1, 1, spec.shared_bytes)
         self._attribute = _LaunchAttribute(PROGRAMMATIC_STREAM_SERIALIZATION)
         self._attribute.value[0] = 1
         self._config.attributes = ctypes.pointer(self._attribute)
-        pointers = (ctypes.c_void_p * len(spec.arguments))(*self._addresses())
+        ends = [struct.calcsize("@" + "".join(formats[: i + 1])) for i in range(len(formats))]
+        begins = [end - struct.calcsize(letter) for end, letter in zip(ends, formats)]
+        address = ctypes.addressof(self._arguments)
+        pointers = (ctypes.c_void_p * len(begins))(*[address + begin for begin in begins])
         self._call = functools.partial(
             self._driver.cuLaunchKernelEx, ctypes.byref(self._config), self._function, pointers, None
         )
@@ -220,21 +219,22 @@ class Kernel:
         if error:
             raise CudaError(f"loading of {self.spec.name}: CUDA error {error}")
 
-    def _addresses(self) -> list[int]:
-        """Where the layout puts each argument."""
-        offset, addresses = 0, []
-        for letter in self.spec.arguments:
-            size = 8 if letter == "l" else 4
-            offset = -(-offset // size) * size
-            addresses.append(ctypes.addressof(self._arguments) + offset)
-            offset += size
-        return addresses
-
 
 @functools.cache
 def kernel_for(spec: Spec, device: int) -> Kernel:
     """The kernel of `spec` on a device, compiled and loaded at its first use."""
     return Kernel(spec, device)
+
+
+@functools.cache
+def kernel_of(make_spec: Callable[..., Spec], device: int, *parameters: int | str) -> Kernel:
+    """As `kernel_for` of `make_spec(*parameters)`, which is made once."""
+    return kernel_for(make_spec(*parameters), device)
+
+
+def address_of(tensor: Any) -> int:
+    """Of a tensor that there may not be; 0: None."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 @functools.cache

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from nanopd.cuda import warp
 from nanopd.cuda.elementwise import LOG2_E, eight_at_a_time, rms_norm, silu_and_mul
-from nanopd.cuda.launch import Kernel, Spec, kernel_for
+from nanopd.cuda.launch import Kernel, Spec, address_of, kernel_for
 from nanopd.cuda.ptx import inlined, macro, shared_memory
 
 MMA_ROWS = 16  # of W in an mma tile
@@ -254,7 +254,7 @@ def norm_linear(
     if not is_skinny(x, weight):
         return F.linear(rms_norm(x, norm, eps, overlap), weight, bias)
     y = x.new_empty(x.shape[0], weight.shape[0])
-    _skinny(x, norm, eps, weight, bias, y, PLAIN, overlap)
+    _skinny(y, x, weight, PLAIN, overlap, norm, eps, bias)
     return y
 
 
@@ -263,47 +263,34 @@ def norm_gated_linear(x: Tensor, norm: Tensor, eps: float, gate_up: Tensor, over
     if not is_skinny(x, gate_up):
         return silu_and_mul(F.linear(rms_norm(x, norm, eps, overlap), gate_up), overlap)
     y = x.new_empty(x.shape[0], gate_up.shape[0] // 2)
-    _skinny(x, norm, eps, gate_up, None, y, GATE, overlap)
+    _skinny(y, x, gate_up, GATE, overlap, norm, eps)
     return y
 
 
 def add_linear(x: Tensor, weight: Tensor, residual: Tensor, overlap: bool = False) -> None:
     """residual [T, out] += x [T, in] times weight [out, in]."""
     if is_skinny(x, weight):
-        _skinny(x, None, 0.0, weight, None, residual, ADD, overlap)
+        _skinny(residual, x, weight, ADD, overlap)
     else:
         residual.addmm_(x, weight.T)
 
 
 def _skinny(
-    x: Tensor,
-    norm: Tensor | None,
-    eps: float,
-    weight: Tensor,
-    bias: Tensor | None,
     y: Tensor,
+    x: Tensor,
+    weight: Tensor,
     result: int,
     overlap: bool,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    bias: Tensor | None = None,
 ) -> None:
+    num_tiles, row_bytes = weight.shape[0] // TILE_ROWS, 2 * weight.shape[1]
+    second_tile = row_bytes * (weight.shape[0] // 2 if result == GATE else MMA_ROWS)
+    addresses = weight.data_ptr(), x.data_ptr(), address_of(norm), address_of(bias), y.data_ptr()
+    sizes = x.shape[0], num_tiles, row_bytes, 2 * y.stride(0), second_tile
     kernel, num_sms = _kernel(x.dtype, -(-x.shape[0] // 8), x.get_device())
-    num_tiles = weight.shape[0] // TILE_ROWS
-    row_bytes = 2 * weight.shape[1]
-    kernel(
-        min(num_tiles, num_sms),
-        weight.data_ptr(),
-        x.data_ptr(),
-        0 if norm is None else norm.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        x.shape[0],
-        num_tiles,
-        row_bytes,
-        2 * y.stride(0),
-        row_bytes * (weight.shape[0] // 2 if result == GATE else MMA_ROWS),
-        result,
-        eps,
-        overlap=overlap,
-    )
+    kernel(min(num_tiles, num_sms), *addresses, *sizes, result, eps, overlap=overlap)
 
 
 def is_skinny(x: Tensor, weight: Tensor) -> bool:

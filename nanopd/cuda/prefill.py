@@ -17,13 +17,11 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 LONG = 1024  # tokens of a first chunk from which on its head is worth a call of its own
 GRAIN = 256
 REPEATS = 3
-FLASH_DTYPES = (torch.bfloat16, torch.float16)
 MEASURED_TOKENS = 2048
 MEASURED_RUNS = 5
 
@@ -90,7 +88,8 @@ class PrefillAttention:
         """
         if self._backends is None:
             self._backends = fastest_backends(q, kv.shape[3])
-            self._warm_up(q, kv.shape[3])
+            if self._backends.dense is not None:
+                self._warm_up(q, kv.shape[3], self._backends)
         if self._plan is None:
             has_dense = self._backends.dense is not None
             self._plan = make_plan(rows, self._slot_mapping, kv.shape[4], has_dense, self._is_frequent(rows))
@@ -104,16 +103,13 @@ class PrefillAttention:
         self._num_seen[len(rows), length] += 1
         return self._num_seen[len(rows), length] > REPEATS
 
-    def _warm_up(self, q: Tensor, num_kv_heads: int) -> None:
+    def _warm_up(self, q: Tensor, num_kv_heads: int, backends: Backends) -> None:
         """Lets the dense backend make its plans for the heads of all lengths now: 1 s for 8,192 tokens on an H200."""
-        assert self._backends
-        if self._backends.dense is None:
-            return
         queries = q.new_zeros(self._max_tokens, *q.shape[1:])
         context = q.new_zeros(self._max_tokens, 2, num_kv_heads, q.shape[2])
         nowhere = torch.empty(0, dtype=torch.int64)
         for length in range(LONG, self._max_tokens + 1, GRAIN):
-            attend(queries, context, Plan(nowhere, nowhere, [Dense(0, 1, length, 0)], None), self._backends)
+            attend(queries, context, Plan(nowhere, nowhere, [Dense(0, 1, length, 0)], None), backends)
 
 
 def make_plan(rows: Sequence[Any], slot_mapping: Tensor, block_size: int, has_dense: bool, share_call: bool) -> Plan:
@@ -157,9 +153,8 @@ def _pack(segments: list[tuple[int, int]], device: torch.device) -> Packed:
 
 def gather(kv: Tensor, layer: int, plan: Plan) -> Tensor:
     """K and V of the contexts, [num_context, 2, num_kv_heads, head_dim]: strides do not depend on their number."""
-    is_wide = kv.shape[5] * kv.element_size() % 16 == 0
-    source = kv.view(torch.complex128) if is_wide else kv  # 16 bytes at a time
-    return source[:, layer][plan.blocks, :, :, plan.offsets].view(kv.dtype)
+    sixteen_bytes = kv.view(torch.complex128)  # at a time
+    return sixteen_bytes[:, layer][plan.blocks, :, :, plan.offsets].view(kv.dtype)
 
 
 def attend(q: Tensor, context: Tensor, plan: Plan, backends: Backends) -> Tensor:
@@ -180,6 +175,11 @@ def attend(q: Tensor, context: Tensor, plan: Plan, backends: Backends) -> Tensor
     return out
 
 
+def has_flash_attention(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether torch has it, which all of this takes."""
+    return dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
+
+
 def flash_attention(
     q: Tensor,  # [T, num_heads, head_dim]
     keys: Tensor,  # [>= sum of k_lens, num_kv_heads, head_dim]
@@ -198,27 +198,10 @@ def cudnn_attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return torch.ops.aten._scaled_dot_product_cudnn_attention(q, keys, values, None, False, 0.0, True)[0]
 
 
-def attention_of_any_type(q: Tensor, keys: Tensor, values: Tensor, packed: Packed) -> Tensor:
-    """As `flash_attention`, segment by segment."""
-    out, q_end, k_end = torch.empty_like(q), 0, 0
-    for q_len, k_len in zip(packed.q_lens, packed.k_lens, strict=True):
-        q_end, k_end = q_end + q_len, k_end + k_len
-        tokens, places = slice(q_end - q_len, q_end), slice(k_end - k_len, k_end)
-        if k_len:
-            mask = torch.ones(q_len, k_len, dtype=torch.bool, device=q.device).tril(k_len - q_len)
-            heads, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q[tokens], keys[places], values[places]))
-            y = F.scaled_dot_product_attention(heads, k, v, attn_mask=mask, enable_gqa=True)
-            out[tokens] = y[0].transpose(0, 1)
-    return out
-
-
 def fastest_backends(q: Tensor, num_kv_heads: int) -> Backends:
     """For queries like q [T, num_heads, head_dim]; measures on the current stream."""
-    head_dim = q.shape[2]
-    if not q.is_cuda or q.dtype not in FLASH_DTYPES or head_dim % 8 or head_dim > 256:
-        return Backends(attention_of_any_type, None)
     queries = q.new_zeros(MEASURED_TOKENS, *q.shape[1:])
-    keys = q.new_zeros(MEASURED_TOKENS, num_kv_heads, head_dim)
+    keys = q.new_zeros(MEASURED_TOKENS, num_kv_heads, q.shape[2])
     packed = _pack([(MEASURED_TOKENS, MEASURED_TOKENS)], q.device)
     batch = [x.transpose(0, 1).unsqueeze(0) for x in (queries, keys, keys)]
     flash_ms = _milliseconds(lambda: flash_attention(queries, keys, keys, packed))

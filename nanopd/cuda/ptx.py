@@ -41,10 +41,6 @@ class Instruction:
     warp: bool = False  # all lanes take part: it must not move into or out of a branch
     predicated: bool = False  # the last operand is an int32; lanes where it is 0 do nothing, and get -1
 
-    @property
-    def opcode(self) -> str:
-        return self.text.split()[0].rstrip(";")
-
     def at(self, offset: int) -> Instruction:
         """The same access `offset` bytes further. In the text it costs neither a register nor an addition."""
         return replace(self, text=self.text.replace("]", f"+{offset}]", 1))
@@ -64,12 +60,11 @@ class Instruction:
         return ",".join([*letters, "~{memory}"] if self.effect else letters)
 
 
-class Typist:
+def emit_types(instruction: Instruction, *operands: object) -> Any:
     """An `emit` that only tells the types of what comes out: a letter stands for a register."""
-
-    def __call__(self, instruction: Instruction, *operands: object) -> Any:
-        assert len(operands) == len(instruction.operands), instruction.text
-        return _one_or_list(list(instruction.results))
+    assert len(operands) == len(instruction.operands), instruction.text
+    results = list(instruction.results)
+    return None if not results else results[0] if len(results) == 1 else results
 
 
 class Compiler:
@@ -113,10 +108,8 @@ def macro(body: Callable[..., Any]) -> Any:
 def _intrinsic(body: Callable[..., Any], parameters: list[str]) -> Any:
     def define(_context: object, *types: Any) -> Any:
         letters = [_letters(type_) for type_ in types]
-        result = body(Typist(), *letters)
+        result = body(emit_types, *letters)
         out = _letter(result[0] if isinstance(result, list) else result)
-        # numba converts what it is given to the types of the signature
-        takes = [_numba_type(letter) for letter in letters]
 
         def codegen(_context: Any, builder: ir.IRBuilder, _signature: object, args: Any) -> Any:
             emit = Compiler(builder)
@@ -127,7 +120,8 @@ def _intrinsic(body: Callable[..., Any], parameters: list[str]) -> Any:
                 return emit.value(values, out)
             return cgutils.pack_array(builder, [emit.value(value, out) for value in values])
 
-        return signature(_result_type(result, out), *takes), codegen
+        # numba converts what it is given to the types of the signature
+        return signature(*map(_numba_type, (result, *letters))), codegen
 
     # numba reads the parameters, and does not take *types for them
     positional = inspect.Parameter.POSITIONAL_ONLY
@@ -167,10 +161,8 @@ def shared_memory(_context: object) -> Any:
 
 
 def _letters(type_: Any) -> Any:
-    return [_letters(type_.dtype)] * type_.count if isinstance(type_, nt.UniTuple) else _scalar_letter(type_)
-
-
-def _scalar_letter(type_: Any) -> str:
+    if isinstance(type_, nt.UniTuple):
+        return [_letters(type_.dtype)] * type_.count
     if isinstance(type_, nt.Float):
         return "f"
     return "l" if isinstance(type_, nt.Integer) and type_.bitwidth == 64 else "r"
@@ -182,20 +174,13 @@ def _letter(value: object) -> str:
     return "f" if isinstance(value, float) else "r"
 
 
-def _numba_type(letters: str | list[str]) -> Any:
-    return nt.UniTuple(NUMBA_TYPES[letters[0]], len(letters)) if isinstance(letters, list) else NUMBA_TYPES[letters]
-
-
-def _result_type(result: object, letter: str) -> Any:
-    if result is None:
-        return nt.none
-    return nt.UniTuple(NUMBA_TYPES[letter], len(result)) if isinstance(result, list) else NUMBA_TYPES[letter]
+def _numba_type(value: Any) -> Any:
+    """Of what a macro takes or returns: nothing, a letter or a number, or a list of them."""
+    if isinstance(value, list):
+        return nt.UniTuple(_numba_type(value[0]), len(value))
+    return nt.none if value is None else NUMBA_TYPES[_letter(value)]
 
 
 def _registers(builder: ir.IRBuilder, arg: ir.Value) -> Any:
     is_tuple = isinstance(arg.type, ir.ArrayType)
     return [builder.extract_value(arg, i) for i in range(arg.type.count)] if is_tuple else arg
-
-
-def _one_or_list(values: list[Any]) -> Any:
-    return None if not values else values[0] if len(values) == 1 else values

@@ -23,10 +23,9 @@ from numba.cuda.types import int64 as i64
 from torch import Tensor
 
 from nanopd.cuda import warp
-from nanopd.cuda.launch import Kernel, Spec, kernel_for
+from nanopd.cuda.launch import Spec, kernel_of
 from nanopd.cuda.ptx import inlined, macro, shared_memory
 
-NAMES = {**warp.NAMES, torch.float32: "f32"}
 THREADS = 1024  # 32 warps, so that a lane can stand for a warp; also the bins of a histogram
 LEVEL_BITS = 10  # of a key, by which a histogram tells it: 2**10 bins
 BEST_KEY = 0x3F800000  # of 1.0
@@ -65,11 +64,6 @@ def sampling_kernel(dtype: str) -> Callable[..., None]:
     """One CTA per row; a chunk is 16 bytes of it, and each warp has a run of chunks."""
     PER_CHUNK = 4 if dtype == "f32" else 8
 
-    def values_of(emit: Any, registers: Any) -> list[Any]:
-        if dtype == "f32":
-            return [emit(warp.F32_OF_BITS, register) for register in registers]
-        return [x for register in registers for x in emit(warp.UNPACK[dtype], register)]
-
     @macro
     def load(emit: Any, row: Any, chunk: Any, last: Any) -> list[Any]:
         """Past the end of the row, its last chunk."""
@@ -77,7 +71,7 @@ def sampling_kernel(dtype: str) -> Callable[..., None]:
 
     @macro
     def largest(emit: Any, best: Any, registers: Any) -> Any:
-        for x in values_of(emit, registers):
+        for x in warp.values_of(emit, dtype, registers):
             best = emit(warp.MAX_F32, best, x)
         return best
 
@@ -85,7 +79,7 @@ def sampling_kernel(dtype: str) -> Callable[..., None]:
     def keys_of(emit: Any, registers: Any, chunk: Any, end: Any, best: Any, scale: Any) -> list[Any]:
         """0 from chunk `end` on. What is no number counts as a best token."""
         keys, offset = [], emit(warp.SELECT, math.inf, best, emit(warp.SUB_I32, chunk, end))
-        for x in values_of(emit, registers):
+        for x in warp.values_of(emit, dtype, registers):
             likelihood = emit(warp.EXP2, emit(warp.MUL_F32, emit(warp.SUB_F32, x, offset), scale))
             keys.append(emit(warp.BITS_OF_F32, emit(warp.MIN_F32, likelihood, 1.0)))
         return keys
@@ -237,28 +231,26 @@ def sampling_spec(dtype: str) -> Spec:
 
 
 def draw_tokens(logits: Tensor, params: Tensor) -> Tensor:
-    """A token for each row.
+    """A token for each row, [num_rows] int64.
 
-    Args:
-        logits: [num_rows, vocab_size] bfloat16, float16 or float32, contiguous
-        params: [num_rows * 4] int64, a record of 32 bytes for each row: a random number and top-p (0: off), both
-            uint64 in multiples of 2**-64; top-k (0: off), int32; log2(e) / temperature and min-p, float32
-
-    Returns:
-        [num_rows] int64
+    logits [num_rows, vocab_size], bfloat16, float16 or float32, contiguous; params [num_rows * 4] int64, a record of 32
+    bytes for each row: a random number and top-p (0: off), both uint64 in multiples of 2**-64; top-k (0: off), int32;
+    log2(e) / temperature and min-p, float32.
     """
-    assert logits.is_contiguous()
     num_rows, vocab_size = logits.shape
-    per_chunk = 16 // logits.element_size()
-    if vocab_size % per_chunk:
-        logits = F.pad(logits, (0, -vocab_size % per_chunk), value=-math.inf)
+    logits, num_chunks = in_chunks(logits)
     tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     if num_rows:
         addresses = logits.data_ptr(), params.data_ptr(), tokens.data_ptr()
-        _kernel(logits.dtype, logits.get_device())(num_rows, *addresses, logits.shape[1] // per_chunk, vocab_size)
+        kernel = kernel_of(sampling_spec, logits.get_device(), warp.NAMES_OF_LOGITS[logits.dtype])
+        kernel(num_rows, *addresses, num_chunks, vocab_size)
     return tokens
 
 
-@functools.cache
-def _kernel(dtype: torch.dtype, device: int) -> Kernel:
-    return kernel_for(sampling_spec(NAMES[dtype]), device)
+def in_chunks(logits: Tensor) -> tuple[Tensor, int]:
+    """Contiguous logits [num_rows, vocab_size] with -inf up to a multiple of 16 bytes; how many 16 bytes a row has."""
+    assert logits.is_contiguous()
+    per_chunk = 16 // logits.element_size()
+    rest = -logits.shape[1] % per_chunk
+    logits = F.pad(logits, (0, rest), value=-math.inf) if rest else logits
+    return logits, logits.shape[1] // per_chunk

@@ -7,6 +7,8 @@ Fragment layouts are those of the PTX manual for m16n8k16: lane = 4 * g + t hold
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -14,6 +16,10 @@ import torch
 from nanopd.cuda.ptx import Instruction, function, macro
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "f16"}  # as PTX has them
+NAMES_OF_LOGITS = {**NAMES, torch.float32: "f32"}
+
+access = partial(Instruction, effect=True)  # to memory, in the order of the kernel
+collective = partial(Instruction, effect=True, warp=True)
 
 # ---- where a lane is
 thread_index = function(Instruction("mov.u32 $0, %tid.x;", "r"))
@@ -100,184 +106,143 @@ MMA = {
 
 # ---- global memory
 # For data that no kernel before this one in the stream wrote: weights, and tables copied from the host.
-# 128 bytes at a time from memory to L2: on an H200 6 % faster than 256 bytes, and 16 % than no hint. `effect` keeps
+# 128 bytes at a time from memory to L2: on an H200 6 % faster than 256 bytes, and 16 % than no hint. `access` keeps
 # the order of the loads.
-LOAD_WEIGHTS = Instruction(
-    "ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {$0,$1,$2,$3}, [$4];", "rrrr", "l", effect=True
-)
+LOAD_WEIGHTS = access("ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {$0,$1,$2,$3}, [$4];", "rrrr", "l")
 load_constant_i32 = function(Instruction("ld.global.nc.b32 $0, [$1];", "r", "l"))
 # For what kernels write.
-LOAD_16_BYTES = Instruction("ld.global.v4.b32 {$0,$1,$2,$3}, [$4];", "rrrr", "l", effect=True)
-LOAD_X = Instruction("ld.global.L1::evict_last.v4.b32 {$0,$1,$2,$3}, [$4];", "rrrr", "l", effect=True)  # read again
+LOAD_16_BYTES = access("ld.global.v4.b32 {$0,$1,$2,$3}, [$4];", "rrrr", "l")
+LOAD_X = access("ld.global.L1::evict_last.v4.b32 {$0,$1,$2,$3}, [$4];", "rrrr", "l")  # read again
 load_16_bytes = function(LOAD_16_BYTES)
-load_i32 = function(Instruction("ld.global.b32 $0, [$1];", "r", "l", effect=True))
-load_i64 = function(Instruction("ld.global.b64 $0, [$1];", "l", "l", effect=True))
-load_f32 = function(Instruction("ld.global.f32 $0, [$1];", "f", "l", effect=True))
+load_i32 = function(access("ld.global.b32 $0, [$1];", "r", "l"))
+load_i64 = function(access("ld.global.b64 $0, [$1];", "l", "l"))
+load_f32 = function(access("ld.global.f32 $0, [$1];", "f", "l"))
 # Past L1, which does not see what other CTAs write.
-LOAD_SHARED_F32 = Instruction("ld.global.cg.f32 $0, [$1];", "f", "l", effect=True)
-LOAD_SHARED_4_F32 = Instruction("ld.global.cg.v4.f32 {$0,$1,$2,$3}, [$4];", "ffff", "l", effect=True)
+LOAD_SHARED_F32 = access("ld.global.cg.f32 $0, [$1];", "f", "l")
+LOAD_SHARED_4_F32 = access("ld.global.cg.v4.f32 {$0,$1,$2,$3}, [$4];", "ffff", "l")
 load_shared_f32 = function(LOAD_SHARED_F32)
 load_shared_4_f32 = function(LOAD_SHARED_4_F32)
-store_i32 = function(Instruction("st.global.b32 [$0], $1;", "", "lr", effect=True))
-store_i32_if = function(Instruction("st.global.b32 [$0], $1;", "", "lrr", effect=True, predicated=True))
-store_f32_if = function(Instruction("st.global.f32 [$0], $1;", "", "lfr", effect=True, predicated=True))
-store_8_bytes = function(Instruction("st.global.v2.b32 [$0], {$1,$2};", "", "lrr", effect=True))
-STORE_16_BYTES = Instruction("st.global.v4.b32 [$0], {$1,$2,$3,$4};", "", "lrrrr", effect=True)
+store_i32 = function(access("st.global.b32 [$0], $1;", "", "lr"))
+store_i32_if = function(access("st.global.b32 [$0], $1;", "", "lrr", predicated=True))
+store_f32_if = function(access("st.global.f32 [$0], $1;", "", "lfr", predicated=True))
+store_8_bytes = function(access("st.global.v2.b32 [$0], {$1,$2};", "", "lrr"))
+STORE_16_BYTES = access("st.global.v4.b32 [$0], {$1,$2,$3,$4};", "", "lrrrr")
 store_16_bytes = function(STORE_16_BYTES)
-store_4_f32 = function(Instruction("st.global.v4.f32 [$0], {$1,$2,$3,$4};", "", "lffff", effect=True))
+store_4_f32 = function(access("st.global.v4.f32 [$0], {$1,$2,$3,$4};", "", "lffff"))
 # The count before this one; -1 in lanes that do not take part. What the CTA wrote before is seen by who counts later.
-count_arrival = function(
-    Instruction("atom.acq_rel.gpu.global.add.s32 $0, [$1], 1;", "r", "lr", effect=True, predicated=True)
-)
+count_arrival = function(access("atom.acq_rel.gpu.global.add.s32 $0, [$1], 1;", "r", "lr", predicated=True))
 
 # ---- shared memory
-LOAD_TILE = Instruction("ld.shared.v4.b32 {$0,$1,$2,$3}, [$4];", "rrrr", "r", effect=True)
-load_4_f32_of_cta = function(Instruction("ld.shared.v4.f32 {$0,$1,$2,$3}, [$4];", "ffff", "r", effect=True))
-LOAD_F32_OF_CTA = Instruction("ld.shared.f32 $0, [$1];", "f", "r", effect=True)
+LOAD_TILE = access("ld.shared.v4.b32 {$0,$1,$2,$3}, [$4];", "rrrr", "r")
+load_4_f32_of_cta = function(access("ld.shared.v4.f32 {$0,$1,$2,$3}, [$4];", "ffff", "r"))
+LOAD_F32_OF_CTA = access("ld.shared.f32 $0, [$1];", "f", "r")
 load_f32_of_cta = function(LOAD_F32_OF_CTA)
-STORE_F32_OF_CTA = Instruction("st.shared.f32 [$0], $1;", "", "rf", effect=True)
-STORE_F32_OF_CTA_IF = Instruction("st.shared.f32 [$0], $1;", "", "rfr", effect=True, predicated=True)
+STORE_F32_OF_CTA = access("st.shared.f32 [$0], $1;", "", "rf")
+STORE_F32_OF_CTA_IF = access("st.shared.f32 [$0], $1;", "", "rfr", predicated=True)
 store_f32_of_cta_if = function(STORE_F32_OF_CTA_IF)
-load_i64_of_cta = function(Instruction("ld.shared.b64 $0, [$1];", "l", "r", effect=True))
-store_i64_of_cta = function(Instruction("st.shared.b64 [$0], $1;", "", "rl", effect=True))
-store_i64_of_cta_if = function(Instruction("st.shared.b64 [$0], $1;", "", "rlr", effect=True, predicated=True))
+load_i64_of_cta = function(access("ld.shared.b64 $0, [$1];", "l", "r"))
+store_i64_of_cta = function(access("st.shared.b64 [$0], $1;", "", "rl"))
+store_i64_of_cta_if = function(access("st.shared.b64 [$0], $1;", "", "rlr", predicated=True))
 # Where the third is not 0, adds atomically: as two words, as 64 bits at once are a loop of compare-and-swap.
-ADD_TO_I64_OF_CTA_IF = Instruction(
+ADD_TO_I64_OF_CTA_IF = access(
     "{.reg .pred p, q; .reg .b32 low, high, old, next; mov.b64 {low, high}, $1; setp.ne.s32 p, $2, 0; mov.b32 old, 0; "
     "@p atom.shared.add.u32 old, [$0], low; add.cc.u32 old, old, low; addc.u32 high, high, 0; add.u32 next, $0, 4; "
     "setp.ne.and.u32 q, high, 0, p; @q red.shared.add.u32 [next], high;}",
     "",
     "rlr",
-    effect=True,
 )
 # 16 bytes from global to shared memory without passing through registers
-COPY_ASYNC = Instruction("cp.async.cg.shared.global [$0], [$1], 16;", "", "rl", effect=True)
-copies_issued = function(Instruction("cp.async.commit_group;", effect=True))
+COPY_ASYNC = access("cp.async.cg.shared.global [$0], [$1], 16;", "", "rl")
+copies_issued = function(access("cp.async.commit_group;"))
 
 
 def wait_for_copies(newer: int) -> Any:
     """Waits until all groups of this lane's copies but the `newer` last ones have arrived."""
-    return function(Instruction(f"cp.async.wait_group {newer};", effect=True))
+    return function(access(f"cp.async.wait_group {newer};"))
 
 
 # ---- lanes and threads together
-SHUFFLE_XOR = Instruction("shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;", "f", "fr", effect=True, warp=True)
+SHUFFLE_XOR = collective("shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;", "f", "fr")
 # x plus the x of the lane that many below, if there is one
-ADD_SHUFFLED_UP = Instruction(
+ADD_SHUFFLED_UP = collective(
     "{.reg .pred p; .reg .b32 y; shfl.sync.up.b32 y|p, $1, $2, 0x0, 0xffffffff; mov.b32 $0, $1; @p add.s32 $0, $0, y;}",
     "r",
     "rr",
-    effect=True,
-    warp=True,
 )
-ADD_SHUFFLED_UP_I64 = Instruction(
+ADD_SHUFFLED_UP_I64 = collective(
     "{.reg .pred p; .reg .b32 low, high; .reg .b64 y; mov.b64 {low, high}, $1; "
     "shfl.sync.up.b32 low|p, low, $2, 0x0, 0xffffffff; shfl.sync.up.b32 high, high, $2, 0x0, 0xffffffff; "
     "mov.b64 y, {low, high}; mov.b64 $0, $1; @p add.s64 $0, $0, y;}",
     "l",
     "lr",
-    effect=True,
-    warp=True,
 )
-SHUFFLE_INDEX = Instruction("shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;", "r", "rr", effect=True, warp=True)
-TRANSPOSE_8X8 = Instruction("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "r", "r", warp=True)
-transpose_8x8 = function(TRANSPOSE_8X8)  # of 16-bit elements: lane 4g + t has (g, 2t) and (g, 2t + 1)
-lane_value = function(SHUFFLE_INDEX)
+lane_value = function(collective("shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;", "r", "rr"))
+# of 16-bit elements: lane 4g + t has (g, 2t) and (g, 2t + 1)
+transpose_8x8 = function(Instruction("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "r", "r", warp=True))
 lane_value_i64 = function(
-    Instruction(
+    collective(
         "{.reg .b32 low, high; mov.b64 {low, high}, $1; shfl.sync.idx.b32 low, low, $2, 0x1f, 0xffffffff; "
         "shfl.sync.idx.b32 high, high, $2, 0x1f, 0xffffffff; mov.b64 $0, {low, high};}",
         "l",
         "lr",
-        effect=True,
-        warp=True,
     )
 )
 count_lanes = function(
-    Instruction(
+    collective(
         "{.reg .pred p; .reg .b32 x; setp.ne.s32 p, $1, 0; vote.sync.ballot.b32 x, p, 0xffffffff; popc.b32 $0, x;}",
         "r",
         "r",
-        effect=True,
-        warp=True,
     )
 )
-sync_warp = function(Instruction("bar.warp.sync 0xffffffff;", effect=True, warp=True))
-sync_cta = function(Instruction("bar.sync 0;", effect=True, warp=True))
+sync_warp = function(collective("bar.warp.sync 0xffffffff;"))
+sync_cta = function(collective("bar.sync 0;"))
 # 1 if any thread of the CTA passes a number other than 0; a barrier too
 any_of_cta = function(
-    Instruction(
-        "{.reg .pred p, q; setp.ne.s32 p, $1, 0; bar.red.or.pred q, 0, p; selp.s32 $0, 1, 0, q;}",
-        "r",
-        "r",
-        effect=True,
-        warp=True,
-    )
+    collective("{.reg .pred p, q; setp.ne.s32 p, $1, 0; bar.red.or.pred q, 0, p; selp.s32 $0, 1, 0, q;}", "r", "r")
 )
 
 # ---- programmatic dependent launch: both do nothing in a kernel launched without it
 # Waits for the kernels before; nothing that they wrote may be read earlier, and nothing written.
-wait_for_predecessor = function(Instruction("griddepcontrol.wait;", effect=True))
+wait_for_predecessor = function(access("griddepcontrol.wait;"))
 # Lets the next kernel start as soon as there is room. To be called after the wait, so that what that kernel reads
 # before its own wait can have come from any kernel but this one.
-let_successor_start = function(Instruction("griddepcontrol.launch_dependents;", effect=True))
+let_successor_start = function(access("griddepcontrol.launch_dependents;"))
+
+
+def combine(emit: Any, x: Any, instruction: Instruction, distances: Sequence[int]) -> Any:
+    """For macros: x of lanes at these distances from each other, combined in this order."""
+    for distance in distances:
+        x = emit(instruction, x, emit(SHUFFLE_XOR, x, distance))
+    return x
 
 
 def add_lanes(emit: Any, x: Any, num_lanes: int) -> Any:
     """For macros: the sum over so many neighbouring lanes, a power of two."""
-    while num_lanes > 1:
-        num_lanes //= 2
-        x = emit(ADD_F32, x, emit(SHUFFLE_XOR, x, num_lanes))
-    return x
+    return combine(emit, x, ADD_F32, [num_lanes >> i for i in range(1, num_lanes.bit_length())])
 
 
-@macro
-def warp_sum(emit: Any, x: Any) -> Any:
-    return add_lanes(emit, x, 32)
+GROUP = (4, 8, 16)  # between the 8 lanes with the same t
+warp_sum = macro(lambda emit, x: add_lanes(emit, x, 32))
+warp_max = macro(lambda emit, x: combine(emit, x, MAX_F32, (16, 8, 4, 2, 1)))
+group_sum = macro(lambda emit, x: combine(emit, x, ADD_F32, GROUP))
+group_max = macro(lambda emit, x: combine(emit, x, MAX_F32, GROUP))
 
 
-@macro
-def warp_max(emit: Any, x: Any) -> Any:
-    for lanes in (16, 8, 4, 2, 1):
-        x = emit(MAX_F32, x, emit(SHUFFLE_XOR, x, lanes))
-    return x
-
-
-@macro
-def group_sum(emit: Any, x: Any) -> Any:
-    """Over the 8 lanes with the same t."""
-    for lanes in (4, 8, 16):
-        x = emit(ADD_F32, x, emit(SHUFFLE_XOR, x, lanes))
-    return x
-
-
-@macro
-def group_max(emit: Any, x: Any) -> Any:
-    for lanes in (4, 8, 16):
-        x = emit(MAX_F32, x, emit(SHUFFLE_XOR, x, lanes))
-    return x
-
-
-@macro
-def prefix_sum(emit: Any, x: Any) -> Any:
+def _prefix_sum(add: Instruction) -> Any:
     """Of the lanes up to and including this one."""
-    for lanes in (1, 2, 4, 8, 16):
-        x = emit(ADD_SHUFFLED_UP, x, lanes)
-    return x
+    return macro(lambda emit, x: reduce(partial(emit, add), (1, 2, 4, 8, 16), x))
 
 
-@macro
-def prefix_sum_i64(emit: Any, x: Any) -> Any:
-    for lanes in (1, 2, 4, 8, 16):
-        x = emit(ADD_SHUFFLED_UP_I64, x, lanes)
-    return x
+prefix_sum, prefix_sum_i64 = _prefix_sum(ADD_SHUFFLED_UP), _prefix_sum(ADD_SHUFFLED_UP_I64)
 
 
 def zeros(count: int) -> Any:
     """A function that returns `count` float32 registers of 0."""
+    return macro(lambda _emit: [0.0] * count)
 
-    @macro
-    def make(_emit: Any) -> Any:
-        return [0.0] * count
 
-    return make
+def values_of(emit: Any, dtype: str, registers: Sequence[Any]) -> list[Any]:
+    """For macros: the elements of registers, as float32; dtype as in NAMES_OF_LOGITS."""
+    if dtype == "f32":
+        return [emit(F32_OF_BITS, register) for register in registers]
+    return [x for register in registers for x in emit(UNPACK[dtype], register)]

@@ -1,18 +1,19 @@
 """One decoder for Llama, Qwen2 (biases on QKV) and Qwen3 (norms on Q and K); inference only.
 
-Owns the weights and the order of the operations; the operations come from `nanopd.cpu` or `nanopd.cuda`, the KV
+Owns the weights and the order of the operations; the operations come from `nanopd.cpu.ops` or `nanopd.cuda`, the KV
 storage from the caller. Knows nothing of sequences. The caller sets `torch.inference_mode()`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanopd import cpu
 from nanopd.config import ModelConfig
+from nanopd.cpu import ops
 from nanopd.models.batch import InputBatch
 from nanopd.models.layers import DecoderWeights, LayerWeights
 from nanopd.models.rope import cos_sin_table
@@ -26,7 +27,8 @@ class Decoder:
         self.weights = weights
         self.device = weights.embedding.device
         self.cos_sin = cos_sin_table(config, max_model_len).to(self.device)  # [max_model_len, head_dim] float32
-        self.ops: Any = cpu  # or an object with the same functions, for another device
+        self.ops: Any = ops  # or an object with the same functions, for another device
+        self.between_layers: Callable[[], object] = lambda: None  # called while a step is made
 
     def forward(self, batch: InputBatch, kv: Tensor) -> Tensor:
         """Computes the step's tokens, stores their K and V, and returns the wanted logits.
@@ -47,6 +49,7 @@ class Decoder:
         ops.begin_step(batch.decode_seq_lens, batch.slot_mapping, is_decode_only=not batch.prefill_rows)
         x = ops.embedding(batch.token_ids, weights.embedding)  # [T, hidden], the residual stream
         for index, layer in enumerate(weights.layers):
+            self.between_layers()
             ops.add_linear(self._attention(x, layer, index, batch, kv), layer.o_proj, x)
             gated = ops.norm_gated_linear(x, layer.post_attention_norm, eps, layer.gate_up)  # [T, intermediate]
             ops.add_linear(gated, layer.down, x)

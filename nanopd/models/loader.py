@@ -7,7 +7,8 @@ preallocated weights. Knows directories and tensor names, neither configurations
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -40,27 +41,18 @@ def load_model(
     """
     weights = allocate(config, device)
     tensors = checkpoint_tensors(config, weights)
-    progress = _Progress(sum(tensor.nbytes for tensor in tensors.values()), on_progress)
+    total_bytes = sum(tensor.nbytes for tensor in tensors.values())
     if load_format == "dummy":
-        _fill_randomly(tensors, seed, progress)
+        filled = _filled_randomly(tensors, seed)
     else:
-        _fill_from_files(tensors, _safetensors_files(path), progress, tied=config.tie_word_embeddings)
+        filled = _filled_from_files(tensors, _safetensors_files(path), tied=config.tie_word_embeddings)
+    for done_bytes in accumulate(tensor.nbytes for tensor in filled):
+        if on_progress is not None:
+            on_progress(done_bytes, total_bytes)
     return Decoder(config, weights, max_model_len)
 
 
-class _Progress:
-    def __init__(self, total_bytes: int, report: Progress | None) -> None:
-        self.total_bytes = total_bytes
-        self.done_bytes = 0
-        self.report = report
-
-    def add(self, num_bytes: int) -> None:
-        self.done_bytes += num_bytes
-        if self.report:
-            self.report(self.done_bytes, self.total_bytes)
-
-
-def _fill_randomly(tensors: dict[str, Tensor], seed: int, progress: _Progress) -> None:
+def _filled_randomly(tensors: dict[str, Tensor], seed: int) -> Iterator[Tensor]:
     """Norms are one, all else is normal; the same on every worker with a device of the same kind."""
     device = next(iter(tensors.values())).device
     generator = torch.Generator(device).manual_seed(seed)
@@ -69,7 +61,7 @@ def _fill_randomly(tensors: dict[str, Tensor], seed: int, progress: _Progress) -
             tensor.fill_(1.0)
         else:
             tensor.normal_(0.0, DUMMY_STD, generator=generator)
-        progress.add(tensor.nbytes)
+        yield tensor
 
 
 def _safetensors_files(path: Path) -> list[Path]:
@@ -85,15 +77,16 @@ def _safetensors_files(path: Path) -> list[Path]:
     return [path / name for name in names]
 
 
-def _fill_from_files(tensors: dict[str, Tensor], files: Iterable[Path], progress: _Progress, *, tied: bool) -> None:
+def _filled_from_files(tensors: dict[str, Tensor], files: Iterable[Path], *, tied: bool) -> Iterator[Tensor]:
     missing = dict(tensors)
     unexpected: list[str] = []
     for file in files:
         with safe_open(file, framework="pt") as checkpoint:
             for name in checkpoint.keys():  # noqa: SIM118 (not a dict)
                 if name in missing:
-                    _copy(name, checkpoint.get_tensor(name), missing[name])
-                    progress.add(missing.pop(name).nbytes)
+                    target = missing.pop(name)
+                    _copy(name, checkpoint.get_tensor(name), target)
+                    yield target
                 elif not _is_redundant(name, tied):
                     unexpected.append(name)
     if missing:

@@ -45,7 +45,6 @@ class Adjustments:
     def __init__(self, max_slots: int, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
         self._upload = Uploader(device, MAX_STEPS_IN_FLIGHT + 1)
-        self._concerned = np.zeros(max_slots, np.bool_)
         self._records = np.zeros(max_slots, ADJUSTMENT)
         self._tables = _Tables(-(-vocab_size // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, device)
         self._words: dict[int, np.ndarray] = {}  # of a slot: [num_words, MAX_BAD_WORD_TOKENS] int64, -1 in front
@@ -55,17 +54,16 @@ class Adjustments:
 
     def concern(self, slots: np.ndarray) -> bool:
         """Whether any of the rows' logits are to be changed; slots [num_rows] int64."""
-        return bool(self._concerned[slots].any())
+        return bool(self._records["row"][slots].any())
 
     def enter(self, slot: int, extras: SlotExtras | None) -> None:
         """A sequence enters a slot; what the last one had there is forgotten."""
-        if self._concerned[slot]:
-            self._tables.give_back(int(self._records["row"][slot]))
+        if row := int(self._records["row"][slot]):
+            self._tables.free.append(row)
             self._words.pop(slot, None)
             self._processing.pop(slot, None)
             self._records[slot] = 0
-        self._concerned[slot] = is_concerned = extras is not None and bool(extras.changes_logits)
-        if extras is None or not is_concerned:
+        if extras is None or not extras.changes_logits:
             return
         words = extras.bad_words.reshape(-1, MAX_BAD_WORD_TOKENS).astype(np.int64)
         is_long = words[:, -2] >= 0
@@ -75,22 +73,16 @@ class Adjustments:
         self._records[slot] = row, presence, frequency, repetition, 1 / repetition, 0
         if is_long.any():
             self._words[slot] = words[is_long]
-            recent = np.full(self._recent.shape[1], -1)
-            tail = generated[-len(recent) :]
-            recent[len(recent) - len(tail) :] = tail
+            num_recent = self._recent.shape[1]
+            recent = np.concatenate((np.full(num_recent, -1), generated))[-num_recent:]
             self._recent[slot].copy_(upload_once(recent, self._recent.device))
         if len(extras.processors):
             self._processing[slot] = _Processing(extras.processors.tobytes(), generated.tolist())
 
     def apply(self, logits: Tensor, slots: np.ndarray) -> Tensor:
-        """The rows' logits, changed.
+        """The rows' logits, changed: float32, contiguous.
 
-        Args:
-            logits: [num_rows, vocab_size], float32 or a 16-bit type, contiguous; left as they are
-            slots: [num_rows] int64
-
-        Returns:
-            [num_rows, vocab_size] float32, contiguous
+        logits [num_rows, vocab_size], float32 or a 16-bit type, contiguous, stay as they are; slots [num_rows] int64
         """
         logits = self._processed(logits, slots)
         records, tables = self._records[slots], self._tables
@@ -103,10 +95,6 @@ class Adjustments:
             logits = adjust_logits(logits, tables.counts, tables.biases, records)
         self._ban_words(logits, slots)
         return logits
-
-    def warm_up(self, logits: Tensor) -> Tensor:
-        """Kernels compile and load; arguments and result as for `apply`, all of slot 0."""
-        return self.apply(logits, np.zeros(len(logits), np.int64))
 
     def note(self, slots: np.ndarray, token_ids: Tensor) -> None:
         """What was drawn: slots [num_rows] int64; token_ids [num_rows] int64, where -1 is set for rows that failed."""
@@ -172,17 +160,17 @@ class _Tables:
         self.width = width  # at least vocab_size
         self.counts = torch.zeros(1, width, dtype=torch.int32, device=device)  # [num_rows, width], see IN_PROMPT
         self.biases: Tensor | None = None  # [num_rows, width] float32; None: nobody has one
-        self._free: list[int] = []
+        self.free: list[int] = []  # rows
         self._one = torch.ones(1, dtype=torch.int32, device=device)
 
     def take(self, extras: SlotExtras, banned: np.ndarray) -> int:
         """A row for a sequence; banned [*] int64 token ids."""
-        if not self._free:
+        if not self.free:
             num_rows = len(self.counts)
             self.counts = torch.cat((self.counts, torch.zeros_like(self.counts)))
             self.biases = None if self.biases is None else torch.cat((self.biases, torch.zeros_like(self.biases)))
-            self._free = list(range(num_rows, 2 * num_rows))
-        row, device = self._free.pop(), self.counts.device
+            self.free = list(range(num_rows, 2 * num_rows))
+        row, device = self.free.pop(), self.counts.device
         prompt, generated = np.split(extras.token_ids.astype(np.int64), [extras.num_prompt_tokens])
         self.counts[row].zero_().index_fill_(0, upload_once(prompt, device), IN_PROMPT)
         self.count(upload_once(generated + row * self.width, device))
@@ -202,9 +190,6 @@ class _Tables:
         ids = upload_once(extras.biases["token_id"].astype(np.int64), device)
         biases.index_add_(0, ids, upload_once(extras.biases["bias"].copy(), device))
         biases.index_fill_(0, upload_once(banned, device), -torch.inf)
-
-    def give_back(self, row: int) -> None:
-        self._free.append(row)
 
     def count(self, cells: Tensor) -> None:
         """One more of each; cells [*] int64, row * width + token id."""
@@ -228,18 +213,13 @@ class _Processing:
         return logits
 
 
-def adjust_logits(logits: Tensor, counts: Tensor, biases: Tensor | None, records: np.ndarray) -> Tensor:
-    """Biases and penalties.
-
-    Args:
-        logits: [num_rows, vocab_size] float32 or a 16-bit type
-        counts: [num_table_rows, >= vocab_size] int32
-        biases: the same shape, float32
-        records: [num_rows] ADJUSTMENT
-
-    Returns:
-        [num_rows, vocab_size] float32
-    """
+def adjust_logits(
+    logits: Tensor,  # [num_rows, vocab_size] float32 or a 16-bit type
+    counts: Tensor,  # [num_table_rows, >= vocab_size] int32
+    biases: Tensor | None,  # the same shape, float32
+    records: np.ndarray,  # [num_rows] ADJUSTMENT
+) -> Tensor:
+    """Biases and penalties: [num_rows, vocab_size] float32."""
     rows, vocab_size = torch.from_numpy(records["row"].astype(np.int64)), logits.shape[1]
     names = ("presence", "frequency", "repetition", "inverse")
     presence, frequency, repetition, inverse = (torch.from_numpy(records[name].copy())[:, None] for name in names)

@@ -62,10 +62,10 @@ class TokenLogprobs(NamedTuple):
 
 
 def joined(parts: list[TokenLogprobs]) -> TokenLogprobs:
-    if len(parts) == 1:
-        return parts[0]
+    if not parts:
+        return TokenLogprobs(np.empty(0, np.int32), torch.empty(0, dtype=torch.int32), torch.empty(0))
     rows, ids, values = zip(*parts, strict=True)
-    return TokenLogprobs(np.concatenate(rows), torch.cat(ids), torch.cat(values))
+    return TokenLogprobs(np.concatenate(rows), torch.cat(ids), torch.cat(values)) if len(parts) > 1 else parts[0]
 
 
 class PromptTargets(NamedTuple):
@@ -93,35 +93,29 @@ class Sampler:
         """They hold from when a sequence enters their slot, which is in the next step."""
         self._arrived[extras.slot] = deepcopy(extras)  # the message's memory is used again
 
-    def apply(self, slot_inits: np.ndarray, stop_ids: np.ndarray) -> None:
-        """Take over the parameters of sequences that enter slots.
-
-        Args:
-            slot_inits: [*] SLOT_INIT
-            stop_ids: [sum of num_stop_ids] int32, the records' stop ids one after another
-        """
+    def apply(
+        self,
+        slot_inits: np.ndarray,  # [*] SLOT_INIT
+        stop_ids: np.ndarray,  # [sum of num_stop_ids] int32, the records' stop ids one after another
+    ) -> None:
+        """Take over the parameters of sequences that enter slots."""
         self._slots[slot_inits["slot"]] = slot_inits
         ends = np.cumsum(slot_inits["num_stop_ids"])
         for slot, ids in zip(slot_inits["slot"].tolist(), np.split(stop_ids, ends[:-1]), strict=False):
             self._stop_ids[slot] = ids.copy()  # the message's memory is used again
-        for slot in slot_inits["slot"].tolist():
             extras = self._arrived.pop(slot, None)
             self._adjustments.enter(slot, extras)
             self._prompts.pop(slot, None)
             if extras is not None and extras.num_prompt_logprobs >= 0:
                 self._prompts[slot] = extras
 
-    def sample(self, logits: Tensor, slots: np.ndarray, positions: np.ndarray) -> Tensor:
-        """The next token of every row.
-
-        Args:
-            logits: [num_rows, vocab_size], float32 or a 16-bit type, contiguous; left as they are
-            slots: [num_rows] int64
-            positions: [num_rows] int64, index in its sequence, prompt included, of the token to choose
-
-        Returns:
-            [num_rows] int64, on the logits' device; -1 where a user's function has failed
-        """
+    def sample(
+        self,
+        logits: Tensor,  # [num_rows, vocab_size], float32 or a 16-bit type, contiguous; left as they are
+        slots: np.ndarray,  # [num_rows] int64
+        positions: np.ndarray,  # [num_rows] int64, index in its sequence, prompt included, of the token to choose
+    ) -> Tensor:
+        """The next token of every row, [num_rows] int64; -1 where a user's function has failed."""
         if not self._adjustments.concern(slots):
             return self._draw(logits, slots, positions)
         token_ids = self._draw(self._adjustments.apply(logits, slots), slots, positions)
@@ -132,7 +126,7 @@ class Sampler:
         """Kernels compile and load: those that most requests need, and those of `take_extras`."""
         zeros = np.zeros(len(logits), np.int64)
         self.sample(logits, zeros, zeros)
-        self._draw(self._adjustments.warm_up(logits), zeros, zeros)
+        self._draw(self._adjustments.apply(logits, zeros), zeros, zeros)
 
     def take_errors(self) -> np.ndarray:
         """Why rows of the last `sample` have -1, as text: [*] uint8."""
@@ -153,49 +147,42 @@ class Sampler:
             token_ids[row] = draw_token(logits[row].float(), *draws[row].item()[:-1])
         return token_ids
 
-    def logprobs(self, logits: Tensor, slots: np.ndarray, token_ids: Tensor) -> TokenLogprobs:
-        """Log-softmax of the logits as the model gave them, for the rows whose slots ask for it.
+    def logprobs(self, logits: Tensor, slots: np.ndarray, token_ids: Tensor) -> list[TokenLogprobs]:
+        """Log-softmax of the logits as the model gave them, for the rows whose slots ask for it, if there are any.
 
-        Args:
-            logits: [num_rows, vocab_size], as for `sample`
-            slots: [num_rows] int64
-            token_ids: [num_rows] int64, the chosen tokens
+        logits and slots as for `sample`; token_ids [num_rows] int64, the chosen tokens.
         """
         num_logprobs = self._slots["num_logprobs"][slots].astype(np.int64)
         host_rows = np.flatnonzero(num_logprobs >= 0)
         if not len(host_rows):
-            nothing = torch.empty(0, device=logits.device)
-            return TokenLogprobs(host_rows.astype(np.int32), nothing.int(), nothing)
+            return []
         rows, wanted = self._upload([host_rows, num_logprobs[host_rows]])
         if len(rows) < len(logits):
             logits, token_ids = logits.index_select(0, rows), token_ids.index_select(0, rows)
         ids, values = token_logprobs(logits, token_ids, wanted, int(num_logprobs.max(initial=0)))
-        return TokenLogprobs(host_rows.astype(np.int32), ids, values)
+        return [TokenLogprobs(host_rows.astype(np.int32), ids, values)]
 
     def prompt_targets(self, slots: np.ndarray, positions: np.ndarray) -> PromptTargets | None:
         """Which logits of a step's tokens (slots, positions [T] int64) are asked for beside those to sample from."""
         parts = []
-        for slot in np.unique(slots).tolist() if self._prompts else ():
-            if (extras := self._prompts.get(slot)) is not None:
-                indices = np.flatnonzero((slots == slot) & (positions + 1 < extras.num_prompt_tokens))
-                if not len(indices):
-                    continue
-                following = extras.token_ids[positions[indices] + 1].astype(np.int64)
-                wanted = np.full(len(indices), extras.num_prompt_logprobs)
-                parts.append((indices, following, wanted, np.full(len(indices), slot)))
-        return PromptTargets(*map(np.concatenate, zip(*parts))) if parts else None
+        for slot, extras in self._prompts.items():
+            indices = np.flatnonzero((slots == slot) & (positions + 1 < extras.num_prompt_tokens))
+            following = extras.token_ids[positions[indices] + 1].astype(np.int64)
+            wanted = np.full(len(indices), extras.num_prompt_logprobs)
+            parts.append((indices, following, wanted, np.full(len(indices), slot)))
+        targets = PromptTargets(*map(np.concatenate, zip(*parts))) if parts else None
+        return targets if targets and len(targets.slots) else None
 
     def is_plain_argmax(self, slots: np.ndarray, positions: np.ndarray) -> bool:
         """Whether `sample` would choose the largest logit in every row; arguments as for `sample`."""
         if self._adjustments.concern(slots):
             return False
         params = self._slots[slots]
-        is_masked = (positions < params["min_len"]) & (params["num_stop_ids"] > 0)
-        return not bool((is_masked | (params["temperature"] >= GREEDY_BELOW)).any())
+        return not bool((_is_masked(params, positions) | (params["temperature"] >= GREEDY_BELOW)).any())
 
     def _mask_stop_ids(self, logits: Tensor, params: np.ndarray, positions: np.ndarray) -> Tensor:
         """The logits, with -inf at the stop ids of rows that are still below their min_len."""
-        rows = np.flatnonzero((positions < params["min_len"]) & (params["num_stop_ids"] > 0))
+        rows = np.flatnonzero(_is_masked(params, positions))
         if len(rows) == 0:
             return logits
         ids = np.concatenate([self._stop_ids[slot] for slot in params["slot"][rows]])
@@ -203,15 +190,18 @@ class Sampler:
         return logits.flatten().index_fill(0, index, -torch.inf).view_as(logits)
 
 
-def token_logprobs(logits: Tensor, token_ids: Tensor, wanted: Tensor, num_best: int) -> tuple[Tensor, Tensor]:
-    """Ids and values of `TokenLogprobs`.
+def _is_masked(params: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Whether rows must not stop yet: params [num_rows] SLOT_INIT, positions [num_rows] int64 -> [num_rows] bool."""
+    return (positions < params["min_len"]) & (params["num_stop_ids"] > 0)
 
-    Args:
-        logits: [num_rows, vocab_size] float32 or a 16-bit type
-        token_ids: [num_rows] int64
-        wanted: [num_rows] int64, how many best tokens
-        num_best: the largest of `wanted`
-    """
+
+def token_logprobs(
+    logits: Tensor,  # [num_rows, vocab_size] float32 or a 16-bit type
+    token_ids: Tensor,  # [num_rows] int64
+    wanted: Tensor,  # [num_rows] int64, how many best tokens
+    num_best: int,  # the largest of `wanted`
+) -> tuple[Tensor, Tensor]:
+    """Ids and values of `TokenLogprobs`."""
     num_best = min(num_best, logits.shape[1])
     ids = torch.full((len(logits), 1 + MAX_LOGPROBS), -1, dtype=torch.int64, device=logits.device)
     values = torch.full(ids.shape, -torch.inf, device=logits.device)
@@ -237,15 +227,7 @@ def best_tokens(logits: Tensor, count: int) -> Tensor:
 
 
 def draws_of(params: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """What the rows' tokens are drawn by.
-
-    Args:
-        params: [num_rows] SLOT_INIT
-        positions: [num_rows] int64
-
-    Returns:
-        [num_rows] DRAW
-    """
+    """What rows are drawn by: params [num_rows] SLOT_INIT, positions [num_rows] int64 -> [num_rows] DRAW."""
     draws = np.zeros(len(params), DRAW)
     is_random = params["temperature"] >= GREEDY_BELOW
     draws["uniform"] = random_numbers(params["seed"], positions)
@@ -265,9 +247,7 @@ def fixed_point(likelihood: Tensor) -> Tensor:
 def draw_token(logits: Tensor, uniform: int, top_p: int, top_k: int, scale: float, min_p: float = 0.0) -> int:
     """The token at which the cumulative distribution, in the order of the vocabulary, passes `uniform`.
 
-    Args:
-        logits: [vocab_size] float32
-        uniform, top_p, top_k, scale, min_p: fields of a DRAW
+    logits [vocab_size] float32; the others are the fields of a DRAW.
     """
     likelihood = ((logits - logits.max()) * scale).exp2_().nan_to_num_(1.0)  # what is no number may be drawn
     cdf = kept_weights(likelihood, top_k, top_p, min_p).numpy().cumsum()
@@ -278,16 +258,8 @@ def kept_weights(likelihood: Tensor, top_k: int, top_p: int, min_p: float = 0.0)
     """The weights of the tokens that min-p, then top-k, and then top-p of what they have left, keep; 0 for the others.
 
     Top-p keeps the smallest set of best tokens that reaches `top_p` of the mass. All tokens as likely as the last one
-    kept are kept, so the set does not depend on the order of ties.
-
-    Args:
-        likelihood: [vocab_size] float32, at most 1
-        top_k: 0: off
-        top_p: in multiples of 2**-64; 0: off
-        min_p: the least likelihood that is kept
-
-    Returns:
-        [vocab_size] int64
+    kept are kept, so the set does not depend on the order of ties. likelihood [vocab_size] float32, at most 1; the
+    others are fields of a DRAW. Returns [vocab_size] int64.
     """
     if min_p > 0:
         likelihood = likelihood.where(likelihood >= min_p, 0)
@@ -314,12 +286,7 @@ def _last_of_mass(likelihood: Tensor, mass: int) -> Tensor:
 def philox4x32(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
     """Philox-4x32-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 
-    Args:
-        counter: [4, n] uint64, 32-bit words
-        key: [2, n] uint64, 32-bit words
-
-    Returns:
-        [4, n] uint64, 32-bit words
+    32-bit words in uint64: counter [4, n], key [2, n] -> [4, n].
     """
     even, odd = counter[0::2], counter[1::2]
     for _ in range(PHILOX_ROUNDS):
@@ -330,15 +297,7 @@ def philox4x32(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
 
 
 def random_numbers(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """One number of 64 random bits for each (seed, position).
-
-    Args:
-        seeds: [n] uint64
-        positions: [n] int64, >= 0
-
-    Returns:
-        [n] uint64
-    """
+    """64 random bits for each (seed, position): seeds [n] uint64, positions [n] int64, >= 0 -> [n] uint64."""
     counter = np.zeros((4, len(seeds)), np.uint64)
     counter[0] = positions
     words = philox4x32(counter, np.stack((seeds & LOW_32, seeds >> SHIFT_32)))

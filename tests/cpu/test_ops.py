@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nanopd import cpu
 from nanopd.cpu import ops
 from nanopd.models import PrefillRow
 
@@ -61,11 +60,11 @@ def test_norms_and_products(dtype: torch.dtype, num_tokens: int, hidden: int) ->
     assert_close(ops.rms_norm(x, weight, 1e-5), normed)
     matrix, residual = normal(2 * hidden, hidden, dtype=dtype, seed=3), normal(num_tokens, 2 * hidden, dtype=dtype)
     product = normed.to(dtype).double() @ matrix.double().T
-    assert_close(cpu.norm_linear(x, weight, 1e-5, matrix), product)
+    assert_close(ops.norm_linear(x, weight, 1e-5, matrix), product)
     gate, up = product.to(dtype).double().chunk(2, dim=1)
-    assert_close(cpu.norm_gated_linear(x, weight, 1e-5, matrix), gate * torch.sigmoid(gate) * up)
+    assert_close(ops.norm_gated_linear(x, weight, 1e-5, matrix), gate * torch.sigmoid(gate) * up)
     expected = residual.double() + x.double() @ matrix.double().T
-    cpu.add_linear(x, matrix, residual)
+    ops.add_linear(x, matrix, residual)
     assert_close(residual, expected)
 
 
@@ -129,7 +128,7 @@ def check_decode(
     q = 2 * normal(len(lengths), group * num_kv_heads, head_dim, dtype=dtype, seed=99)
     out = torch.full_like(q, torch.nan)
     seq_lens = torch.tensor(lengths, dtype=torch.int32)
-    cpu.paged_decode_attention(q, cache.kv, LAYER, cache.block_tables, seq_lens, out)
+    ops.paged_decode_attention(q, cache.kv, LAYER, cache.block_tables, seq_lens, out)
     expected = [attention_reference(*row) for row in zip(q, cache.keys, cache.values, strict=True)]
     assert_close(out, torch.stack(expected))
 
@@ -177,7 +176,7 @@ def test_prefill_attention(
             block = int(block_table[i // block_size])
             kv[block, LAYER, :, :, i % block_size] = full.kv[block, LAYER, :, :, i % block_size]
         row = PrefillRow(0, chunk, cached, block_table)
-        out[cached:end] = cpu.prefill_attention(q[cached:end], kv, LAYER, [row])
+        out[cached:end] = ops.prefill_attention(q[cached:end], kv, LAYER, [row])
         cached = end
     keys, values = full.keys[0], full.values[0]
     expected = [attention_reference(q[i], keys[: i + 1], values[: i + 1]) for i in range(total)]
@@ -199,7 +198,7 @@ def test_rotary_and_store(
     kv = torch.full((6, NUM_LAYERS, 2, num_kv_heads, block_size, head_dim), torch.nan, dtype=dtype)
     norms = [normal(head_dim, dtype=dtype, seed=4), normal(head_dim, dtype=dtype, seed=5)] if has_norms else [None] * 2
 
-    q = cpu.rotary_and_store(qkv, positions, slots, cos_sin, kv, LAYER, *norms, 1e-6)
+    q = ops.rotary_and_store(qkv, positions, slots, cos_sin, kv, LAYER, *norms, 1e-6)
 
     heads = qkv.double().view(num_tokens, -1, head_dim).split((num_heads, num_kv_heads, num_kv_heads), dim=1)
     rotated = []
@@ -216,17 +215,40 @@ def test_rotary_and_store(
     assert kv.isnan().sum() == kv.numel() - stored.numel()  # nothing else was touched
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_what_a_gpu_takes_for_float32_agrees_with_the_kernels(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, num_heads, head_dim = make_cache([1, 33, 16], 2, 80, 16), 6, 80
+
+    def outputs(device: str) -> list[Tensor]:
+        qkv, kv, tables = normal(9, 10 * head_dim).to(device), cache.kv.to(device), cache.block_tables.to(device)
+        slots, norm = torch.arange(9, device=device), normal(head_dim).to(device)
+        stored = torch.zeros_like(kv)
+        angles = normal(9, head_dim).to(device)
+        q = ops.rotary_and_store(qkv, slots.flip(0), slots, angles, stored, LAYER, norm, None, 1e-6)
+        decoded, seq_lens = torch.empty_like(q[:3]), torch.tensor([1, 33, 16], dtype=torch.int32, device=device)
+        ops.paged_decode_attention(q[:3], kv, LAYER, tables, seq_lens, decoded)
+        rows = [PrefillRow(0, 2, 0, tables[2]), PrefillRow(2, 9, 26, tables[1])]
+        gate_up = normal(8, num_heads * head_dim).to(device)
+        mlp = ops.norm_gated_linear(q.flatten(1), norm.repeat(num_heads), 1e-6, gate_up)
+        return [q, stored, decoded, ops.prefill_attention(q, kv, LAYER, rows), mlp]
+
+    expected = outputs("cpu")
+    monkeypatch.setattr(ops, "_has_kernels", lambda x: False)
+    for got, kernels in zip(outputs(device), expected, strict=True):
+        assert_close(got.cpu(), kernels.double())
+
+
 def test_copy_blocks_reads_before_it_writes() -> None:
     kv = normal(6, NUM_LAYERS, 2, 1, 4, 8)
     before = kv.clone()
-    cpu.copy_blocks(kv, torch.tensor([1, 2, 5]), torch.tensor([2, 3, 4]))
+    ops.copy_blocks(kv, torch.tensor([1, 2, 5]), torch.tensor([2, 3, 4]))
     assert torch.equal(kv, before[[0, 1, 1, 2, 5, 5]])
 
 
 def test_embedding() -> None:
     weight = normal(11, 8)
     ids = torch.tensor([3, 0, 10, 3])
-    assert torch.equal(cpu.embedding(ids, weight), weight[ids])
+    assert torch.equal(ops.embedding(ids, weight), weight[ids])
 
 
 def test_prepare_thread_follows_torch() -> None:
@@ -235,8 +257,8 @@ def test_prepare_thread_follows_torch() -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        cpu.prepare_thread()
+        ops.prepare_thread()
         assert numba.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
-        cpu.prepare_thread()
+        ops.prepare_thread()

@@ -10,11 +10,11 @@ import pytest
 
 pytest.importorskip("numba_cuda", reason="the kernels are written with numba-cuda")
 
-from nanopd.cuda import launch
+from nanopd.cuda import adjusting, attention, blocks, elementwise, launch, sampling, warp
 from nanopd.cuda.attention import decode_kernel, plan_spec
 from nanopd.cuda.blocks import move_spec
 from nanopd.cuda.launch import Spec, assemble, compile_to_ptx, load_or_compile
-from nanopd.cuda.variants import all_variants
+from nanopd.cuda.linear import skinny_spec
 
 SHARED_LIMITS = {(8, 9): 99 * 1024, (9, 0): 227 * 1024}
 # what moves the data: bytes per access, in the instruction's own words
@@ -25,6 +25,21 @@ WIDE_ACCESS = {
     "silu_kernel": "ld.global.v4.b32",
     "move_kernel": "ld.global.v4.b32",
 }
+
+
+def all_variants(shared_limit: int) -> list[Spec]:
+    """For a device whose CTAs may have `shared_limit` bytes of shared memory."""
+    specs = [blocks.move_spec(), attention.plan_spec()]
+    for dtype in warp.NAMES_OF_LOGITS.values():
+        specs += [sampling.sampling_spec(dtype), adjusting.adjusting_spec(dtype)]
+    for dtype in warp.NAMES.values():
+        specs += [attention.decode_spec(head_dim, dtype, shared_limit) for head_dim in attention.HEAD_DIMS]
+        specs += [elementwise.rotary_spec(head_dim, dtype) for head_dim in elementwise.HEAD_DIMS]
+        specs += [elementwise.norm_spec(dtype), elementwise.silu_spec(dtype)]
+        specs += [skinny_spec(dtype, x_tiles, shared_limit) for x_tiles in (1, 2)]
+    return specs
+
+
 CASES = [(capability, spec) for capability, limit in SHARED_LIMITS.items() for spec in all_variants(limit)]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,11 +12,11 @@ from torch import Tensor
 pytest.importorskip("numba_cuda", reason="the kernels are written with numba-cuda")
 
 import references as ref
+from model_zoo import load_hf, make_tiny_model
 from references import PagedCase, error, tolerance
 
-from nanopd import cuda
+from nanopd import LLM, SamplingParams, cuda
 from nanopd.cuda import linear
-from nanopd.cuda.attention import gathered_attention
 from nanopd.cuda.sampling import draw_tokens
 from nanopd.cuda.warp import NAMES
 from nanopd.messages import SLOT_INIT
@@ -77,18 +79,22 @@ def test_attention_for_shapes_of_a_batch(seq_lens: list[int]) -> None:
     check_attention(case, torch.bfloat16)
 
 
-@pytest.mark.parametrize(("head_dim", "block_size"), [(96, 16), (128, 24), (32, 8)])
-def test_attention_for_other_sizes(head_dim: int, block_size: int) -> None:
-    case = PagedCase.make(np.random.default_rng(2), [1, 30, 100], 2, 2, head_dim, block_size, "bf16", 2)
-    check_attention(case, torch.bfloat16)
-
-
-def test_gathered_attention_agrees() -> None:
-    case = PagedCase.make(np.random.default_rng(3), [3, 30, 100], 2, 2, 128, 16, "f16", 3)
-    q, kv = on_gpu(case.q, torch.float16), on_gpu(case.kv, torch.float16)
-    out = torch.empty_like(q)
-    gathered_attention(q, kv, case.layer, on_gpu(case.block_tables), on_gpu(case.seq_lens), out)
-    assert error(as_numpy(out), case.attention()) < tolerance("f16")
+@pytest.mark.parametrize(
+    ("dtype", "block_size", "head_dim"), [("float32", 16, 64), ("bfloat16", 24, 64), ("float16", 16, 96)]
+)
+def test_a_model_without_kernels(dtype: str, block_size: int, head_dim: int, tmp_path: Path) -> None:
+    """Each chosen token is the best one of transformers, or nearly."""
+    path = make_tiny_model(tmp_path, "qwen3", num_heads=4, num_kv_heads=2, head_dim=head_dim)
+    prompts = [np.random.default_rng(n).integers(4, 512, n).tolist() for n in (1, 17, 100)]
+    keys = {"dtype": dtype, "block_size": block_size, "num_blocks": 100, "max_num_batched_tokens": 64}
+    with LLM(str(path), workers=[{"device": "cuda:0"}], **keys) as llm:
+        outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True), use_tqdm=False)
+    for prompt, output in zip(prompts, outputs):
+        chosen = output.outputs[0].token_ids
+        with torch.no_grad():
+            logits = load_hf(path)(torch.tensor([prompt + chosen])).logits[0, len(prompt) - 1 : -1].float()
+        gap = logits.max(-1).values - logits.gather(-1, torch.tensor(chosen)[:, None])[:, 0]
+        assert (gap / logits.std(-1)).max() < (1e-4 if dtype == "float32" else 0.1)
 
 
 def test_one_captured_graph_serves_any_lengths() -> None:
@@ -163,7 +169,7 @@ def test_silu_and_mul(dtype: torch.dtype, shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("num_tokens", [1, 71, 1001])
 def test_rotary_and_store(dtype: torch.dtype, head_dim: int, norm: bool, num_tokens: int) -> None:

@@ -17,7 +17,7 @@ pytest.importorskip("numba_cuda", reason="the package's kernels are written with
 from references import PagedCase, error, random, tolerance
 
 from nanopd.cuda import prefill
-from nanopd.cuda.prefill import Backends, PrefillAttention, attention_of_any_type
+from nanopd.cuda.prefill import Backends, PrefillAttention
 from nanopd.models import PrefillRow
 
 NUM_KV_HEADS, GROUP, BLOCK_SIZE = 2, 3, 4
@@ -26,6 +26,20 @@ DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 
 def dense_attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
+
+
+def attention_of_any_type(q: Tensor, keys: Tensor, values: Tensor, packed: prefill.Packed) -> Tensor:
+    """As `prefill.flash_attention`, segment by segment."""
+    out, q_end, k_end = torch.empty_like(q), 0, 0
+    for q_len, k_len in zip(packed.q_lens, packed.k_lens, strict=True):
+        q_end, k_end = q_end + q_len, k_end + k_len
+        tokens, places = slice(q_end - q_len, q_end), slice(k_end - k_len, k_end)
+        if k_len:
+            mask = torch.ones(q_len, k_len, dtype=torch.bool, device=q.device).tril(k_len - q_len)
+            heads, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q[tokens], keys[places], values[places]))
+            y = torch.nn.functional.scaled_dot_product_attention(heads, k, v, attn_mask=mask, enable_gqa=True)
+            out[tokens] = y[0].transpose(0, 1)
+    return out
 
 
 class Step:
@@ -65,7 +79,7 @@ CHUNKS = st.tuples(st.integers(1, 20), st.integers(0, 9) | st.just(0))
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 3), st.lists(CHUNKS, min_size=1, max_size=4), st.sampled_from([6, 8]), st.booleans())
+@given(st.integers(0, 3), st.lists(CHUNKS, min_size=1, max_size=4), st.sampled_from([4, 8]), st.booleans())
 def test_rows_of_any_lengths(
     num_decode_rows: int, chunks: list[tuple[int, int]], head_dim: int, has_dense: bool
 ) -> None:
@@ -124,10 +138,6 @@ def test_which_tokens_are_dense(
     assert packed == ([num_packed] * 4 if num_packed else [])
 
 
-def test_no_backend_is_measured_without_a_gpu() -> None:
-    assert prefill.fastest_backends(torch.zeros(1, 6, 64, dtype=torch.bfloat16), 2).dense is None
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -146,8 +156,3 @@ def test_on_a_gpu(num_decode_rows: int, chunks: list[tuple[int, int]], head_dim:
     step = Step(num_decode_rows, chunks, head_dim, dtype)
     for backends in (None, Backends(prefill.flash_attention, None)):
         step.check(backends, DTYPES[dtype], "cuda", tolerance(dtype), every=29)
-
-
-@pytest.mark.gpu
-def test_float32_on_a_gpu() -> None:
-    Step(1, [(70, 30), (200, 0)], 64).check(None, torch.float32, "cuda", 1e-3)

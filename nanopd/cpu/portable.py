@@ -1,6 +1,6 @@
-"""The operations for bfloat16 and float16 on the CPU, in torch: right, not fast. Signatures as in `nanopd.cpu.ops`.
+"""The operations in torch, for any device and type: right, not fast. Signatures as in `nanopd.cpu.ops`.
 
-Sums, norms, rotation and softmax are computed in float32 and rounded once.
+Sums, norms, rotation and softmax are computed in float32 and rounded once. Nothing waits for a GPU.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
     """gate_up [T, 2 * size] -> [T, size]."""
-    gate, up = gate_up.chunk(2, dim=1)
-    return F.silu(gate) * up
+    gate, up = gate_up.float().chunk(2, dim=1)
+    return (F.silu(gate) * up).to(gate_up.dtype)
 
 
 def rotary_and_store(
@@ -37,8 +37,7 @@ def rotary_and_store(
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
     heads = qkv.view(qkv.shape[0], -1, head_dim).split((num_heads, num_kv_heads, num_kv_heads), dim=1)
     angles = cos_sin.index_select(0, positions)
-    q = _rotate(heads[0] if q_norm is None else rms_norm(heads[0], q_norm, eps), angles)
-    k = _rotate(heads[1] if k_norm is None else rms_norm(heads[1], k_norm, eps), angles)
+    q, k = (_rotate(x if norm is None else rms_norm(x, norm, eps), angles) for x, norm in zip(heads, (q_norm, k_norm)))
     blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
     layer_kv = kv[:, layer]
     layer_kv[blocks, 0, :, offsets] = k
@@ -61,11 +60,21 @@ def paged_attention(
     context_lens: Tensor,  # [T]
     out: Tensor,  # [T, num_heads, head_dim]
 ) -> None:
-    """One token after the other, over the K and V gathered from its blocks."""
-    num_kv_heads, block_size, head_dim = kv.shape[3:]
-    for t, context_len in enumerate(context_lens.tolist()):
-        block_table = block_tables[t % block_tables.shape[0], : -(-context_len // block_size)]
-        blocks = kv[block_table.long(), layer].float()  # [blocks, 2, num_kv_heads, block_size, head_dim]
-        keys, values = blocks.permute(1, 2, 0, 3, 4).reshape(2, num_kv_heads, -1, head_dim)[:, :, :context_len]
-        grouped = q[t].float().view(num_kv_heads, -1, head_dim)
-        out[t] = F.scaled_dot_product_attention(grouped, keys, values).reshape(-1, head_dim).to(q.dtype)
+    """Gathers what the tables name, and masks: on a GPU all of it at once, as the lengths are not known here."""
+    num_rows, num_kv_heads, block_size, head_dim = len(block_tables), *kv.shape[3:]
+    if not q.is_cuda and num_rows > 1:
+        rows = zip(*(tensor.split(1) for tensor in (q, block_tables, context_lens, out)), strict=True)
+        for one_q, table, context_len, one_out in rows:
+            paged_attention(one_q, kv, layer, table, context_len, one_out)
+        return
+    if not q.is_cuda:
+        block_tables = block_tables[:, : -(-int(context_lens.max()) // block_size)]
+    blocks = kv[block_tables.long(), layer]  # [num_rows, max_blocks, 2, num_kv_heads, block_size, head_dim]
+    keys, values = blocks.permute(2, 0, 3, 1, 4, 5).reshape(2, num_rows, num_kv_heads, -1, head_dim)
+    # [num_rows, queries, keys]
+    seen = torch.arange(keys.shape[2], device=q.device) < context_lens.view(num_rows, -1, 1)
+    # what no query sees may be no numbers, and 0 * nan is nan
+    keys, values = (x.masked_fill(~seen.any(1)[:, None, :, None], 0) for x in (keys, values))
+    heads = q.view(num_rows, -1, *q.shape[1:]).transpose(1, 2)
+    y = F.scaled_dot_product_attention(heads, keys, values, attn_mask=seen[:, None], enable_gqa=True)
+    out.copy_(y.transpose(1, 2).reshape(out.shape))
