@@ -291,25 +291,25 @@ def _report(llm: LLM, explained: Iterable[Row] = ()) -> None:
 
     Before them what was predicted of `explained` answers; after them what the cost model had to be corrected by.
     """
-    stats = llm.stats()
-    decisions = [_explained_cells(row) for row in explained if "decision" in row]
-    if decisions:
-        print(format_table(EXPLAINED_COLUMNS, decisions), "", sep="\n", file=sys.stderr)
+    stats, tables = llm.stats(), []
+    if decisions := [_explained_cells(row) for row in explained if "decision" in row]:
+        tables.append(format_table(EXPLAINED_COLUMNS, decisions))
     routes = [_route_cells(str(route or "no route"), summary) for route, summary in by_route(stats.logs).items()]
+    whole = summarize(stats.logs)
     if len(routes) > 1:
-        routes.append(_route_cells("all", summarize(stats.logs)))
+        routes.append(_route_cells("all", whole))
     workers = [
         (number, worker.device, role.value, blocks.peak, blocks.used, blocks.total)
         for number, (worker, role, blocks) in enumerate(zip(llm.config.workers, stats.roles, stats.blocks))
     ]
     if routes:
-        print(format_table(ROUTE_COLUMNS, routes), "", format_table(WORKER_COLUMNS, workers), sep="\n", file=sys.stderr)
-    if num_drafts := (whole := summarize(stats.logs)).num_draft_tokens:
-        print("", f"drafts: {whole.num_accepted_tokens} of {num_drafts} accepted", sep="\n", file=sys.stderr)
+        tables += [format_table(ROUTE_COLUMNS, routes), format_table(WORKER_COLUMNS, workers)]
+    if whole.num_draft_tokens:
+        tables.append(f"drafts: {whole.num_accepted_tokens} of {whole.num_draft_tokens} accepted")
     if routes and stats.drift:
-        print(
-            "", format_table(("cost model of", "measured / predicted"), stats.drift.items()), sep="\n", file=sys.stderr
-        )
+        tables.append(format_table(("cost model of", "measured / predicted"), stats.drift.items()))
+    if tables:
+        print(*tables, sep="\n\n", file=sys.stderr)
 
 
 def _explained_cells(row: Row) -> list[object]:

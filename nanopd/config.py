@@ -8,11 +8,10 @@ Knows no tensors and no processes; reading YAML is the only file access.
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,13 @@ import yaml
 
 from nanopd.config_files import find_config
 from nanopd.errors import ConfigError
-from nanopd.messages import Role, Route, TransferPath
+from nanopd.messages import SEED, Role, Route, TransferPath
+from nanopd.rules import TRUE_OR_FALSE, Rule, check, integer, number, one_of, optional, positive, ruled, text
 
 PREDICTING = ("closed_form", "adaptive")  # the policies that need the parameters of a cost model
 POLICIES = ("collocated", "disaggregated", "round_robin", *PREDICTING)
-ADMISSIONS = ("queue", "reject")
+DTYPES = ("float32", "bfloat16", "float16")
 LEVELS = ("ttft_ms", "tpot_ms", "first_gap_ms")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-LOAD_FORMATS = ("auto", "safetensors", "dummy")
-TRANSFERS = ("auto", *(path.value for path in TransferPath))
 MAX_STEPS_IN_FLIGHT = 4
 MAX_SPECULATIVE_TOKENS = 15
 
@@ -49,6 +46,17 @@ def routes_for_policy(policy: str, roles: Sequence[Role]) -> list[Route]:
     return routes
 
 
+DEVICE = Rule(
+    lambda device: isinstance(device, str) and re.fullmatch(r"cpu|cuda:\d+", device) is not None,
+    "cpu, or cuda:N with the GPU's number N",
+)
+WORKERS = Rule(
+    lambda workers: isinstance(workers, tuple) and len(workers) > 0,
+    "a non-empty list of {device: cpu or cuda:N, role: ..., count: ...}",
+)
+LIMITS = Rule(lambda limits: isinstance(limits, Mapping), f"a mapping of {', '.join(LEVELS)} to milliseconds")
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
     """One worker process: where it runs and which routes it may serve.
@@ -57,15 +65,11 @@ class WorkerConfig:
         ConfigError: an impossible device or role.
     """
 
-    device: str = "cpu"  # "cpu" or "cuda:N"
-    role: Role = Role.MIXED  # its name is taken too
+    device: str = ruled("cpu", DEVICE, "where it runs")
+    role: Role = ruled(Role.MIXED, one_of(*Role), "which routes it may serve")
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.device, str) and re.fullmatch(r"cpu|cuda:\d+", self.device)):
-            raise ConfigError("device", self.device, "cpu, or cuda:N with the GPU's number N")
-        names = [role.value for role in Role]
-        if self.role not in names:
-            raise ConfigError("role", self.role, names)
+        check(self, ConfigError)
         object.__setattr__(self, "role", Role(self.role))
 
     @property
@@ -84,39 +88,49 @@ class EngineConfig:
         ConfigError: names the field, its value and what is allowed.
     """
 
-    model: str  # a local directory, a hub id or a built-in name
-    tokenizer: str | None = None  # None: the model's own
-    dtype: str = "auto"  # auto: the checkpoint's on a GPU, float32 on a CPU
-    load_format: str = "auto"
-    policy: str = "collocated"
-    params: str | None = None  # of the cost model: a shipped file's name, or a path; see routing/policy.py
-    slo: Mapping[str, float] | None = None  # milliseconds by LEVELS: what the policy adaptive tries to keep
-    admission: str = "queue"  # reject: adaptive turns away what no route serves within `slo`
-    workers: tuple[WorkerConfig, ...] = (WorkerConfig(),)
-    block_size: int = 16  # tokens per KV block
-    num_blocks: int | None = None  # per worker; None: derived from memory
-    enable_prefix_caching: bool = True  # requests with the same beginning share its KV blocks
-    max_num_seqs: int = 256  # per worker
-    max_model_len: int | None = None  # tokens, prompt and output; None: the model's own limit
-    max_num_batched_tokens: int = 2048  # per worker and step
-    gpu_memory_utilization: float = 0.9  # share of a GPU that a worker may fill
-    transfer: str = "auto"  # how blocks get from worker to worker: a TransferPath, or the best there is
-    verify_transfers: bool = False  # compare digests of moved blocks (debugging)
-    steps_in_flight: int = 2
-    num_speculative_tokens: int = 0  # drafts of a sequence that a step may verify; 0: none
-    handover_timeout_s: float = 1.0  # how long a prefilled sequence waits for room on its decode worker
-    start_timeout_s: float = 600.0  # how long workers may take to load
-    step_timeout_s: float = 300.0  # how long a step or a transfer may take before its worker counts as hung
-    max_restarts: int = 3  # of each worker that has died; 0: none
-    seed: int = 0
+    model: str = ruled(MISSING, text("a local directory, a hub id or a built-in name"), "whose weights are served")
+    tokenizer: str | None = ruled(None, optional(text("a local directory or a hub id")), "null: the model's own")
+    dtype: str = ruled("auto", one_of("auto", *DTYPES), "auto: the checkpoint's on a GPU, float32 on a CPU")
+    load_format: str = ruled("auto", one_of("auto", "safetensors", "dummy"), "dummy: random weights")
+    policy: str = ruled("collocated", one_of(*POLICIES), "how a request's route is chosen")
+    params: str | None = ruled(None, optional(text("a shipped file's name, a path")), "of the cost model")
+    slo: Mapping[str, float] | None = ruled(None, optional(LIMITS), "what the policy adaptive tries to keep")
+    admission: str = ruled("queue", one_of("queue", "reject"), "of requests that no route serves within slo")
+    workers: tuple[WorkerConfig, ...] = ruled((WorkerConfig(),), WORKERS, "one process each")
+    block_size: int = ruled(16, integer(1), "tokens per KV block")
+    num_blocks: int | None = ruled(None, optional(integer(2)), "KV blocks per worker; null: derived from memory")
+    swap_space_gb: float = ruled(0.0, number(0), "host memory per worker for blocks of preempted sequences; 0: none")
+    enable_prefix_caching: bool = ruled(True, TRUE_OR_FALSE, "requests with the same beginning share its KV blocks")
+    max_num_seqs: int = ruled(256, integer(1), "sequences that a worker may have started")
+    max_model_len: int | None = ruled(None, optional(integer(2)), "tokens, prompt and answer; null: the model's limit")
+    max_num_batched_tokens: int = ruled(2048, integer(1), "tokens that a worker computes in a step, decode rows first")
+    gpu_memory_utilization: float = ruled(0.9, positive(1), "share of a GPU that its workers may fill together")
+    transfer: str = ruled("auto", one_of("auto", *TransferPath), "how KV blocks get from worker to worker")
+    verify_transfers: bool = ruled(False, TRUE_OR_FALSE, "compare digests of moved blocks")
+    steps_in_flight: int = ruled(2, integer(1, MAX_STEPS_IN_FLIGHT), "steps of a worker that are out at once")
+    num_speculative_tokens: int = ruled(
+        0, integer(0, MAX_SPECULATIVE_TOKENS), "drafts of a sequence that a step may verify; 0: none"
+    )
+    handover_timeout_s: float = ruled(
+        1.0, positive(), "how long a prefilled sequence waits for room on its decode worker"
+    )
+    start_timeout_s: float = ruled(600.0, positive(), "how long workers may take to load")
+    step_timeout_s: float = ruled(
+        300.0, positive(), "how long a step or a transfer may take before its worker counts as hung"
+    )
+    max_restarts: int = ruled(3, integer(0), "how often each worker is replaced after it has died; 0: never")
+    seed: int = ruled(0, SEED, "what the seeds of requests without their own are mixed from")
 
     def __post_init__(self) -> None:
         for name in ("model", "tokenizer", "params"):
             if isinstance(path := getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(path))
-        object.__setattr__(self, "workers", _parse_workers(self.workers))
-        self._check_names()
-        self._check_sizes()
+        if isinstance(self.workers, (list, tuple)):
+            workers = (w for i, entry in enumerate(self.workers) for w in _parse_worker(f"workers.{i}", entry))
+            object.__setattr__(self, "workers", tuple(workers))
+        check(self, ConfigError)
+        self._check_transfer()
+        self._check_levels()
         self._check_policy()
 
     @classmethod
@@ -142,6 +156,10 @@ class EngineConfig:
         """The most tokens a sequence may have, prompt and output: what is configured, or else the model's own limit."""
         return self.max_model_len or model.max_position_embeddings
 
+    def num_host_blocks(self, model: ModelConfig) -> int:
+        """Of a worker, in host memory: what `swap_space_gb` holds, and a null block."""
+        return 1 + int(self.swap_space_gb * 1e9 // (model.kv_bytes_per_token() * self.block_size))
+
     @property
     def num_slots(self) -> int:
         """Slots of a worker: what may run, and as many again for each step in flight, as that may name ended ones."""
@@ -152,65 +170,23 @@ class EngineConfig:
         """Of a worker's step: drafts take the places of sequences that are not there, and those of one always fit."""
         return self.max_num_seqs + self.num_speculative_tokens
 
-    def _check_names(self) -> None:
-        if not (isinstance(self.model, str) and self.model):
-            raise ConfigError("model", self.model, "a local directory, a hub id or a built-in name")
-        if self.tokenizer is not None and not (isinstance(self.tokenizer, str) and self.tokenizer):
-            raise ConfigError("tokenizer", self.tokenizer, "a local directory, a hub id, or null for the model's own")
-        if self.params is not None and not (isinstance(self.params, str) and self.params):
-            raise ConfigError("params", self.params, "a shipped parameter file's name, a path, or null")
-        choices = {"dtype": DTYPES, "load_format": LOAD_FORMATS, "policy": POLICIES, "transfer": TRANSFERS}
-        for name, allowed in {**choices, "admission": ADMISSIONS}.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(name, getattr(self, name), allowed)
+    def _check_transfer(self) -> None:
         on_cpu = [worker.device == "cpu" for worker in self.workers]
         if self.transfer == TransferPath.SHM and not all(on_cpu):
             raise ConfigError("transfer", self.transfer, "auto, ipc or relay, where a worker is on a GPU")
         if self.transfer == TransferPath.IPC and any(on_cpu):
             raise ConfigError("transfer", self.transfer, "auto, relay or shm, where a worker is on the CPU")
 
-    def _check_sizes(self) -> None:
-        self._check_count("block_size", 1)
-        self._check_count("num_blocks", 2, optional=True)  # the null block and one to use
-        self._check_count("max_num_seqs", 1)
-        self._check_count("max_model_len", 2, optional=True)  # one token in, one out
-        self._check_count("max_num_batched_tokens", 1)
-        self._check_count("steps_in_flight", 1, MAX_STEPS_IN_FLIGHT)
-        self._check_count("num_speculative_tokens", 0, MAX_SPECULATIVE_TOKENS)
-        self._check_count("max_restarts", 0)
-        self._check_count("seed", 0, 2**64 - 1)
-        self._check_positive("gpu_memory_utilization", 1.0)
-        self._check_positive("handover_timeout_s")
-        self._check_positive("start_timeout_s")
-        self._check_positive("step_timeout_s")
-        for name in ("verify_transfers", "enable_prefix_caching"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(name, getattr(self, name), "true or false")
-
-    def _check_count(self, name: str, least: int, most: float = math.inf, optional: bool = False) -> None:
-        value = getattr(self, name)
-        if not ((optional and value is None) or _is_count(value, least, most)):
-            limits = f">= {least}" if most == math.inf else f"from {least} to {most}"
-            raise ConfigError(name, value, f"an integer {limits}{', or null' if optional else ''}")
-
-    def _check_positive(self, name: str, most: float = math.inf) -> None:
-        value = getattr(self, name)
-        if type(value) not in (int, float) or not (0 < value <= most and math.isfinite(value)):
-            raise ConfigError(name, value, "a finite number > 0" + (f" and <= {most}" if most < math.inf else ""))
-
     def _check_policy(self) -> None:
-        self._check_levels()
         if not routes_for_policy(self.policy, self.roles):
             possible = [policy for policy in POLICIES if routes_for_policy(policy, self.roles)]
             roles = " + ".join(role.value for role in self.roles)
             raise ConfigError("policy", self.policy, f"{', '.join(possible) or 'none'} (with workers {roles})")
 
     def _check_levels(self) -> None:
-        if self.slo is not None and not isinstance(self.slo, Mapping):
-            raise ConfigError("slo", self.slo, f"a mapping of {', '.join(LEVELS)} to milliseconds, or null")
         _check_keys("slo key", self.slo or {}, LEVELS)
         for name, limit in (self.slo or {}).items():
-            if type(limit) not in (int, float) or not 0 < limit < math.inf:
+            if not positive().allows(limit):
                 raise ConfigError(f"slo.{name}", limit, "milliseconds, a number above 0")
         if self.admission == "reject" and not (self.policy == "adaptive" and self.slo):
             raise ConfigError("admission", self.admission, "queue, where there is no policy adaptive with an slo")
@@ -247,22 +223,12 @@ def check_devices(config: EngineConfig, num_gpus: int) -> None:
             raise ConfigError(f"workers.{i}.device", worker.device, ["cpu", *(f"cuda:{n}" for n in range(num_gpus))])
 
 
-def _is_count(value: object, least: int, most: float = math.inf) -> bool:
-    return type(value) is int and least <= value <= most
-
-
 def _check_keys(what: str, values: Mapping[str, Any], known: Sequence[str]) -> None:
     for key in values:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
             hint = f" (did you mean {close[0]}?)" if close else ""
             raise ConfigError(what, key, ", ".join(known) + hint)
-
-
-def _parse_workers(entries: object) -> tuple[WorkerConfig, ...]:
-    if not isinstance(entries, (list, tuple)) or not entries:
-        raise ConfigError("workers", entries, "a non-empty list of {device: cpu or cuda:N, role: ..., count: ...}")
-    return tuple(worker for i, entry in enumerate(entries) for worker in _parse_worker(f"workers.{i}", entry))
 
 
 def _parse_worker(where: str, entry: object) -> list[WorkerConfig]:
@@ -272,8 +238,8 @@ def _parse_worker(where: str, entry: object) -> list[WorkerConfig]:
         raise ConfigError(where, entry, "a mapping {device: cpu or cuda:N, role: ..., count: ...}")
     _check_keys(f"{where} key", entry, ["device", "role", "count"])
     count = entry.get("count", 1)
-    if not _is_count(count, 1):
-        raise ConfigError(f"{where}.count", count, "an integer >= 1")
+    if not integer(1).allows(count):
+        raise ConfigError(f"{where}.count", count, integer(1).text)
     try:
         return [WorkerConfig(**{key: value for key, value in entry.items() if key != "count"})] * count
     except ConfigError as error:

@@ -7,16 +7,13 @@ beginning of a stop string. `TokenPieces` is what all sequences share. None of t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-    TokenizerLike: TypeAlias = "TokenPieces | Tokenizer | PreTrainedTokenizerFast"
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 MAX_CHARACTER_BYTES = 4  # of UTF-8
@@ -65,12 +62,12 @@ class IncrementalDetokenizer:
     a text (SentencePiece's do) and a prompt with text went before, that space is kept.
 
     Args:
-        tokenizer: best its `TokenPieces`, shared by all sequences; they are made here of a tokenizer as such
+        pieces: of the tokenizer, shared by all sequences
         prompt_token_ids: what goes before the output
     """
 
-    def __init__(self, tokenizer: TokenizerLike, prompt_token_ids: Sequence[int]) -> None:
-        self._pieces = pieces = tokenizer if isinstance(tokenizer, TokenPieces) else TokenPieces(tokenizer)
+    def __init__(self, pieces: TokenPieces, prompt_token_ids: Sequence[int]) -> None:
+        self._pieces = pieces
         self._held: list[int] = []  # ids whose text is not final yet
         self._is_inside = any(pieces[token_id] != "" for token_id in reversed(prompt_token_ids))  # text went before
         self._is_plain = self._is_inside  # nothing held, text went before: a piece is its token's own
@@ -134,10 +131,8 @@ class StopStrings:
         self.matched: str | None = None  # the stop string that was found
         self._stop = tuple(stop)
         self._held = ""
-        self._first_character = re.compile(f"[{''.join(re.escape(text[0]) for text in stop)}]")
-        beginnings = {re.escape(text[:length]) for text in stop for length in range(1, len(text))}
+        self._first_characters = {text[0] for text in stop}
         self._max_held = max(map(len, stop)) - 1
-        self._beginning_at_end = re.compile(f"(?:{'|'.join(sorted(beginnings))})\\Z") if beginnings else None
 
     def push(self, piece: str, may_stop: bool = True) -> str:
         """Take the next piece; returns the text that is certainly before any stop string, perhaps none.
@@ -145,7 +140,7 @@ class StopStrings:
         With `may_stop` False, no stop string ends in this piece, but a later one may begin in it.
         """
         assert self.matched is None, "text after a stop string"
-        if not self._held and self._first_character.search(piece) is None:
+        if not self._held and self._first_characters.isdisjoint(piece):
             return piece  # nearly always
         text = self._held + piece
         ends = self._find_ends(text) if may_stop else []
@@ -170,24 +165,24 @@ class StopStrings:
 
     def _first_possible_start(self, text: str) -> int:
         """Where the longest end of `text` begins that is the beginning of a stop string; its length if none is."""
-        if self._beginning_at_end is None:
-            return len(text)
-        match = self._beginning_at_end.search(text, max(0, len(text) - self._max_held))
-        return match.start() if match else len(text)
+        for start in range(max(0, len(text) - self._max_held), len(text)):
+            end = text[start:]
+            if any(stop.startswith(end) and stop != end for stop in self._stop):
+                return start
+        return len(text)
 
 
 class StoppableText:
     """The text of one sequence's output, up to its first stop string.
 
     Args:
-        tokenizer: as for `IncrementalDetokenizer`
-        prompt_token_ids: what goes before the output
+        pieces, prompt_token_ids: as for `IncrementalDetokenizer`
         stop: strings that end the text, and are no part of it
     """
 
-    def __init__(self, tokenizer: TokenizerLike, prompt_token_ids: Sequence[int], stop: Sequence[str] = ()) -> None:
+    def __init__(self, pieces: TokenPieces, prompt_token_ids: Sequence[int], stop: Sequence[str] = ()) -> None:
         self.stopped_by: str | None = None  # the stop string that was found
-        self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_token_ids)
+        self._detokenizer = IncrementalDetokenizer(pieces, prompt_token_ids)
         self._stop_strings = StopStrings(stop) if stop else None
         self._given_out: list[str] = []
 

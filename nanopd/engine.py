@@ -14,6 +14,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from nanopd.config import EngineConfig, ModelConfig, allowed_routes, routes_for_policy
@@ -40,11 +41,13 @@ from nanopd.messages import (
     TransferPlan,
     Work,
 )
+from nanopd.routing.cost_model import CostModel, chunk_pairs
 from nanopd.routing.decision import Decision, Policy
 from nanopd.routing.feedback import Feedback
 from nanopd.routing.policy import make_policy
 
 MAX_REPLAYS = 2  # of a request that was being computed when a worker died
+HOST_BYTES_PER_MS = 25e6  # to and from host memory; an H200 does 55e6, older buses half of that
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +106,9 @@ class Engine:
         self.schedulers = [self._new_scheduler(w, role) for w, role in enumerate(roles)]
         self._allowed = allowed_routes(roles)
         self.router = policy or make_policy(config)
+        if (costs := self.router.costs) is not None:
+            for scheduler in self.schedulers:
+                scheduler.swap_pays = partial(_swap_pays, costs)
         self._pacer = Pacer(len(workers))
         self._watchdog = watchdog = Watchdog(len(workers), config.step_timeout_s)
         self._feedback = feedback = Feedback(self.router.costs, len(workers))
@@ -147,6 +153,7 @@ class Engine:
         route: Route | None = None,
         parent: Sequence | None = None,
         chooser: Chooser | None = None,
+        is_checked: bool = False,
     ) -> Sequence:
         """Queue a request.
 
@@ -158,12 +165,16 @@ class Engine:
             route: serve it on this route rather than one of the policy's.
             parent: one with the same prompt, which is computed once for both: this one joins where that one decodes.
             chooser: chooses its tokens; of its end the chooser hears in place of the caller of `step`.
+            is_checked: `check` has let it pass; only the roles may have changed since.
 
         Raises:
             RequestError: it can never be served; nothing was queued.
         """
         limits = {"deadline_s": deadline_s, "queue_timeout_s": queue_timeout_s}
-        self.check(request_id, prompt_token_ids, params, **limits, priority=priority, route=route)
+        if is_checked:
+            self._check_route(route, len(prompt_token_ids), params.max_tokens)
+        else:
+            self.check(request_id, prompt_token_ids, params, **limits, priority=priority, route=route)
         arrival_s = self.clock() if arrival_s is None else arrival_s
         seq = self._new_sequence(request_id, prompt_token_ids, params, arrival_s, is_streamed, priority, chooser)
         seq.fixed_route = route
@@ -237,14 +248,6 @@ class Engine:
         else:
             self._followers.add(seq, parent)
 
-    def _fork_followers(self) -> None:
-        for seq in self._followers.join(self.clock()):
-            self._route(seq)
-
-    def _release_followers(self, parent: Sequence) -> None:
-        for seq in self._followers.release(parent):
-            self._route(seq)
-
     @property
     def has_unfinished(self) -> bool:
         """Whether a request, or anything that was sent out for one, is still under way."""
@@ -276,10 +279,11 @@ class Engine:
                 self._finish(seq, SequenceStatus.FINISHED_ABORTED)
         self._change_roles()
         self.handovers.tick(now_s)
-        self._fork_followers()
-        while sum(self._send_steps(worker) for worker in self._live_workers()):
-            self._fork_followers()  # and again: a preempted sequence was queued on a worker that had its turn already
-        self._fork_followers()
+        has_left = True
+        while has_left:  # a sequence was preempted, and is queued on a worker that has had its turn already
+            self._route_all(self._followers.join(now_s))
+            has_left = sum(self._send_steps(worker) for worker in self._live_workers()) > 0
+        self._route_all(self._followers.join(now_s))
         updates, self._updates = self._updates, []
         return updates
 
@@ -361,15 +365,17 @@ class Engine:
         return 0 < len(scheduler.in_flight) < self.config.steps_in_flight and scheduler.num_expected > 0
 
     def _requeue(self, seq: Sequence, scheduler: Scheduler) -> None:
-        """A preempted sequence starts over: where it was decoding, or elsewhere if that worker does not prefill."""
+        """A preempted sequence waits where it decoded, or elsewhere if that worker cannot bring it back by itself."""
         assert seq.route is not None
         self.handovers.cancel(seq)
         seq.log_event(self.clock(), EventKind.PREEMPTED, scheduler.worker)
-        is_home = scheduler.role is Role.MIXED and seq.route.decode_worker == scheduler.worker
-        if is_home and not seq.awaits_choice:
-            seq.route = Route(scheduler.worker, scheduler.worker)
+        is_home = seq.route.decode_worker == scheduler.worker and not seq.awaits_choice
+        if is_home and (seq.host_table or scheduler.role is Role.MIXED):
+            if not seq.host_table:
+                seq.route = Route(scheduler.worker, scheduler.worker)
             scheduler.add(seq)
         else:
+            scheduler.forget_swapped(seq)
             self._route(seq)
 
     # ------------------------------------------------------------------------------------------ text and ends
@@ -405,7 +411,7 @@ class Engine:
             seq.chooser.ended(seq)
         else:
             self._updates.append(Update(seq, [], seq.text.finish() if seq.text is not None else "", is_finished=True))
-        self._release_followers(seq)
+        self._route_all(self._followers.release(seq))
 
     # ------------------------------------------------------------------------------------- routes and workers
 
@@ -416,7 +422,7 @@ class Engine:
         """
         seq.route = None  # it is nowhere now
         if seq.awaits_choice:
-            self._release_followers(seq)
+            self._route_all(self._followers.release(seq))
             return
         routes = self._feasible_routes(seq)
         if not routes:
@@ -440,6 +446,11 @@ class Engine:
         if not seq.route.is_collocated:
             self.handovers.begin(seq)
         scheduler.add(seq)
+
+    def _route_all(self, seqs: list[Sequence]) -> None:
+        for seq in seqs:
+            if not seq.status.is_finished:
+                self._route(seq)
 
     def _feasible_routes(self, seq: Sequence) -> list[Route]:
         """Live routes of the policy, or the one asked for; failing those, whatever the roles allow."""
@@ -478,7 +489,7 @@ class Engine:
         for seq in victims:
             if seq.slot is not None:
                 scheduler.slots.deactivate(seq)
-            seq.block_table = []
+            seq.block_table, seq.host_table, seq.num_swapped = [], [], 0
         for seq in victims + displaced:
             seq.status, seq.route = SequenceStatus.PREEMPTED, None
             seq.log_event(self.clock(), EventKind.PREEMPTED, worker)
@@ -497,7 +508,7 @@ class Engine:
         self.workers[worker] = client
         new = self.schedulers[worker] = self._new_scheduler(worker, old.role)
         new.generation, new.num_preemptions = generation, old.num_preemptions
-        new.max_num_batched_tokens = old.max_num_batched_tokens
+        new.max_num_batched_tokens, new.swap_pays = old.max_num_batched_tokens, old.swap_pays
         del self._errors[worker]
         self._returning.remove(worker)
         self._route_stranded()
@@ -511,9 +522,7 @@ class Engine:
 
     def _route_stranded(self) -> None:
         stranded, self._stranded = self._stranded, []
-        for seq in stranded:
-            if not seq.status.is_finished:
-                self._route(seq)
+        self._route_all(stranded)
 
     def _fail(self, seq: Sequence, reason: str) -> None:
         """End a request that no live worker has."""
@@ -633,9 +642,10 @@ class Engine:
             raise RequestError("priority", priority, "an integer")
         if params.stop and self._make_text is None:
             raise RequestError("stop", params.stop, "nothing, as the model has no tokenizer")
-        self._check_route(route, max_len if params.max_tokens is None else num_prompt + max_tokens)
+        self._check_route(route, num_prompt, params.max_tokens)
 
-    def _check_route(self, route: Route | None, num_tokens: int) -> None:
+    def _check_route(self, route: Route | None, num_prompt: int, max_tokens: int | None) -> None:
+        num_tokens = self.max_model_len if max_tokens is None else num_prompt + max_tokens
         routes = self.router.routes if route is None else [route]
         if route is not None and route not in self._allowed:
             raise RequestError("route", str(route), map(str, self._allowed))
@@ -659,6 +669,12 @@ def _work(scheduler: Scheduler, message: StepResult | TransferAck, now_s: float)
         work.num_prompt_tokens = step.num_prompt_tokens
         work.num_decoding = len(step.row_slots) - len(step.chunks)
     return work
+
+
+def _swap_pays(costs: CostModel, num_tokens: int) -> bool:
+    """Whether the way of so many tokens out to host memory and back takes less time than to compute them again."""
+    swap_ms = 2 * num_tokens * costs.parameters.kv_bytes_per_token / HOST_BYTES_PER_MS
+    return swap_ms < costs.mixed_ms(0, 0, num_tokens, chunk_pairs(num_tokens, 0))
 
 
 def _turned_away(decision: Decision) -> str:

@@ -8,14 +8,12 @@ Knows the public face of the library, but imports none of it: the `LLM` is given
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from queue import Queue
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -60,28 +58,35 @@ def serve_rows(
     interrupted, what runs is aborted, written as far as it got, and the interruption goes on.
     """
     total = len(lines) if isinstance(lines, list) else None
-    unfinished: deque[RequestHandle] = deque()
-    with tqdm(total=total, desc="requests", unit="req", file=sys.stderr, disable=None) as progress:
-        answers = _Answers(write, window, progress)
+    num_failed, under_way = 0, deque[tuple[_Job, Future[bool]]]()
+    with (
+        tqdm(total=total, desc="requests", unit="req", file=sys.stderr, disable=None) as progress,
+        ThreadPoolExecutor(1, "nanopd-answers") as thread,
+    ):
+
+        def finish(job: _Job, before: Future[bool] | None) -> bool:
+            """Whether the row has failed."""
+            row = job.answer()
+            progress.update()
+            if before is not None:
+                before.result()  # nothing is written behind a row that could not be
+            write(row)
+            return "error" in row
+
         try:
             for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                job = _submit(llm, number, line, sampling)
-                if job.handle:
-                    unfinished.append(job.handle)
-                answers.put(job)
-                while unfinished and unfinished[0].done():
-                    unfinished.popleft()
-            answers.close()
+                if line.strip():
+                    job, before = _submit(llm, number, line, sampling), under_way[-1][1] if under_way else None
+                    under_way.append((job, thread.submit(finish, job, before)))
+                while under_way and (len(under_way) >= window or under_way[0][1].done()):
+                    num_failed += under_way[0][1].result()
+                    under_way.popleft()
+            return num_failed + sum(future.result() for _, future in under_way)
         except BaseException:
-            for handle in unfinished:
-                if not handle.done():
-                    handle.abort()
-            with contextlib.suppress(Exception):  # the first error is the one to tell
-                answers.close()
+            for job, _ in under_way:
+                if job.handle is not None:
+                    job.handle.abort()
             raise
-    return answers.num_failed
 
 
 def parse_row(line: str | bytes) -> Row:
@@ -103,12 +108,11 @@ def parse_row(line: str | bytes) -> Row:
 
 
 def _check_types(row: Row) -> None:
-    for key, kind, item in (("prompt", str, str), ("prompt_token_ids", list, int), ("messages", list, dict)):
+    kinds = ("prompt", str, str), ("request_id", str, str), ("prompt_token_ids", list, int), ("messages", list, dict)
+    for key, kind, item in kinds:
         value = row.get(key, kind())
         if not isinstance(value, kind) or not all(isinstance(element, item) for element in value):
             raise RequestError(key, value, "text" if kind is str else f"a list of {item.__name__}")
-    if not isinstance(row.get("request_id", ""), str):
-        raise RequestError("request_id", row["request_id"], "text")
 
 
 @dataclass(slots=True)
@@ -132,7 +136,7 @@ def _submit(llm: LLM, number: int, line: str | bytes, sampling: Mapping[str, Any
     job = _Job(number, {})
     try:
         job.row = parse_row(line)
-        params = _sampling_params(job.row, sampling)
+        params = SamplingParams(**{**sampling, **{key: job.row[key] for key in SAMPLING_KEYS if key in job.row}})
         prompt: Any = job.row.get("prompt", job.row.get("prompt_token_ids"))
         if "messages" in job.row:
             prompt = llm.encode_chat(job.row["messages"])
@@ -141,14 +145,6 @@ def _submit(llm: LLM, number: int, line: str | bytes, sampling: Mapping[str, Any
         job.error = str(error)
         tqdm.write(f"line {number}: {error}", file=sys.stderr)
     return job
-
-
-def _sampling_params(row: Row, defaults: Mapping[str, Any]) -> SamplingParams:
-    given = {key: row[key] for key in SAMPLING_KEYS if key in row}
-    try:
-        return SamplingParams(**{**defaults, **given})
-    except TypeError as error:  # a value that cannot be compared with its limits
-        raise RequestError("sampling", given, f"values of the right types ({error})") from None
 
 
 def _answer(output: RequestOutput) -> Row:
@@ -175,46 +171,3 @@ def _figures(prediction: Prediction | None) -> Row | None:
     if prediction is None:
         return None
     return {"route": str(prediction.route)} | {key: getattr(prediction, key) for key in PREDICTED_KEYS}
-
-
-class _Answers:
-    """Waits for jobs in their order and writes their answers, in a thread of its own.
-
-    `put` blocks while `window` answers wait. An error in the thread is raised by the next `put` or by `close`; jobs
-    after it are waited for, but not written.
-    """
-
-    def __init__(self, write: Callable[[Row], None], window: int, progress: tqdm) -> None:
-        self.num_failed = 0
-        self._write = write
-        self._progress = progress
-        self._jobs: Queue[_Job | None] = Queue(window)
-        self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._write_all, name="nanopd-answers", daemon=True)
-        self._thread.start()
-
-    def put(self, job: _Job) -> None:
-        self._jobs.put(job)
-        if self._error:
-            raise self._error
-
-    def close(self) -> None:
-        """Wait until everything is written."""
-        self._jobs.put(None)
-        self._thread.join()
-        if self._error:
-            raise self._error
-
-    def _write_all(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            try:
-                self._finish(job)
-            except Exception as error:
-                self._error = self._error or error
-
-    def _finish(self, job: _Job) -> None:
-        row = job.answer()
-        self.num_failed += "error" in row
-        self._progress.update()
-        if self._error is None:
-            self._write(row)

@@ -15,10 +15,9 @@ import multiprocessing
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,9 +29,9 @@ from nanopd.config import PREDICTING, EngineConfig, ModelConfig, check_devices, 
 from nanopd.core.metrics import RequestMetrics
 from nanopd.core.sequence import FINISH_REASONS, Sequence
 from nanopd.detokenizer import StoppableText
-from nanopd.engine_thread import EngineStats, EngineThread, RequestHandle, Submission
+from nanopd.engine_thread import EngineStats, EngineThread, Request, RequestHandle
 from nanopd.errors import ConfigError, RequestError
-from nanopd.messages import BeamSearchParams, FinishReason, Route, SamplingParams, Work
+from nanopd.messages import BeamSearchParams, FinishReason, RequestLog, Route, SamplingParams, Work
 from nanopd.model_files import load_tokenizer, read_model_config, resolve
 from nanopd.outputs import CompletionOutput, RequestOutput, RequestOutputDelta
 from nanopd.profiler import cache_file
@@ -73,16 +72,19 @@ class LLM:
         """
         _check_main_guard()
         settings = _settings(config, overrides if model is None else {**overrides, "model": model})
-        self._start(settings, show_progress)
-
-    def _start(self, config: EngineConfig, show_progress: bool) -> None:
-        self.config, self.model_config, path = load_settings(config)
-        self.tokenizer = load_tokenizer(config.tokenizer or path)
+        self.config, self.model_config, path = load_settings(settings)
+        self.tokenizer = load_tokenizer(settings.tokenizer or path)
         policy = _policy(self.config, self.model_config)
         self._numbers = itertools.count()
         with tqdm(total=100, desc="loading", unit="%", disable=not show_progress) as bar:
-            report = _bar_updater(bar) if show_progress else None
-            self._thread = EngineThread(self.config, self.model_config, path, self.tokenizer, policy, report)
+            self._thread = EngineThread(
+                self.config,
+                self.model_config,
+                path,
+                self.tokenizer,
+                policy,
+                on_progress=lambda share: bar.update(round(100 * share) - bar.n),
+            )
             self._thread.start()
             self._stop = weakref.finalize(self, _end_thread, self._thread)
             try:
@@ -110,9 +112,8 @@ class LLM:
         """
         prompt_list = _as_list(prompts)
         params_list = _as_params(sampling_params, len(prompt_list))
-        submissions = [self._submission(p, s) for p, s in zip(prompt_list, params_list, strict=True)]
-        self._thread.submit_all(submissions)
-        return self._results([s.handle for s in submissions], use_tqdm)
+        handles = [self._handle(p, s) for p, s in zip(prompt_list, params_list, strict=True)]
+        return self._results(handles, use_tqdm)
 
     def beam_search(
         self,
@@ -127,11 +128,7 @@ class LLM:
         """
         beams = params or BeamSearchParams()
         sampling = sampling_params(beams, () if beams.ignore_eos else self.model_config.eos_token_ids)
-        submissions = [self._submission(prompt, sampling) for prompt in _as_list(prompts)]
-        for submission in submissions:
-            submission.beams = beams
-        self._thread.submit_all(submissions)
-        return self._results([s.handle for s in submissions], use_tqdm)
+        return self._results([self._handle(p, sampling, beams=beams) for p in _as_list(prompts)], use_tqdm)
 
     def chat(
         self,
@@ -178,13 +175,12 @@ class LLM:
         Raises:
             RequestError: it can never be served.
         """
-        submission = self._submission(prompt, sampling_params or SamplingParams(), request_id, stream, on_delta)
-        submission.deadline_s, submission.queue_timeout_s = deadline_s, queue_timeout_s
-        submission.priority, submission.route = priority, route
-        if arrival_time_s is not None:
-            submission.arrival_s = arrival_time_s
-        self._thread.submit_all([submission])
-        return submission.handle
+        limits = {"deadline_s": deadline_s, "queue_timeout_s": queue_timeout_s}
+        options = {**limits, "priority": priority, "route": route}
+        params = sampling_params or SamplingParams()
+        handle = self._handle(prompt, params, request_id, arrival_time_s, on_delta, is_streamed=stream, options=options)
+        self._thread.submit_all([handle])
+        return handle
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, **submit_args: Any
@@ -225,12 +221,16 @@ class LLM:
 
     def observe(self, on_work: Callable[[Work], None] | None) -> None:
         """Call `on_work`, which must neither wait nor raise, in the engine's thread with all that workers have done."""
-        self._thread.observe(on_work)
+        self._thread.call(lambda engine: setattr(engine, "on_work", on_work))
+
+    def observe_logs(self, on_log: Callable[[RequestLog], None]) -> None:
+        """Likewise, with the log of each request that ends from now on; `stats` then keeps the latest 1,000 only."""
+        self._thread.call(lambda _: self._thread.observe_logs(on_log))
 
     def shutdown(self) -> None:
         """End the workers; unfinished requests fail. Returns when they have ended; may be called twice."""
         self._stop()
-        _join(self._thread)  # who called before, in another thread, may still be at it
+        _end_thread(self._thread)  # who called before, in another thread, may still be at it
 
     def __enter__(self) -> LLM:
         return self
@@ -240,27 +240,28 @@ class LLM:
 
     # --------------------------------------------------------------------------------------------------- pieces
 
-    def _submission(
+    def _handle(
         self,
         prompt: Prompt,
         params: SamplingParams,
         request_id: str | None = None,
-        is_streamed: bool = False,
+        arrival_s: float | None = None,
         on_delta: Callable[[RequestOutputDelta], None] | None = None,
-    ) -> Submission:
-        arrival_s = time.monotonic()
+        **more: Any,
+    ) -> RequestHandle:
+        """`more` fields of Request."""
+        arrival_s = time.monotonic() if arrival_s is None else arrival_s
         if not isinstance(params, SamplingParams):
             raise RequestError("sampling_params", params, "a SamplingParams")
         if self.tokenizer is not None and params.bad_words:
             words = (ids for word in params.bad_words for ids in _ids_of_word(word, self.tokenizer))
             params = replace(params, bad_words=tuple(words))
-        if is_streamed and params.best_of not in (None, params.n):
+        if more.get("is_streamed") and params.best_of not in (None, params.n):
             raise RequestError("best_of", params.best_of, "None or n, for a stream")
         text = prompt if isinstance(prompt, str) else None
         name = f"request-{next(self._numbers)}" if request_id is None else request_id
-        make_output = partial(self._output, prompt=text, params=params)
-        handle = RequestHandle(name, is_streamed, make_output, self.abort, on_delta)
-        return Submission(handle, self._encode(prompt), params, arrival_s)
+        request = Request(name, text, self._encode(prompt), params, arrival_s, **more)
+        return RequestHandle(request, self._output, self.abort, on_delta)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -272,23 +273,25 @@ class LLM:
         return list(prompt)
 
     def _results(self, handles: list[RequestHandle], use_tqdm: bool) -> list[RequestOutput]:
+        self._thread.submit_all(handles)
         try:
             return [h.result() for h in tqdm(handles, desc="generating", unit="req", disable=not use_tqdm)]
         except BaseException:
             self._thread.abort_all([handle.request_id for handle in handles if not handle.done()])
             raise
 
-    def _output(self, result: list[Sequence] | BeamSearch, prompt: str | None, params: SamplingParams) -> RequestOutput:
-        if isinstance(result, BeamSearch):
-            first, log, error = result.first, result.log(), result.error
-            completions = self._beams(result)
+    def _output(self, handle: RequestHandle) -> RequestOutput:
+        seqs, search, params = handle.seqs, handle.search, handle.request.params
+        if search is not None:
+            first, log, error = search.first, search.log(), search.error
+            completions = self._beams(search)
         else:
-            first, log = result[0], result[0].log()
-            error = next((seq.error for seq in result if seq.error is not None), None)
-            completions = self._completions(result, params)
+            first, log = seqs[0], seqs[0].log()
+            error = next((seq.error for seq in seqs if seq.error is not None), None)
+            completions = self._completions(seqs, params)
         return RequestOutput(
             first.request_id,
-            prompt,
+            handle.request.prompt,
             first.token_ids[: first.num_prompt_tokens],
             completions,
             RequestMetrics.from_log(log),
@@ -319,11 +322,9 @@ class LLM:
         """All that are complete, or else as far as they got."""
         beams, completions = search.beams, []
         for index, beam in enumerate(beams.complete or beams.running):
-            is_stopped = beam.token_ids[-1:] != [] and beam.token_ids[-1] in beams.eos_token_ids
-            reason = (search.reason or (FinishReason.STOP if is_stopped else FinishReason.LENGTH)).value
-            ids = beam.token_ids[:-1] if is_stopped else beam.token_ids
-            text = "" if self.tokenizer is None else self.tokenizer.decode(ids, skip_special_tokens=True)
-            output = CompletionOutput(index, text, beam.token_ids, reason)
+            text_ids = _without_end(beam.token_ids, beams.eos_token_ids)
+            end = FinishReason.STOP if len(text_ids) < len(beam.token_ids) else FinishReason.LENGTH
+            output = CompletionOutput(index, self._decode(text_ids), beam.token_ids, (search.reason or end).value)
             output.cumulative_logprob, output.score = beam.logprob, beam.score
             completions.append(output)
         return completions
@@ -331,11 +332,15 @@ class LLM:
     def _text(self, seq: Sequence) -> str:
         if isinstance(seq.text, StoppableText):
             return seq.text.text
-        if self.tokenizer is None:
-            return ""
-        ids = seq.output_token_ids
-        is_stopped = ids and ids[-1] in seq.stop_ids  # a stop token is not part of the text
-        return self.tokenizer.decode(ids[:-1] if is_stopped else ids, skip_special_tokens=True)
+        return self._decode(_without_end(seq.output_token_ids, seq.stop_ids))
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return "" if self.tokenizer is None else self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+
+def _without_end(token_ids: list[int], end_ids: Collection[int]) -> list[int]:
+    """The tokens of the text; one that ended it is no part of it."""
+    return token_ids[:-1] if token_ids and token_ids[-1] in end_ids else token_ids
 
 
 def _ids_of_word(word: str | tuple[int, ...], tokenizer: Any) -> list[tuple[int, ...]]:
@@ -356,10 +361,6 @@ def _increments(handle: RequestHandle) -> Iterator[RequestOutputDelta]:
 
 def _end_thread(thread: EngineThread) -> None:
     thread.stop()
-    _join(thread)
-
-
-def _join(thread: EngineThread) -> None:
     if thread is not threading.current_thread():  # the garbage collector may call from anywhere
         thread.join(SHUTDOWN_TIMEOUT_S)
 
@@ -421,11 +422,3 @@ def _as_params(params: SamplingParams | SequenceOf[SamplingParams] | None, count
     if len(params) != count:
         raise RequestError("sampling_params", f"{len(params)} of them", f"one, or one for each of {count} prompts")
     return list(params)
-
-
-def _bar_updater(bar: tqdm) -> Callable[[float], None]:
-    def update(share: float) -> None:
-        bar.n = round(100 * share)
-        bar.refresh()
-
-    return update

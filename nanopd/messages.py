@@ -4,23 +4,23 @@ Two families. Objects of the parent (`SamplingParams`, `Role`, `Route`, `Request
 messages (`SlotExtras`, `StepBatch`, `StepResult`, `TransferPlan`, `TransferAck`), which are flat numpy arrays so that
 they go through a shared-memory ring without pickling. This module knows their layout, not who sends them when.
 
-Wire format of a message: int64 words, native byte order. Word 0 is the message kind, then the values of HEADER, then
-the number of items of each section; behind them the sections themselves, each padded to a multiple of 8 bytes.
+Wire format of a message: int64 words, native byte order. Word 0 is the message kind, then its int fields, then the
+number of items of each section; behind them the sections themselves, each padded to a multiple of 8 bytes.
 """
 
 from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum, IntEnum
-from functools import partial
-from typing import Any, ClassVar
+from typing import Annotated, Any
 
 import numpy as np
 
 from nanopd.errors import RequestError
+from nanopd.rules import TRUE_OR_FALSE, Rule, check, integer, list_of, number, one_of, optional, positive, ruled, text
 
 MAX_LOGPROBS = 20  # per token; what StepResult has room for
 MAX_ANSWERS = 128  # per request
@@ -29,6 +29,24 @@ MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS = 1024, 16  # per request, per word; what a S
 MAX_PROCESSOR_BYTES = 1 << 20  # per request, pickled; likewise
 
 LogitsProcessor = Callable[[list[int], Any], Any]  # (tokens generated so far, logits [vocab_size]) -> logits
+
+
+def _is_word(value: object) -> bool:
+    if isinstance(value, str):
+        return bool(value.strip())
+    return isinstance(value, tuple) and 0 < len(value) <= MAX_BAD_WORD_TOKENS and all(map(TOKEN_ID.allows, value))
+
+
+def _is_bias(value: object) -> bool:
+    return isinstance(value, dict) and all(map(TOKEN_ID.allows, value)) and all(map(BIAS_VALUE.allows, value.values()))
+
+
+TOKEN_ID = integer(0)
+BIAS_VALUE = number(-100, 100)
+SEED = integer(0, 2**64 - 1)
+LOGPROBS = integer(0, MAX_LOGPROBS)
+BAD_WORD = Rule(_is_word, f"text, or 1 to {MAX_BAD_WORD_TOKENS} token ids")
+BIASES = Rule(_is_bias, f"a mapping of token ids, each to {BIAS_VALUE.text}")
 
 
 class Role(str, Enum):
@@ -70,80 +88,53 @@ class SamplingParams:
         RequestError: a value out of range; names field, value and what is allowed.
     """
 
-    temperature: float = 1.0  # 0: greedy
-    top_p: float = 1.0
-    top_k: int = 0  # 0 or -1: off
-    seed: int | None = None  # None: derived from the engine's seed and the request's number
-    max_tokens: int | None = 16  # None: up to max_model_len
-    min_tokens: int = 0
-    stop: tuple[str, ...] = ()  # a str or a list of str is taken too
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None  # None: none; n: the chosen token's and the n best
-    prompt_logprobs: int | None = None  # the same for each token of the prompt but the first
-    min_p: float = 0.0  # tokens less likely than this share of the best one's likelihood are not drawn
-    presence_penalty: float = 0.0  # subtracted from the logits of tokens generated before
-    frequency_penalty: float = 0.0  # the same for each time they were generated
-    repetition_penalty: float = 1.0  # of tokens seen before, prompt included: divides logits > 0, multiplies others
-    logit_bias: dict[int, float] | None = None  # added to the logits of these tokens
-    bad_words: tuple[str | tuple[int, ...], ...] = ()  # never generated; LLM makes token ids of text
-    allowed_token_ids: tuple[int, ...] | None = None  # None: all
-    logits_processors: tuple[LogitsProcessor, ...] = ()  # run in the worker, which gets them pickled
-    n: int = 1  # answers; answer i of a seeded request is that of a request for one with the seed + i
-    best_of: int | None = None  # answers to choose the n likeliest from; None: n
+    temperature: float = ruled(1.0, number(0), "the logits are divided by it; below 1e-5: greedy")
+    top_p: float = ruled(1.0, positive(1), "draw from the smallest set of best tokens with this share of the mass")
+    top_k: int = ruled(0, integer(-1, 2**31 - 1), "draw from this many best tokens; 0 or -1: off")
+    seed: int | None = ruled(None, optional(SEED), "None: derived from the engine's seed and the request's number")
+    max_tokens: int | None = ruled(16, optional(integer(1)), "of an answer; None: up to max_model_len")
+    min_tokens: int = ruled(0, integer(0, 2**31 - 1), "before as many, nothing ends the answer; at most max_tokens")
+    stop: tuple[str, ...] = ruled((), list_of(text("a non-empty text")), "end the answer, and are no part of its text")
+    stop_token_ids: tuple[int, ...] = ruled((), list_of(TOKEN_ID, most=MAX_STOP_TOKEN_IDS), "end the answer too")
+    ignore_eos: bool = ruled(False, TRUE_OR_FALSE, "go on after the model's end tokens")
+    logprobs: int | None = ruled(None, optional(LOGPROBS), "log probabilities of the chosen token and as many best")
+    prompt_logprobs: int | None = ruled(None, optional(LOGPROBS), "the same for the prompt's tokens but the first")
+    min_p: float = ruled(0.0, number(0, 1), "tokens below this share of the best one's likelihood are not drawn")
+    presence_penalty: float = ruled(0.0, number(-2, 2), "subtracted from the logits of tokens generated before")
+    frequency_penalty: float = ruled(0.0, number(-2, 2), "the same for each time they were generated")
+    repetition_penalty: float = ruled(
+        1.0, number(1e-6, 10**6), "of tokens seen before, prompt included: divides logits > 0, multiplies others"
+    )
+    logit_bias: Mapping[int, float] | None = ruled(None, optional(BIASES), "added to the logits of these tokens")
+    bad_words: tuple[str | tuple[int, ...], ...] = ruled(
+        (), list_of(BAD_WORD, most=MAX_BAD_WORDS), "never generated; LLM makes token ids of text"
+    )
+    allowed_token_ids: tuple[int, ...] | None = ruled(
+        None, optional(list_of(TOKEN_ID, least=1)), "nothing else is generated; None: all are allowed"
+    )
+    logits_processors: tuple[LogitsProcessor, ...] = ruled(
+        (), list_of(Rule(callable, "a function")), "run in the worker, which gets them pickled"
+    )
+    n: int = ruled(1, integer(1, MAX_ANSWERS), "answers; answer i of a seeded request has the seed + i")
+    best_of: int | None = ruled(
+        None, optional(integer(1, MAX_ANSWERS)), "answers to choose the n likeliest from; at least n; None: n"
+    )
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_token_ids", "bad_words", "logits_processors"):
-            value = getattr(self, name) or ()
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
-        words = (tuple(word) if isinstance(word, list) else word for word in self.bad_words)
-        object.__setattr__(self, "bad_words", tuple(words))
-        if self.allowed_token_ids is not None:
-            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+            object.__setattr__(self, name, _as_tuple(getattr(self, name) or ()))
+        object.__setattr__(self, "allowed_token_ids", _as_tuple(self.allowed_token_ids))
         if isinstance(self.logit_bias, dict):  # JSON has text as keys
             bias = {int(k) if isinstance(k, str) and k.isdecimal() else k: v for k, v in self.logit_bias.items()}
             object.__setattr__(self, "logit_bias", bias)
-        for name, is_allowed, allowed in (*self._checks(), *self._logit_checks()):
-            if not is_allowed:
-                raise RequestError(name, getattr(self, name), allowed)
-
-    def _checks(self) -> Iterator[tuple[str, bool, str]]:
-        """Field, whether its value is allowed, and what is; in an order in which later ones may rely on earlier."""
-        yield "temperature", _is_number(self.temperature, 0.0), "a finite number >= 0"
-        yield "top_p", _is_number(self.top_p, 0.0, 1.0) and self.top_p > 0, "0 < top_p <= 1"
-        yield "top_k", _is_count(self.top_k, -1, 2**31 - 1), "-1 or 0 (off), or a count"
-        yield "seed", self.seed is None or _is_count(self.seed, 0, 2**64 - 1), "None, or 0 <= seed < 2**64"
-        yield "max_tokens", self.max_tokens is None or _is_count(self.max_tokens, 1), "None, or at least 1"
-        most = self.max_tokens or 2**31 - 1
-        yield "min_tokens", _is_count(self.min_tokens, 0, most), "0 <= min_tokens <= max_tokens"
-        yield "stop", all(isinstance(s, str) and s for s in self.stop), "non-empty strings"
-        yield "stop_token_ids", all(_is_count(t, 0) for t in self.stop_token_ids), "token ids >= 0"
-        is_short = len(self.stop_token_ids) <= MAX_STOP_TOKEN_IDS
-        yield "stop_token_ids", is_short, f"at most {MAX_STOP_TOKEN_IDS} of them"
-        yield "ignore_eos", isinstance(self.ignore_eos, bool), "true or false"
-        yield "n", _is_count(self.n, 1, MAX_ANSWERS), f"1 to {MAX_ANSWERS}"
-        is_off = self.best_of is None
-        yield "best_of", is_off or _is_count(self.best_of, self.n, MAX_ANSWERS), f"None, or n to {MAX_ANSWERS}"
-        for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(self, name)
-            yield name, value is None or _is_count(value, 0, MAX_LOGPROBS), f"None, or 0 to {MAX_LOGPROBS}"
-
-    def _logit_checks(self) -> Iterator[tuple[str, bool, str]]:
-        """As `_checks`, of what changes the logits or which of them count."""
-        yield "min_p", _is_number(self.min_p, 0.0, 1.0), "0 <= min_p <= 1"
-        for name in ("presence_penalty", "frequency_penalty"):
-            yield name, _is_number(getattr(self, name), -2.0, 2.0), "-2 to 2"
-        yield "repetition_penalty", _is_number(self.repetition_penalty, 1e-6, 1e6), "1e-6 to 1e6; 1: off"
-        bias = {} if self.logit_bias is None else self.logit_bias
-        is_bias = isinstance(bias, dict) and all(_is_count(t, 0) and _is_number(b, -100, 100) for t, b in bias.items())
-        yield "logit_bias", is_bias, "token ids, with a number from -100 to 100 each"
-        yield "bad_words", all(map(_is_word, self.bad_words)), f"text, or 1 to {MAX_BAD_WORD_TOKENS} token ids, each"
-        yield "bad_words", len(self.bad_words) <= MAX_BAD_WORDS, f"at most {MAX_BAD_WORDS} of them"
-        allowed = (0,) if self.allowed_token_ids is None else self.allowed_token_ids
-        yield "allowed_token_ids", len(allowed) > 0 and all(_is_count(t, 0) for t in allowed), "None, or token ids >= 0"
-        yield "logits_processors", all(map(callable, self.logits_processors)), "callables"
-        is_short = len(self.pickled_processors()) <= MAX_PROCESSOR_BYTES
-        yield "logits_processors", is_short, f"at most {MAX_PROCESSOR_BYTES} bytes when pickled"
+        check(self, RequestError)
+        if self.min_tokens > (self.max_tokens or math.inf):
+            raise RequestError("min_tokens", self.min_tokens, f"at most max_tokens, {self.max_tokens}")
+        if self.best_of is not None and self.best_of < self.n:
+            raise RequestError("best_of", self.best_of, f"n to {MAX_ANSWERS}, or null")
+        if len(self.pickled_processors()) > MAX_PROCESSOR_BYTES:
+            allowed = f"at most {MAX_PROCESSOR_BYTES} bytes when pickled"
+            raise RequestError("logits_processors", self.logits_processors, allowed)
 
     def split(self) -> list[SamplingParams]:
         """Those of the sequences that are to be generated, each with n = 1."""
@@ -179,38 +170,25 @@ class BeamSearchParams:
         RequestError: a value out of range; names field, value and what is allowed.
     """
 
-    num_beams: int = 4  # answers, and candidates for them
-    max_tokens: int = 16
-    length_penalty: float = 1.0  # the score of an answer is its log probability / length ** length_penalty
-    early_stopping: bool | str = False  # True: as soon as there are enough; "never": when none can get better
-    ignore_eos: bool = False
+    num_beams: int = ruled(4, integer(1, MAX_LOGPROBS // 2), "answers, and candidates for them")
+    max_tokens: int = ruled(16, integer(1), "of an answer")
+    length_penalty: float = ruled(1.0, number(-1e3, 1e3), "scores are log probabilities / length ** length_penalty")
+    early_stopping: bool | str = ruled(
+        False, one_of(False, True, "never"), "True: as soon as there are enough; never: when none can get better"
+    )
+    ignore_eos: bool = ruled(False, TRUE_OR_FALSE, "go on after the model's end tokens")
 
     def __post_init__(self) -> None:
-        for name, is_allowed, allowed in (
-            ("num_beams", _is_count(self.num_beams, 1, MAX_LOGPROBS // 2), f"1 to {MAX_LOGPROBS // 2}"),
-            ("max_tokens", _is_count(self.max_tokens, 1), "at least 1"),
-            ("length_penalty", _is_number(self.length_penalty, -1e3, 1e3), "-1000 to 1000"),
-            ("early_stopping", self.early_stopping in (False, True, "never"), 'False, True or "never"'),
-            ("ignore_eos", isinstance(self.ignore_eos, bool), "true or false"),
-        ):
-            if not is_allowed:
-                raise RequestError(name, getattr(self, name), allowed)
+        check(self, RequestError)
 
 
-def _is_count(value: object, least: int, most: float = math.inf) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-
-
-def _is_word(value: object) -> bool:
+def _as_tuple(value: Any) -> Any:
+    """Text as one of one, lists in it as tuples; what is no collection is left to be refused."""
     if isinstance(value, str):
-        return bool(value.strip())
-    return isinstance(value, tuple) and 0 < len(value) <= MAX_BAD_WORD_TOKENS and all(_is_count(t, 0) for t in value)
-
-
-def _is_number(value: object, least: float, most: float = math.inf) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return least <= value <= most and math.isfinite(value)
+        return (value,)
+    if not isinstance(value, Iterable):
+        return value
+    return tuple(tuple(item) if isinstance(item, list) else item for item in value)
 
 
 class FinishReason(str, Enum):
@@ -333,14 +311,6 @@ class Shutdown:
 # ---------------------------------------------------------------------------------------------- wire messages
 
 
-class MessageKind(IntEnum):
-    STEP = 1
-    TRANSFER = 2
-    STEP_RESULT = 3
-    TRANSFER_ACK = 4
-    SLOT_EXTRAS = 5
-
-
 class RowFlag(IntEnum):
     """Bits of `StepBatch.row_flags`."""
 
@@ -367,9 +337,10 @@ BLOCK_COPY = np.dtype([("src", "<i4"), ("dst", "<i4")])
 PENALTIES = np.dtype([("presence", "<f4"), ("frequency", "<f4"), ("repetition", "<f4")])
 BIAS = np.dtype([("token_id", "<i4"), ("bias", "<f4")])
 
-
-def _empty(dtype: np.dtype | type) -> np.ndarray:
-    return np.empty(0, dtype)
+# Sections: flat arrays of the dtype beside.
+Int32s = Annotated[np.ndarray, np.dtype("<i4")]
+Float32s = Annotated[np.ndarray, np.dtype("<f4")]
+Bytes = Annotated[np.ndarray, np.dtype("u1")]
 
 
 @dataclass(slots=True)
@@ -383,23 +354,12 @@ class SlotExtras:
     num_prompt_tokens: int
     num_prompt_logprobs: int  # -1: none
     changes_logits: int  # 0: all sections but `token_ids` are of no use
-    token_ids: np.ndarray  # [num_tokens] int32, of the prompt and generated so far
-    penalties: np.ndarray  # [1] PENALTIES
-    biases: np.ndarray  # [*] BIAS
-    allowed_ids: np.ndarray  # [*] int32; none: all are allowed
-    bad_words: np.ndarray  # [num_words * MAX_BAD_WORD_TOKENS] int32, behind as many -1 as fill up the word
-    processors: np.ndarray  # [*] uint8, pickled
-
-    KIND: ClassVar = MessageKind.SLOT_EXTRAS
-    HEADER: ClassVar = ("slot", "num_prompt_tokens", "num_prompt_logprobs", "changes_logits")
-    SECTIONS: ClassVar[dict[str, np.dtype]] = {
-        "token_ids": np.dtype("<i4"),
-        "penalties": PENALTIES,
-        "biases": BIAS,
-        "allowed_ids": np.dtype("<i4"),
-        "bad_words": np.dtype("<i4"),
-        "processors": np.dtype("u1"),
-    }
+    token_ids: Int32s  # [num_tokens], of the prompt and generated so far
+    penalties: Annotated[np.ndarray, PENALTIES]  # [1]
+    biases: Annotated[np.ndarray, BIAS]  # [*]
+    allowed_ids: Int32s  # [*]; none: all are allowed
+    bad_words: Int32s  # [num_words * MAX_BAD_WORD_TOKENS], behind as many -1 as fill up the word
+    processors: Bytes  # [*], pickled
 
 
 @dataclass(slots=True)
@@ -412,29 +372,15 @@ class StepBatch:
     """
 
     step_id: int
-    slot_inits: np.ndarray  # [*] SLOT_INIT, a sequence enters a slot
-    stop_ids: np.ndarray  # [*] int32, the slot_inits' stop ids (EOS included), concatenated
-    table_updates: np.ndarray  # [*] TABLE_UPDATE
-    copies: np.ndarray  # [*] BLOCK_COPY, copy-on-write
-    row_slots: np.ndarray  # [num_rows] int32
-    row_starts: np.ndarray  # [num_rows] int32, position of the row's first token (= num_computed_tokens)
-    row_lens: np.ndarray  # [num_rows] int32, num_scheduled_tokens
-    row_flags: np.ndarray  # [num_rows] int32, RowFlag bits
-    token_ids: np.ndarray  # [*] int32, the tokens of all rows without FROM_SLOT, concatenated
-
-    KIND: ClassVar = MessageKind.STEP
-    HEADER: ClassVar = ("step_id",)
-    SECTIONS: ClassVar = {
-        "slot_inits": SLOT_INIT,
-        "stop_ids": np.dtype("<i4"),
-        "table_updates": TABLE_UPDATE,
-        "copies": BLOCK_COPY,
-        "row_slots": np.dtype("<i4"),
-        "row_starts": np.dtype("<i4"),
-        "row_lens": np.dtype("<i4"),
-        "row_flags": np.dtype("<i4"),
-        "token_ids": np.dtype("<i4"),
-    }
+    slot_inits: Annotated[np.ndarray, SLOT_INIT]  # [*], a sequence enters a slot
+    stop_ids: Int32s  # [*], the slot_inits' stop ids (EOS included), concatenated
+    table_updates: Annotated[np.ndarray, TABLE_UPDATE]  # [*]
+    copies: Annotated[np.ndarray, BLOCK_COPY]  # [*]: copy-on-write, then to host blocks (-id), then from there
+    row_slots: Int32s  # [num_rows]
+    row_starts: Int32s  # [num_rows], position of the row's first token (= num_computed_tokens)
+    row_lens: Int32s  # [num_rows], num_scheduled_tokens
+    row_flags: Int32s  # [num_rows], RowFlag bits
+    token_ids: Int32s  # [*], the tokens of all rows without FROM_SLOT, concatenated
 
 
 @dataclass(slots=True)
@@ -443,12 +389,12 @@ class StepResult:
 
     step_id: int
     duration_us: int  # of the step on the device
-    token_ids: np.ndarray  # [*] int32; -1: the sequence cannot go on, and `errors` says why
-    # [num_logprob_rows] int32: indices into token_ids, or -1 - slot for the next token of that slot's prompt
-    logprob_rows: np.ndarray
-    logprob_ids: np.ndarray  # [num_logprob_rows * (1 + MAX_LOGPROBS)] int32, the chosen token first; -1: none
-    logprobs: np.ndarray  # the same shape, float32
-    errors: np.ndarray = field(default_factory=partial(_empty, np.uint8))  # [*] uint8, text
+    token_ids: Int32s  # [*]; -1: the sequence cannot go on, and `errors` says why
+    # [num_logprob_rows]: indices into token_ids, or -1 - slot for the next token of that slot's prompt
+    logprob_rows: Int32s
+    logprob_ids: Int32s  # [num_logprob_rows * (1 + MAX_LOGPROBS)], the chosen token first; -1: none
+    logprobs: Float32s  # the same shape
+    errors: Bytes = field(default_factory=lambda: np.empty(0, np.uint8))  # [*], text
 
     def part(self, rows: np.ndarray) -> StepResult:
         """That of some of the tokens: rows [*] int64, indices into token_ids, ascending. Prompts go with token 0."""
@@ -460,16 +406,6 @@ class StepResult:
         tokens = self.token_ids[rows]
         return StepResult(self.step_id, self.duration_us, tokens, logprob_rows, ids, values, self.errors)
 
-    KIND: ClassVar = MessageKind.STEP_RESULT
-    HEADER: ClassVar = ("step_id", "duration_us")
-    SECTIONS: ClassVar[dict[str, np.dtype]] = {
-        "token_ids": np.dtype("<i4"),
-        "logprob_rows": np.dtype("<i4"),
-        "logprob_ids": np.dtype("<i4"),
-        "logprobs": np.dtype("<f4"),
-        "errors": np.dtype("u1"),
-    }
-
 
 @dataclass(slots=True)
 class TransferPlan:
@@ -480,12 +416,8 @@ class TransferPlan:
     src_generation: int
     dst_worker: int
     dst_generation: int
-    src_blocks: np.ndarray  # [num_blocks] int32, ids on the source
-    dst_blocks: np.ndarray  # [num_blocks] int32, ids on the destination
-
-    KIND: ClassVar = MessageKind.TRANSFER
-    HEADER: ClassVar = ("plan_id", "src_worker", "src_generation", "dst_worker", "dst_generation")
-    SECTIONS: ClassVar = {"src_blocks": np.dtype("<i4"), "dst_blocks": np.dtype("<i4")}
+    src_blocks: Int32s  # [num_blocks], ids on the source
+    dst_blocks: Int32s  # [num_blocks], ids on the destination
 
 
 @dataclass(slots=True)
@@ -495,7 +427,3 @@ class TransferAck:
     plan_id: int
     duration_us: int
     num_bytes: int  # 0: given up, as the source is dead
-
-    KIND: ClassVar = MessageKind.TRANSFER_ACK
-    HEADER: ClassVar = ("plan_id", "duration_us", "num_bytes")
-    SECTIONS: ClassVar[dict[str, np.dtype]] = {}

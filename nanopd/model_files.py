@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanopd import demo_model
-from nanopd.config import ModelConfig, RopeScaling
+from nanopd.config import DTYPES, ModelConfig, RopeScaling
 from nanopd.config_files import config_dir
 from nanopd.errors import ConfigError, UnsupportedModelError
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
-RUN_DTYPES = ("float32", "bfloat16", "float16")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
 
@@ -180,7 +179,7 @@ def _run_dtype(hf: PreTrainedConfig, dtype: str, device_is_cpu: bool) -> str:
     if dtype != "auto":
         return dtype
     checkpoint = str(getattr(hf, "dtype", None) or getattr(hf, "torch_dtype", None)).removeprefix("torch.")
-    return "float32" if device_is_cpu or checkpoint not in RUN_DTYPES else checkpoint
+    return "float32" if device_is_cpu or checkpoint not in DTYPES else checkpoint
 
 
 def _eos_token_ids(path: Path, hf: PreTrainedConfig) -> tuple[int, ...]:

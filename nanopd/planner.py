@@ -16,15 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from nanopd.config import LEVELS, EngineConfig, ModelConfig, allowed_routes
+from nanopd.config import LEVELS, EngineConfig, ModelConfig
 from nanopd.core.metrics import SLO, RequestMetrics
 from nanopd.core.sequence import Sequence as Request
 from nanopd.core.workload import WorkloadRequest
 from nanopd.errors import ConfigError
 from nanopd.messages import RequestLog, Role
 from nanopd.model_files import read_model_config, resolve
-from nanopd.routing.adaptive import QUANTILES, AdaptiveRouter
-from nanopd.routing.cost_model import CostModel, Parameters, chunk_pairs
+from nanopd.routing.adaptive import AdaptiveRouter
+from nanopd.routing.cost_model import Parameters, chunk_pairs
+from nanopd.routing.policy import make_policy
 from nanopd.simulator import simulate
 
 TARGET = 0.9  # attainment
@@ -82,14 +83,8 @@ class Arrangement:
 class Oracle(AdaptiveRouter):
     """Knows what nobody can: how long each answer will be."""
 
-    @classmethod
-    def of(cls, config: EngineConfig, parameters: Parameters, slo: SLO) -> Oracle:
-        routes, max_chunk = allowed_routes(config.roles), config.max_num_batched_tokens
-        return cls(routes, len(config.roles), CostModel(parameters), max_chunk, slo)
-
-    def foresee(self, seq: Request) -> tuple[float, np.ndarray]:
-        num_left = float(seq.end_len - seq.num_tokens)
-        return num_left, np.full(len(QUANTILES), num_left)
+    def foresee(self, seq: Request) -> tuple[float, tuple[float, ...]]:
+        return float(seq.end_len - seq.num_tokens), super().foresee(seq)[1]
 
 
 def candidates(num_workers: int, budgets: Iterable[int] = BUDGETS) -> list[Arrangement]:
@@ -144,8 +139,8 @@ class Scenario:
         """What became of the requests at `rate` per second (None: at their own times); `until`: see `simulate`."""
         config = arrangement.config(self.base, self.slo)
         requests = at_rate(self.requests, rate) if rate else self.requests
-        oracle = Oracle.of(config, self.parameters, self.slo) if arrangement.policy == "oracle" else None
-        return simulate(config, self.model, self.parameters, requests, oracle, until=until)[1]
+        policy = make_policy(config, self.parameters, Oracle if arrangement.policy == "oracle" else AdaptiveRouter)
+        return simulate(config, self.model, self.parameters, requests, policy, until=until)[1]
 
     def attainment(self, arrangement: Arrangement, rate: float) -> float:
         """The share of all arrivals that keep the service levels; a run that has missed twice too many ends there."""
@@ -161,11 +156,11 @@ class Scenario:
 
     @property
     def _work_ms(self) -> tuple[float, float]:
-        """Of a mean request for one worker: its prompt, and its decode steps at batch_thresh."""
+        """Of a mean request for one worker: its prompt, and its decode steps where arithmetic begins to bind."""
         terms = self.parameters.terms
         lens = [(r.num_prompt_tokens, r.num_output_tokens) for r in self.requests]
         prompt, output = np.mean(lens, axis=0).tolist()
-        batch = terms.batch_thresh
+        batch = terms.compute_bound_rows
         return terms.a1 * prompt, terms.step_ms(batch, batch * (prompt + output / 2)) / batch * output
 
     def likely_rate(self, num_workers: int) -> float:
@@ -238,7 +233,8 @@ def search(
         found = known.get(arrangement.text)
         if found is None:
             found = find_goodput(attainment, least or scenario.likely_rate(len(arrangement.workers)), least)
-        best = max(best, 0.0 if found.is_bound else found.rate)
+        if not found.is_bound and arrangement.policy != "oracle":  # which nobody can have
+            best = max(best, found.rate)
         if found.is_bound and arrangement.is_split:
             lost.append(share)
         yield arrangement, found

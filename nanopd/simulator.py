@@ -20,7 +20,7 @@ import numpy as np
 
 from nanopd.config import EngineConfig, ModelConfig
 from nanopd.core.block_manager import BlockManager
-from nanopd.core.scheduler import Scheduler
+from nanopd.core.scheduler import Load, Scheduler
 from nanopd.core.workload import WorkloadRequest, prompt_token_ids
 from nanopd.engine import Engine
 from nanopd.messages import (
@@ -189,15 +189,15 @@ class _JumpingScheduler(Scheduler):
         self.client.end_run()
         self._num_expected = value
 
-    @property
-    def num_context_tokens(self) -> int:
-        return super().num_context_tokens + self.client.num_steps_done * len(self.decoding)
-
-    @property
-    def num_free_tokens(self) -> int:
-        num_done = self.client.num_steps_done
-        num_taken = self._num_blocks_for(self._slots_of_decoding(), num_done) if num_done else 0
-        return super().num_free_tokens - num_taken * self.blocks.block_size
+    def snapshot(self) -> Load:
+        load, num_done = super().snapshot(), self.client.num_steps_done
+        if not num_done:
+            return load
+        num_taken = self._num_blocks_for(self._slots_of_decoding(), num_done) * self.blocks.block_size
+        return load._replace(
+            num_context_tokens=load.num_context_tokens + num_done * load.num_decoding,
+            num_free_tokens=load.num_free_tokens - num_taken,
+        )
 
     def num_like(self, in_flight: Iterable[np.ndarray]) -> int:
         """How many more steps like those in flight, given by their slots, would follow if nothing came in between."""
@@ -226,6 +226,7 @@ class _JumpingScheduler(Scheduler):
         t._times_s[cells] = times_s[:, None]  # all tokens are 0
         t.num_tokens[slots] += num_steps
         t.num_computed[slots] += num_steps
+        self._num_context_tokens += num_steps * len(slots)
         for slot in slots[t.num_computed[slots] > t.writable_len[slots]].tolist():
             table = self._seq(slot).block_table
             self.blocks.append(table, int(t.writable_len[slot]), int(t.num_computed[slot]))
@@ -238,17 +239,16 @@ class _JumpingScheduler(Scheduler):
 class _JumpingEngine(Engine):
     """Passes by workers that have neither answered nor anything to do now."""
 
-    def _take_results(self, worker: int, now_s: float) -> None:
-        client = self.workers[worker]
-        assert isinstance(client, SimulatedWorker)
-        if client.next_due_s() <= now_s:
-            super()._take_results(worker, now_s)
+    def _live_workers(self) -> list[int]:
+        return [worker for worker in super()._live_workers() if self._is_concerned(worker)]
 
-    def _send_steps(self, worker: int) -> bool:
-        scheduler = self.schedulers[worker]
-        is_full = len(scheduler.in_flight) == self.config.steps_in_flight
-        has_work = scheduler.waiting or scheduler.prefilling or scheduler.decoding
-        return not is_full and bool(has_work) and super()._send_steps(worker)
+    def _is_concerned(self, worker: int) -> bool:
+        scheduler, client = self.schedulers[worker], self.workers[worker]
+        assert isinstance(client, SimulatedWorker)
+        if scheduler.waiting or client.next_due_s() <= self.clock():
+            return True
+        may_send = len(scheduler.in_flight) < self.config.steps_in_flight
+        return may_send and bool(scheduler.prefilling or scheduler.decoding)
 
     def _new_scheduler(self, worker: int, role: Role) -> Scheduler:
         client = self.workers[worker]

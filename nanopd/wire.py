@@ -1,23 +1,25 @@
 """The codec of the wire messages of messages.py: flat arrays into a slot of a ring, and views of the slot back.
 
-Knows the classes' KIND, HEADER and SECTIONS, not what the fields mean and not where the bytes go. The layout is
-described in messages.py. Both ends are of one machine and one program: no versions, native byte order.
+Reads the layout from the annotations of the classes: int fields, then annotated arrays. Knows not what they mean and
+not where the bytes go. Both ends are of one machine and one program: no versions, native byte order.
 """
 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from operator import attrgetter
-from typing import TypeAlias
+from typing import TypeAlias, get_args, get_type_hints
 
 import numpy as np
 
 from nanopd.errors import NanopdError
-from nanopd.messages import MessageKind, SlotExtras, StepBatch, StepResult, TransferAck, TransferPlan
+from nanopd.messages import SlotExtras, StepBatch, StepResult, TransferAck, TransferPlan
 
-Message: TypeAlias = SlotExtras | StepBatch | StepResult | TransferPlan | TransferAck
+Message: TypeAlias = StepBatch | TransferPlan | StepResult | TransferAck | SlotExtras
+
+KINDS: dict[type, int] = {cls: kind for kind, cls in enumerate(get_args(Message), 1)}
 
 ALIGNMENT = 8  # bytes; what the largest item, SLOT_INIT's seed, needs
 
@@ -28,7 +30,7 @@ class WireError(NanopdError, ValueError):
 
 def encoded_size(message: Message) -> int:
     """The bytes that `encode` will write."""
-    layout = _layout(message.KIND)
+    layout = _layout(KINDS[type(message)])
     return layout.prefix.size + sum(_padded(array.nbytes) for array in layout.split(message)[1])
 
 
@@ -37,7 +39,7 @@ def encode(message: Message, out: memoryview) -> int:
 
     Raises WireError for an array of another dtype than its section's.
     """
-    layout = _layout(message.KIND)
+    layout = _layout(KINDS[type(message)])
     header, arrays = layout.split(message)
     layout.prefix.pack_into(out, 0, layout.kind, *header, *[array.size for array in arrays])
     offset = layout.prefix.size
@@ -56,8 +58,7 @@ def decode(slot: memoryview | bytes) -> Message:
     Raises WireError if the kind is unknown or the lengths do not add up.
     """
     view = memoryview(slot)
-    kind = struct.unpack_from("=q", view)[0] if view.nbytes >= 8 else None
-    layout = _layout(kind)
+    layout = _layout(struct.unpack_from("=q", view)[0] if view.nbytes >= 8 else None)
     if view.nbytes < layout.prefix.size:
         raise WireError(f"{layout.cls.__name__}: {view.nbytes} bytes, its header alone has {layout.prefix.size}")
     _, *words = layout.prefix.unpack_from(view)
@@ -88,15 +89,24 @@ class _Layout:
         return values[: self.num_header], values[self.num_header :]
 
 
+def sections(cls: type) -> dict[str, np.dtype]:
+    """The arrays of a class of messages, in the order of the wire."""
+    return {
+        name: hint.__metadata__[0] for name, hint in get_type_hints(cls, include_extras=True).items() if hint is not int
+    }
+
+
 @cache
 def _layout(kind: int | None) -> _Layout:
-    for cls in (SlotExtras, StepBatch, StepResult, TransferPlan, TransferAck):
-        if kind == cls.KIND:
-            names = (*cls.HEADER, *cls.SECTIONS)
-            assert names == tuple(field.name for field in fields(cls)), f"{cls.__name__}: fields are not in wire order"
+    for cls, number in KINDS.items():
+        if kind == number:
+            names, arrays = list(get_type_hints(cls)), sections(cls)
+            num_header = len(names) - len(arrays)
+            assert names[num_header:] == list(arrays), f"{cls.__name__}: the arrays do not stand last"
             prefix = struct.Struct(f"={1 + len(names)}q")
-            return _Layout(cls, cls.KIND, len(cls.HEADER), prefix, tuple(cls.SECTIONS.values()), attrgetter(*names))
-    raise WireError(f"message kind {kind!r} is unknown; known: {', '.join(f'{k:d} ({k.name})' for k in MessageKind)}")
+            return _Layout(cls, number, num_header, prefix, tuple(arrays.values()), attrgetter(*names))
+    known = ", ".join(f"{number} ({cls.__name__})" for cls, number in KINDS.items())
+    raise WireError(f"message kind {kind!r} is unknown; known: {known}")
 
 
 def _check_size(layout: _Layout, counts: list[int], nbytes: int) -> None:

@@ -24,11 +24,12 @@ from nanopd.errors import NanopdError, WorkerError
 from nanopd.ipc.channel import channel
 from nanopd.ipc.descriptor import Descriptor
 from nanopd.ipc.doorbell import Doorbell, HasFileno, Waiter
-from nanopd.ipc.memories import Memories
 from nanopd.ipc.process import die_with_parent
 from nanopd.ipc.ring import RingFull
+from nanopd.ipc.shared_memory import Memories
 from nanopd.links import measure
 from nanopd.messages import (
+    BLOCK_COPY,
     MAX_BAD_WORD_TOKENS,
     MAX_BAD_WORDS,
     MAX_LOGPROBS,
@@ -53,6 +54,7 @@ from nanopd.wire import decode, encode, encoded_size
 
 WORKER_ENTRY = "nanopd.worker.main"  # a module with a function main
 SHUTDOWN_TIMEOUT_S = 5.0
+LOADING_POLL_S = 0.1
 END_POLL_S = 0.02  # between looks whether killed processes have ended; one with a GPU takes a while
 NUM_RING_MESSAGES = 4
 SPIN_COUNT = "3000"  # OpenMP's own 300,000 waste whole time slices on shared cores: 26 tokens/s instead of 128
@@ -82,6 +84,7 @@ class WorkerProcess:
         """`waiter` wakes up for what the process says, and for its end, until it is killed."""
         self.index = index
         self.generation = generation
+        self.share_loaded = 0.0
         self.num_blocks = 0  # these three are known once it is ready
         self.paths: dict[int, TransferPath] = {}  # by source: how it gets blocks
         self.kv_handle: object = None
@@ -99,15 +102,18 @@ class WorkerProcess:
         assert self._process.pid is not None
         self._exit = Descriptor(os.pidfd_open(self._process.pid))  # ready when the process has ended
         self._news = Waiter()  # for last words and the end: a process that serves says nothing else
-        self._waiter = waiter
-        self._watched: list[HasFileno] = []
-        for source in (self._endpoint.bell, self._control, self._exit):
-            self._watch(source)
+        self._watched: dict[HasFileno, tuple[Waiter, ...]] = {
+            self._endpoint.bell: (waiter,),
+            self._control: (waiter, self._news),
+            self._exit: (waiter, self._news),
+        }
+        for source, waiters in self._watched.items():
+            for each in waiters:
+                each.add(source)
 
-    def tell(self, peers: dict[int, Peer | None]) -> None:
-        """Say what became of the KV caches of some workers."""
+    def tell(self, message: Peers | Shutdown) -> None:
         with contextlib.suppress(OSError):  # it has ended, which will be noticed
-            self._control.send(Peers(peers))
+            self._control.send(message)
 
     def send(self, message: SlotExtras | StepBatch | TransferPlan) -> None:
         self._backlog.append(message)
@@ -140,11 +146,15 @@ class WorkerProcess:
         message = self._next_control()
         if isinstance(message, Failed):
             raise WorkerError(self.index, message.reason, message.traceback)
+        if isinstance(message, Progress):
+            self.share_loaded = message.done_bytes / max(1, message.total_bytes)
         if isinstance(message, Ready):
             self.num_blocks, self.paths, self.kv_handle = message.num_blocks, message.paths, message.kv_handle
         if message is None and (exit_code := self._process.exitcode) is not None:
-            hint = "" if self.num_blocks else LOADING_HINT
-            raise WorkerError(self.index, _describe_exit(exit_code) + hint)
+            how = f"ended with exit code {exit_code}"
+            if exit_code < 0:
+                how = f"was killed by {signal.Signals(-exit_code).name}"
+            raise WorkerError(self.index, how + ("" if self.num_blocks else LOADING_HINT))
         return message
 
     @property
@@ -155,14 +165,10 @@ class WorkerProcess:
     def has_ended(self) -> bool:
         return self._process.exitcode is not None
 
-    def tell_to_stop(self) -> None:
-        with contextlib.suppress(OSError):  # it has ended already
-            self._control.send(Shutdown())
-
     def kill(self) -> None:
         """End the process; nobody wakes up for it any more."""
         self._process.kill()
-        for source in self._watched[:]:
+        for source in list(self._watched):
             self._unwatch(source)
 
     def close(self, deadline_s: float) -> None:
@@ -174,17 +180,9 @@ class WorkerProcess:
         for part in (self._news, self._control, self._exit, self._endpoint):
             part.close()
 
-    def _watch(self, source: HasFileno) -> None:
-        self._watched.append(source)
-        self._waiter.add(source)
-        if source is not self._endpoint.bell:
-            self._news.add(source)
-
     def _unwatch(self, source: HasFileno) -> None:
-        self._watched.remove(source)
-        self._waiter.remove(source)
-        if source is not self._endpoint.bell:
-            self._news.remove(source)
+        for waiter in self._watched.pop(source):
+            waiter.remove(source)
 
     def _next_control(self) -> Progress | Ready | Failed | None:
         try:
@@ -207,12 +205,6 @@ class WorkerProcess:
             self._backlog.popleft()
 
 
-def _describe_exit(exit_code: int) -> str:
-    if exit_code < 0:
-        return f"was killed by {signal.Signals(-exit_code).name}"
-    return f"ended with exit code {exit_code}"
-
-
 class WorkerProcesses:
     """All workers of an engine: starts them, wakes the engine's thread for them, and replaces those that die."""
 
@@ -226,7 +218,7 @@ class WorkerProcesses:
         self._loading: dict[int, WorkerProcess] = {}
         self._ending: list[WorkerProcess] = []  # killed, until they have ended
         self._num_blocks: dict[int, int] = {}  # once known: peers map as many of a replacement
-        self._due_s: dict[int, float] = {}  # of workers that are being replaced: when it has taken too long
+        self._due_s: dict[int, float] = {}  # of workers that are to serve: when it has taken too long
         self.num_restarts = [0] * len(config.workers)
 
     def start(self, on_progress: Callable[[float], None] | None = None) -> list[WorkerProcess]:
@@ -239,41 +231,34 @@ class WorkerProcesses:
             WorkerError: one failed, or took longer than `start_timeout_s`.
             NanopdError: `bell` was rung.
         """
-        for worker in range(len(self._config.workers)):
+        num_workers = len(self._config.workers)
+        for worker in range(num_workers):
+            self._due_s[worker] = time.monotonic() + self._config.start_timeout_s
             self._spawn(worker)
-        self._await_ready(on_progress)
-        workers = [self._serving[worker] for worker in range(len(self._config.workers))]
-        for process in workers:
-            process.tell({peer.index: peer.peer for peer in workers})
+        while self._loading:
+            if self.wait(LOADING_POLL_S):
+                raise NanopdError("the start was cancelled")
+            for worker in list(self._loading):
+                self._advance(worker)
+            if on_progress is not None:
+                loading = self._loading.values()
+                on_progress(1 - sum(1 - process.share_loaded for process in loading) / num_workers)
+        workers = [self._serving[worker] for worker in range(num_workers)]
         max_blocks = -(-self._config.max_len_of(self._model) // self._config.block_size)
         block_bytes = self._config.block_size * self._model.kv_bytes_per_token()
         measure(workers, routes_for_policy(self._config.policy, self._config.roles), block_bytes, max_blocks)
         return workers
 
-    def _await_ready(self, on_progress: Callable[[float], None] | None) -> None:
-        deadline_s = time.monotonic() + self._config.start_timeout_s
-        shares = [0.0] * len(self._config.workers)
-        while self._loading:
-            if time.monotonic() >= deadline_s:
-                raise _late(next(iter(self._loading)))
-            if self._bell in self._waiter.wait(max(0.0, deadline_s - time.monotonic())):
-                raise NanopdError("the start was cancelled")
-            for process in list(self._loading.values()):
-                while (message := process.receive()) is not None:
-                    shares[process.index] = self._note(process, message)
-            if on_progress is not None:
-                on_progress(sum(shares) / len(shares))
-
-    def wait(self, timeout_s: float) -> None:
-        """Sleep until a worker or the bell has something to say."""
-        self._waiter.wait(min(timeout_s, END_POLL_S) if self._ending else timeout_s)
+    def wait(self, timeout_s: float) -> bool:
+        """Sleep until a worker or the bell has something to say; whether the bell has."""
+        return self._bell in self._waiter.wait(min(timeout_s, END_POLL_S) if self._ending else timeout_s)
 
     def replace(self, worker: int) -> bool:
         """End a worker that has died or hangs; whether there will be another one, see `replaced`."""
         process = self._serving.pop(worker)
         self._discard(process)
         for other in self._serving.values():
-            other.tell({worker: None})  # their mappings of its cache keep memory that the next one needs
+            other.tell(Peers({worker: None}))  # their mappings of its cache keep memory that the next one needs
         return self._try_restart(worker)
 
     def replaced(self) -> list[WorkerProcess | WorkerError]:
@@ -284,6 +269,9 @@ class WorkerProcesses:
             self._ending.remove(process)
             process.close(0.0)
         outcomes = [self._go_on_with(worker) for worker in list(self._due_s)]
+        for outcome in outcomes:
+            if isinstance(outcome, WorkerProcess):
+                logger.warning("worker %d: has been replaced, restart %d", outcome.index, outcome.generation)
         return [outcome for outcome in outcomes if outcome is not None]
 
     def close(self, timeout_s: float = SHUTDOWN_TIMEOUT_S) -> None:
@@ -292,7 +280,7 @@ class WorkerProcesses:
             process.kill()
         processes = [*self._serving.values(), *self._loading.values(), *self._ending]
         for process in processes:
-            process.tell_to_stop()
+            process.tell(Shutdown())
         deadline_s = time.monotonic() + timeout_s
         for process in processes:
             process.close(deadline_s)
@@ -311,15 +299,6 @@ class WorkerProcesses:
         except OSError as error:
             raise WorkerError(worker, f"could not be spawned: {error}") from error
 
-    def _note(self, process: WorkerProcess, message: Progress | Ready) -> float:
-        """The share that a loading worker has done; one that is ready serves from now on."""
-        if isinstance(message, Progress):
-            return message.done_bytes / max(1, message.total_bytes)
-        del self._loading[process.index]
-        self._serving[process.index] = process
-        self._num_blocks[process.index] = process.num_blocks
-        return 1.0
-
     def _go_on_with(self, worker: int) -> WorkerProcess | WorkerError | None:
         try:
             return self._advance(worker)
@@ -333,28 +312,24 @@ class WorkerProcesses:
             return error
 
     def _advance(self, worker: int) -> WorkerProcess | None:
+        """Go on with a worker that is to serve by `_due_s`; the process once it does, which all have heard of then."""
         if time.monotonic() >= self._due_s[worker]:
-            raise _late(worker)
+            raise WorkerError(worker, "has not loaded within start_timeout_s")
         process = self._loading.get(worker)
         if process is None:
             if not any(ending.index == worker for ending in self._ending):  # its device's memory is free again
                 self._spawn(worker)
             return None
         while (message := process.receive()) is not None:
-            self._note(process, message)
             if isinstance(message, Ready):
-                del self._due_s[worker]
-                self._introduce(process)
+                del self._due_s[worker], self._loading[worker]
+                self._num_blocks[worker] = process.num_blocks
+                for other in self._serving.values():
+                    other.tell(Peers({worker: process.peer}))
+                self._serving[worker] = process
+                process.tell(Peers({index: other.peer for index, other in self._serving.items()}))
                 return process
         return None
-
-    def _introduce(self, process: WorkerProcess) -> None:
-        """Connect a replacement and the others, before either may get a plan."""
-        process.tell({w: other.peer for w, other in self._serving.items()})
-        for other in self._serving.values():
-            if other is not process:
-                other.tell({process.index: process.peer})
-        logger.warning("worker %d: has been replaced, restart %d", process.index, process.generation)
 
     def _discard(self, process: WorkerProcess) -> None:
         process.kill()
@@ -366,10 +341,6 @@ class WorkerProcesses:
         self.num_restarts[worker] += 1
         self._due_s[worker] = time.monotonic() + self._config.start_timeout_s
         return True
-
-
-def _late(worker: int) -> WorkerError:
-    return WorkerError(worker, "has not loaded within start_timeout_s")
 
 
 @contextlib.contextmanager
@@ -393,14 +364,14 @@ def _spawning() -> Iterator[None]:
 
 
 def _max_message_nbytes(config: EngineConfig, model: ModelConfig) -> int:
-    """An upper bound: each running sequence's whole block table and parameters anew, a full chunk budget, the rows.
+    """An upper bound: of all that run whole tables, parameters and rows, all blocks out and in; a full chunk budget.
 
     Or the extras of one sequence, or logprobs of everything.
     """
     max_len = config.max_len_of(model)
     blocks_per_seq = -(-max_len // config.block_size) + 1
     per_seq = (
-        blocks_per_seq * TABLE_UPDATE.itemsize
+        blocks_per_seq * (TABLE_UPDATE.itemsize + 2 * BLOCK_COPY.itemsize)
         + 4 * (MAX_STOP_TOKEN_IDS + len(model.eos_token_ids))
         + SLOT_INIT.itemsize
         + 64

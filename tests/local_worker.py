@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nanopd.config import EngineConfig, ModelConfig
 from nanopd.engine import Engine
-from nanopd.ipc.memories import Memories
+from nanopd.ipc.shared_memory import Memories
 from nanopd.messages import Peer, SlotExtras, StepBatch, StepResult, TransferAck, TransferPlan
 from nanopd.model_files import read_model_config
 from nanopd.wire import decode, encode, encoded_size
@@ -22,10 +22,13 @@ class LocalWorker:
         self.worker = worker
         self.num_blocks = worker.num_blocks
         self.paths = worker.paths
+        self.num_swapped = 0  # blocks that came back
         self._inbox: deque[SlotExtras | StepBatch | TransferPlan] = deque()
 
     def send(self, message: SlotExtras | StepBatch | TransferPlan) -> None:
         self._inbox.append(_through_the_codec(message))
+        if isinstance(message, StepBatch):
+            self.num_swapped += int((message.copies["src"] < 0).sum())
 
     def poll(self) -> list[StepResult | TransferAck]:
         if not self._inbox:
@@ -60,4 +63,5 @@ def run_to_end(engine: Engine) -> None:
     engine.drain(lambda: None)
     engine.check_integrity()
     for scheduler in engine.schedulers:
-        assert scheduler.blocks.num_free == scheduler.blocks.num_usable
+        for blocks in (scheduler.blocks, scheduler.host_blocks):
+            assert blocks.num_free == blocks.num_usable

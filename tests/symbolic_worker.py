@@ -55,11 +55,13 @@ class SymbolicWorker:
         self.paths: dict[int, TransferPath] = {}
         self.generation = 0
         self.block_size = config.block_size
-        self.kv = np.full((num_blocks, config.block_size), -1, np.int64)
+        num_host_blocks = config.num_host_blocks(model_config())  # block -i is host block i
+        self.kv = np.full((num_blocks + num_host_blocks, config.block_size), -1, np.int64)
         self.tables = np.zeros((config.num_slots, -(-max_len // config.block_size)), np.int64)
         self.last_tokens = np.full(config.num_slots, -1, np.int64)
         self.num_logprobs = np.full(config.num_slots, -1, np.int64)
         self.peers: list[SymbolicWorker] = []
+        self.num_swapped = 0  # blocks that came back
         self.is_dead = False
         self.is_buried = False  # the others have been told of its death
         self.is_hung = False
@@ -103,7 +105,10 @@ class SymbolicWorker:
             slot = init["slot"]
             self.tables[slot], self.last_tokens[slot], self.num_logprobs[slot] = 0, -1, init["num_logprobs"]
         self.tables[updates["slot"], updates["index"]] = updates["block_id"]
-        self.kv[batch.copies["dst"]] = self.kv[batch.copies["src"]]
+        is_out, is_in = batch.copies["dst"] < 0, batch.copies["src"] < 0
+        for chosen in (~is_out & ~is_in, is_out, is_in):
+            self.kv[batch.copies["dst"][chosen]] = self.kv[batch.copies["src"][chosen]]
+        self.num_swapped += np.count_nonzero(is_in)
         sampled, taken = [], 0
         for slot, start, length, flags in zip(
             batch.row_slots, batch.row_starts, batch.row_lens, batch.row_flags, strict=True

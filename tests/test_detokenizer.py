@@ -195,7 +195,7 @@ def test_stop_string_across_tokens(byte_level: Tokenizer, size: int) -> None:
 def test_tokenizers_of_transformers_are_taken_too(byte_level: Tokenizer) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level)
     ids = byte_level.encode("naïve fox").ids
-    text = StoppableText(tokenizer, [], (" fox",))
+    text = StoppableText(TokenPieces(tokenizer), [], (" fox",))
     assert text.push(ids) == "naïve"
 
 

@@ -58,7 +58,8 @@ def test_any_load(topology: str, steps_in_flight: int, seed: int) -> None:
             max_num_batched_tokens=rng.choice([1, 2, 7, 16, 17, 512]),
             steps_in_flight=steps_in_flight,
             handover_timeout_s=rng.choice([0.001, 0.05, 1.0]),
-            enable_prefix_caching=rng.random() < 0.9,
+            enable_prefix_caching=rng.random() < 0.6,
+            swap_space_gb=test_engine.swap_space_gb(rng.choice([0, 30, 200]), block_size),
             num_speculative_tokens=rng.choice([1, 3, 7]),
             step_timeout_s=0.5,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -38,6 +39,7 @@ from nanopd.messages import (
     StepBatch,
     TransferPlan,
 )
+from nanopd.routing.policy import find_parameters, make_policy
 
 TOPOLOGIES = {
     "mixed": ["mixed"],
@@ -114,7 +116,11 @@ def make_engine(
     return engine, clock
 
 
-def drain(engine: Engine, clock: Clock, replacements: Replacements | None = None, max_steps: int = 20_000) -> None:
+def swap_space_gb(num_blocks: int, block_size: int) -> float:
+    return (num_blocks + 0.5) * block_size * model_config().kv_bytes_per_token() / 1e9
+
+
+def drain(engine: Engine, clock: Clock, replacements: Replacements | None = None, max_steps: int = 60_000) -> None:
     for _ in range(max_steps):
         if not engine.has_unfinished:
             break
@@ -127,6 +133,7 @@ def drain(engine: Engine, clock: Clock, replacements: Replacements | None = None
     for scheduler in engine.schedulers:
         if not scheduler.is_dead:
             assert scheduler.blocks.num_free == scheduler.blocks.num_usable
+            assert scheduler.host_blocks.num_free == scheduler.host_blocks.num_usable
             assert scheduler.slots.num_free == len(scheduler.slots.seqs)
             assert scheduler.num_seqs == 0
 
@@ -247,7 +254,8 @@ def test_any_load_on_any_topology(topology: str, steps_in_flight: int, data: st.
         max_num_batched_tokens=rng.choice([1, 2, 7, 16, 17, 512]),
         steps_in_flight=steps_in_flight,
         handover_timeout_s=rng.choice([0.001, 0.05, 1.0]),
-        enable_prefix_caching=rng.random() < 0.9,
+        enable_prefix_caching=rng.random() < 0.6,
+        swap_space_gb=swap_space_gb(rng.choice([0, 30, 200]), block_size),
     )
     load = Load(engine, rng, 20 * block_size)
     victim = rng.randrange(len(roles)) if rng.random() < 0.3 else None
@@ -293,7 +301,8 @@ def test_any_load_while_workers_die_hang_return_and_change_roles(
         max_num_batched_tokens=rng.choice([1, 2, 7, 16, 17, 512]),
         steps_in_flight=steps_in_flight,
         handover_timeout_s=rng.choice([0.001, 0.05, 1.0]),
-        enable_prefix_caching=rng.random() < 0.9,
+        enable_prefix_caching=rng.random() < 0.6,
+        swap_space_gb=swap_space_gb(rng.choice([0, 30, 200]), block_size),
         step_timeout_s=0.5,
     )
     load = Load(engine, rng, 20 * block_size)
@@ -364,6 +373,47 @@ def test_the_next_turn_finds_the_one_before(roles: list[str], policy: str, is_on
     if policy == "disaggregated":
         assert sum(plans) == 5 + (14 - 12 * is_on)
     assert_caches_are_right(engine, [first, second])
+
+
+@pytest.mark.parametrize(("roles", "policy"), [(["mixed"], "collocated"), (["prefill", "decode"], "disaggregated")])
+@pytest.mark.parametrize("num_host_blocks", [0, 40])
+def test_what_is_swapped_is_not_computed_again(roles: list[str], policy: str, num_host_blocks: int) -> None:
+    keys = {"block_size": 4, "enable_prefix_caching": False, "swap_space_gb": swap_space_gb(num_host_blocks, 4)}
+    engine, clock = make_engine(roles, policy, num_blocks=26, **keys)
+    num_computed = count_computed_tokens(engine)
+    seqs = [engine.submit(str(i), [i] * 10, PARAMS) for i in range(6)]  # 6 of 10 + 30 tokens: 60 blocks, of 25
+    drain(engine, clock)
+    assert [seq.output_token_ids for seq in seqs] == [expected_tokens(seq) for seq in seqs]
+    num_again = sum(num_computed) - 6 * 39
+    if num_host_blocks:  # what was in flight is lost in any case
+        assert num_again <= engine.config.steps_in_flight * sum(s.num_preemptions for s in engine.schedulers)
+        assert {str(seq.route) for seq in seqs} == ({"0->1"} if policy == "disaggregated" else {"0->0"})
+        assert engine.workers[-1].num_swapped > 20
+    else:
+        assert num_again > 80, num_again
+
+
+@pytest.mark.parametrize(("kv_bytes_per_token", "pays"), [(147_456, True), (1_474_560, False)])
+def test_swapping_pays_where_it_takes_less_time_than_a_prefill(kv_bytes_per_token: int, pays: bool) -> None:
+    """1,000 tokens take an H200 25 to 30 ms, and of Qwen3-8B 12 ms to go and come back."""
+    parameters = replace(find_parameters("8xh200"), kv_bytes_per_token=kv_bytes_per_token)
+    config = EngineConfig(model="none", policy="adaptive", max_model_len=512)
+    policy = make_policy(config, parameters)
+    engine = Engine(config, model_config(), symbolic_workers(config, [40], None), Clock(), policy=policy)
+    assert engine.schedulers[0].swap_pays(1000) is pays
+
+
+def count_computed_tokens(engine: Engine) -> list[int]:
+    counts: list[int] = []
+    for worker in engine.workers:
+
+        def send(message: StepBatch | TransferPlan, send: Callable = worker.send) -> None:
+            if isinstance(message, StepBatch):
+                counts.append(int(message.row_lens.sum()))
+            send(message)
+
+        worker.send = send
+    return counts
 
 
 def count_moved_blocks(engine: Engine) -> list[int]:

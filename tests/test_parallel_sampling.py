@@ -169,13 +169,13 @@ def test_beam_search(llm: LLM, model: Path) -> None:
 
 def test_a_beam_search_that_is_aborted_or_impossible(llm: LLM) -> None:
     params = BeamSearchParams(num_beams=2, max_tokens=400, ignore_eos=True)
-    submission = llm._submission(PROMPT, SamplingParams(temperature=0, max_tokens=400, logprobs=4, ignore_eos=True))
-    submission.beams = params
-    llm._thread.submit_all([submission])
+    sampling = SamplingParams(temperature=0, max_tokens=400, logprobs=4, ignore_eos=True)
+    handle = llm._handle(PROMPT, sampling, beams=params)
+    llm._thread.submit_all([handle])
     while llm.stats().num_running < 2:
         time.sleep(0.001)
-    submission.handle.abort()
-    output = submission.handle.result(WAIT_S)
+    handle.abort()
+    output = handle.result(WAIT_S)
     assert {completion.finish_reason for completion in output.outputs} == {"abort"}
     [log] = llm.stats().logs
     assert log.finish_reason is FinishReason.ABORT

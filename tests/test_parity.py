@@ -34,6 +34,7 @@ WAYS = {
     "chunks of a block and one": {"max_num_batched_tokens": BLOCK_SIZE + 1},
     "whole": {},
     "preempted": {"num_blocks": 12},
+    "swapped": {"num_blocks": 12, "swap_space_gb": 0.01, "enable_prefix_caching": False},
     "disaggregated": {"policy": "disaggregated", "workers": [PREFILL, DECODE], "verify_transfers": True},
     "disaggregated, chunks of 33": {
         "policy": "disaggregated",
@@ -45,6 +46,13 @@ WAYS = {
         "workers": [PREFILL, DECODE],
         "num_blocks": 12,
         "handover_timeout_s": 0.01,
+    },
+    "disaggregated, swapped": {
+        "policy": "disaggregated",
+        "workers": [PREFILL, DECODE],
+        "num_blocks": 12,
+        "swap_space_gb": 0.01,
+        "enable_prefix_caching": False,
     },
     "all routes": {"policy": "round_robin", "workers": [MIXED, MIXED], "max_num_batched_tokens": 33},
 }
@@ -103,8 +111,10 @@ def test_tiny_model(reference: Reference, way: str, steps_in_flight: int) -> Non
     seqs = reference.submit(engine)
     run_to_end(engine)
     reference.check(seqs)
-    if "preempted" in way:
+    if "preempted" in way or "swapped" in way:
         assert any(event.kind is EventKind.PREEMPTED for seq in seqs for event in seq.events)
+    if "swapped" in way:
+        assert any(worker.num_swapped for worker in engine.workers)
 
 
 @pytest.mark.parametrize("is_on", [True, False])

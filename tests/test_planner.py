@@ -96,7 +96,7 @@ def test_a_run_that_fails_ends_early() -> None:
 def plan() -> dict[str, tuple[Arrangement, Goodput]]:
     """Long prompts and short answers with a strict TPOT: workers that decode must not be disturbed."""
     texts = ("3M/2048", "adaptive:3M", "1P2D", "2P1D")
-    found = search(scenario(80, num_prompt=3000), [Arrangement.parse(text) for text in texts])
+    found = search(scenario(200, num_prompt=3000), [Arrangement.parse(text) for text in texts])
     return {arrangement.text: (arrangement, goodput) for arrangement, goodput in found}
 
 

@@ -335,6 +335,7 @@ def test_metrics(client: openai.OpenAI, llm: AsyncLLM, http: httpx.Client, name:
         return {key: float(value) for key, value in re.findall(r"^(nanopd_\S+) (\S+)$", text, re.MULTILINE)}
 
     before = samples()
+    assert samples() == before  # a scrape changes nothing
     client.completions.create(model=name, prompt="Hello", max_tokens=5, n=2, extra_body=NO_END)
     after = samples()
     changed = {key: value - before[key] for key, value in after.items() if value != before[key]}
@@ -345,6 +346,7 @@ def test_metrics(client: openai.OpenAI, llm: AsyncLLM, http: httpx.Client, name:
         assert changed[f'nanopd_{histogram}_seconds_bucket{{le="+Inf"}}'] == 2
         assert changed[f"nanopd_{histogram}_seconds_sum"] > 0
     assert after['nanopd_kv_blocks{worker="0"}'] == 599
+    assert len(llm.llm.stats().logs) == 2 and llm.llm.stats().blocks[0].peak > 0
     assert after["nanopd_requests_running"] == after["nanopd_requests_waiting"] == 0
 
 

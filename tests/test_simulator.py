@@ -10,6 +10,7 @@ import pytest
 from nanopd.config import EngineConfig, ModelConfig, allowed_routes
 from nanopd.config_files import config_dir
 from nanopd.core.metrics import SLO, summarize
+from nanopd.core.scheduler import Scheduler
 from nanopd.core.workload import MIXED_PROMPTS, FixedLength, LogNormalLength, WorkloadRequest, synthetic_requests
 from nanopd.messages import EventKind, RequestLog
 from nanopd.routing.adaptive import AdaptiveRouter
@@ -46,7 +47,7 @@ def test_one_request_takes_what_its_steps_take() -> None:
     (log,) = run(["mixed"], "collocated", [WorkloadRequest(2.0, 5000, 4, 0)], steps_in_flight=1).values()
     terms = H200.terms
     chunks = [(2048, 0), (2048, 2048), (904, 4096)]
-    durations_ms = [sum(terms.step_ms(0, 0, new, chunk_pairs(new, cached)) for new, cached in chunks)]
+    durations_ms = [sum(terms.step_ms(0, 0, new, chunk_pairs(new, cached), cached) for new, cached in chunks)]
     durations_ms += [terms.step_ms(1, 5000 + i) for i in (1, 2, 3)]
     assert log.token_times_s == pytest.approx(2.0 + np.cumsum(durations_ms) / 1e3)
 
@@ -136,3 +137,24 @@ def test_roles_follow_the_load_when_it_pays() -> None:
         if policy == "adaptive":
             assert {str(log.route) for log in logs.values()} > {"0->1"}
     assert attainments["adaptive"] > attainments["disaggregated"] + 0.1
+
+
+def test_who_waits_for_room_asks_again_only_when_something_got_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decode worker that is far too small: a crowd waits behind it for most of the run."""
+    num_asked, reserve = 0, Scheduler.reserve
+
+    def count(self: Scheduler, num_tokens: int, block_keys: list[bytes]) -> tuple[list[int], int] | None:
+        nonlocal num_asked
+        num_asked += 1
+        return reserve(self, num_tokens, block_keys)
+
+    monkeypatch.setattr(Scheduler, "reserve", count)
+    requests = synthetic_requests(150, FixedLength(1000), FixedLength(200), 100.0, seed=4)
+    small = replace(H200, num_kv_tokens=60_000)
+    keys = {"parameters": small, "handover_timeout_s": 0.1, "may_jump": False}
+    logs = run(["prefill", "prefill", "decode"], "disaggregated", requests, **keys)
+    waits_s = [
+        next(e.time_s for e in log.events if e.kind is EventKind.MOVED) - log.token_times_s[0] for log in logs.values()
+    ]
+    assert np.median(waits_s) > 0.5
+    assert num_asked < 3 * len(requests)

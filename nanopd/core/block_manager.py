@@ -49,7 +49,7 @@ class BlockManager:
     """Allocation, sharing and copy-on-write of `num_blocks` blocks of `block_size` tokens each."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
-        assert num_blocks > 1 and block_size > 0, (num_blocks, block_size)
+        assert num_blocks > 0 and block_size > 0, (num_blocks, block_size)
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._ref_counts = [0] * num_blocks  # tables that hold the block, and pins
@@ -106,10 +106,6 @@ class BlockManager:
             self._ref_counts[block] += 1
         table += [self._take() for _ in range(num_blocks)]
         return table
-
-    def can_append(self, table: list[int], first_new_token: int, num_tokens: int) -> bool:
-        num_new = max(0, self.blocks_for(num_tokens) - len(table))
-        return num_new + len(self._shared(table, first_new_token, num_tokens)) <= self.num_free
 
     def append(self, table: list[int], first_new_token: int, num_tokens: int) -> list[tuple[int, int]]:
         """Make `table` ready for writing the positions `first_new_token .. num_tokens - 1`.

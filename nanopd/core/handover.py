@@ -47,6 +47,22 @@ class _Handover:
         return self.is_complete and self.dst_table is not None and not self.num_plans_out
 
 
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """The last sequence that a destination had no room for; as long as nothing gets free, no longer one fits either."""
+
+    num_tokens: int
+    num_free: int  # blocks, without those kept for who decodes
+    num_seqs: int
+
+    @classmethod
+    def of(cls, dst: Scheduler, num_tokens: int) -> _Refusal:
+        return cls(num_tokens, dst.blocks.num_free - len(dst.decoding), dst.num_seqs)
+
+    def holds(self, dst: Scheduler) -> bool:
+        return dst.num_seqs >= self.num_seqs and dst.blocks.num_free - len(dst.decoding) <= self.num_free
+
+
 @dataclass(slots=True)
 class _PlanOut:
     plan: TransferPlan
@@ -64,6 +80,9 @@ class Handovers:
         self._timeout_s = timeout_s
         self._by_seq: dict[int, _Handover] = {}  # from routing on
         self._roomless: dict[int, _Handover] = {}  # those of started sequences without a reservation, oldest first
+        self._refusals: dict[Scheduler, _Refusal] = {}
+        self._is_changed = False  # since the last `tick`: somebody else waits for a destination
+        self._due_s = math.inf  # before that, nobody has to be redirected
         self._settling: dict[int, _Handover] = {}  # those that have a reservation and steps in flight to come back
         self._plans: dict[int, _PlanOut] = {}
         self._num_plans = 0
@@ -93,7 +112,7 @@ class Handovers:
         src = self._schedulers[seq.route.decode_worker]
         handover = _Handover(seq, src, self._schedulers[dst], home=seq.route, waits_since_s=now_s)
         self._add(handover)
-        self._roomless[seq.seq_id] = handover
+        self._await_room(handover)
 
     def vacate(self, worker: int, now_s: float) -> None:
         """The worker may not decode any more: its sequences go elsewhere to decode, if another one can take them."""
@@ -125,6 +144,7 @@ class Handovers:
             seq.log_event(now_s, EventKind.MOVING, handover.src.worker)
             handover.is_complete = True
             handover.waits_since_s = now_s
+            self._due_s = min(self._due_s, now_s + self._timeout_s)
             self._move_blocks(handover)
 
     def _of_prefill(self, seq: Sequence) -> _Handover | None:
@@ -154,26 +174,36 @@ class Handovers:
 
         Room is kept for who waits with its prompt done, or small ones would take from a large one all that gets free.
         """
-        kept: list[Scheduler] = []
-        for handover in sorted(self._roomless.values(), key=lambda handover: handover.seq.rank):
-            if handover.dst not in kept and self._try_reserve(handover, handover.dst, now_s):
-                continue
-            if handover.is_complete:
-                kept.append(handover.dst)
-            if now_s >= self._due_s(handover):
-                self._redirect(handover, now_s)
+        if self._roomless:
+            may_fit = self._is_changed or not all(refusal.holds(dst) for dst, refusal in self._refusals.items())
+            if may_fit or now_s >= self._due_s:
+                self._retry(now_s)
+            else:
+                for dst in self._refusals:
+                    dst.lacks_room = True
         for handover in list(self._settling.values()):
             if handover.src.is_settled(handover.seq):
                 self._complete(handover)
                 if handover.has_arrived:  # nothing had been computed of it, so no plan will tell
                     self._arrive(handover, now_s)
 
-    def next_due_s(self) -> float:
-        """When `tick` has to redirect a sequence, if no room is found before; inf: never."""
-        return min(map(self._due_s, self._roomless.values()), default=math.inf)
+    def _retry(self, now_s: float) -> None:
+        self._refusals = {dst: refusal for dst, refusal in self._refusals.items() if refusal.holds(dst)}
+        self._is_changed = False
+        kept: list[Scheduler] = []
+        for handover in sorted(self._roomless.values(), key=lambda handover: handover.seq.rank):
+            if handover.dst not in kept and self._try_reserve(handover, handover.dst, now_s):
+                continue
+            if handover.is_complete:
+                kept.append(handover.dst)
+            if now_s >= handover.waits_since_s + self._timeout_s:
+                self._redirect(handover, now_s)
+        first_s = min((handover.waits_since_s for handover in self._roomless.values()), default=math.inf)
+        self._due_s = first_s + self._timeout_s
 
-    def _due_s(self, handover: _Handover) -> float:
-        return handover.waits_since_s + self._timeout_s
+    def next_due_s(self) -> float:
+        """When `tick` may have to redirect a sequence, if no room is found before; inf: never."""
+        return self._due_s if self._roomless else math.inf
 
     def drop_worker(self, worker: int, now_s: float) -> list[Sequence]:
         """A worker is dead: no plan to it will be acknowledged, sequences bound for it go elsewhere.
@@ -185,6 +215,7 @@ class Handovers:
             if out.dst is dead:
                 _unpin(out)
                 del self._plans[plan_id]
+        self._refusals.pop(dead, None)
         bound = [h for h in self._by_seq.values() if h.dst is dead]
         return [handover.seq for handover in bound if not self._redirect(handover, now_s)]
 
@@ -213,8 +244,16 @@ class Handovers:
     def _try_reserve(self, handover: _Handover, dst: Scheduler, now_s: float) -> bool:
         seq, src = handover.seq, handover.src
         num_tokens = seq.num_tokens if handover.home is None else src.settled_len(seq)
+        refusal = self._refusals.get(dst)
+        if refusal is not None and num_tokens >= refusal.num_tokens and refusal.holds(dst):
+            dst.lacks_room = True
+            return False
         reserved = dst.reserve(num_tokens, seq.block_keys)
         if reserved is None:
+            if dst.keeps_room:  # whatever gets free
+                self._is_changed = True
+            else:
+                self._refusals[dst] = _Refusal.of(dst, num_tokens)
             return False
         self._roomless.pop(seq.seq_id, None)
         if seq.status is SequenceStatus.RUNNING:
@@ -293,7 +332,12 @@ class Handovers:
         if handover.waits_since_s < math.inf:
             handover.waits_since_s = now_s
         if handover.seq.slot is not None:
-            self._roomless[handover.seq.seq_id] = handover
+            self._await_room(handover)
+
+    def _await_room(self, handover: _Handover) -> None:
+        self._roomless[handover.seq.seq_id] = handover
+        self._is_changed = True
+        self._due_s = min(self._due_s, handover.waits_since_s + self._timeout_s)
 
     def _stay(self, handover: _Handover) -> None:
         seq, src = handover.seq, handover.src
@@ -307,7 +351,7 @@ class Handovers:
         seq_id = handover.seq.seq_id
         handover.dst.num_expected -= 1
         del self._by_seq[seq_id]
-        self._roomless.pop(seq_id, None)
+        self._is_changed |= self._roomless.pop(seq_id, None) is not None
         self._settling.pop(seq_id, None)
 
     def _set_destination(self, handover: _Handover, dst: Scheduler) -> None:

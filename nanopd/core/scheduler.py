@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,6 +30,19 @@ from nanopd.messages import MAX_LOGPROBS, Role, RowFlag, SlotExtras, StepBatch, 
 DECODE_FLAGS = np.int32(RowFlag.SAMPLE | RowFlag.FROM_SLOT)
 FIRST_DECODE_FLAGS = np.int32(RowFlag.SAMPLE)  # of a row whose token the worker does not have in its slot
 DRAFT_FLAGS = np.int32(RowFlag.SAMPLE | RowFlag.DRAFTS)
+
+
+class Load(NamedTuple):
+    """What a worker has to do, at one moment."""
+
+    num_decoding: int  # sequences that decode
+    num_context_tokens: int  # theirs in the cache
+    num_waiting_tokens: int  # of prompts to be computed there, steps in flight included
+    num_seqs: int  # places taken: of `num_bound`, those that have blocks there already
+    max_num_seqs: int  # places
+    num_bound: int  # sequences that it has to serve, with those that wait and those that are still bound for it
+    num_free_tokens: int  # what the cache has room for now
+    num_usable_tokens: int  # what the cache has room for at all
 
 
 @dataclass(slots=True)
@@ -65,6 +79,8 @@ class Scheduler:
         self.worker = worker
         self.role = role
         self.blocks = blocks
+        self.host_blocks = BlockManager(config.num_host_blocks(model), config.block_size)
+        self.swap_pays: Callable[[int], bool] = lambda num_tokens: True  # rather than to compute so many again
         self.max_num_seqs = config.max_num_seqs
         self.max_num_batched_tokens = config.max_num_batched_tokens  # the chunk budget; may change between steps
         self.slots = SlotTable(config.num_slots, max_model_len)
@@ -79,6 +95,7 @@ class Scheduler:
         self.num_reserved = 0  # places promised to some of them
         self.lacks_room = False  # since the last `schedule`, for a sequence from elsewhere
         self.num_preemptions = 0
+        self._num_context_tokens = 0  # computed of sequences that decode
         self.num_waiting_tokens = 0  # to be computed of sequences that wait or prefill, those in flight included
         self.is_dead = False
         self.generation = 0  # of the worker process; raised when it is replaced
@@ -108,22 +125,12 @@ class Scheduler:
         """Sequences it has to serve, with those that wait and those that are still bound for it."""
         return len(self.waiting) + self.num_seqs - self.num_reserved + self.num_expected
 
-    @property
-    def num_decoding(self) -> int:
-        return len(self.decoding)
-
-    @property
-    def num_context_tokens(self) -> int:
-        """Tokens in the cache of the sequences that decode."""
-        return int(self.slots.num_computed[self._slots_of_decoding()].sum())
-
-    @property
-    def num_free_tokens(self) -> int:
-        return self.blocks.num_free * self.blocks.block_size
-
-    @property
-    def num_usable_tokens(self) -> int:
-        return self.blocks.num_usable * self.blocks.block_size
+    def snapshot(self) -> Load:
+        num_seqs, block_size = self.num_seqs, self.blocks.block_size
+        num_bound = len(self.waiting) + num_seqs - self.num_reserved + self.num_expected
+        num_free, num_usable = self.blocks.num_free * block_size, self.blocks.num_usable * block_size
+        counts = len(self.decoding), self._num_context_tokens, self.num_waiting_tokens
+        return Load(*counts, num_seqs, self.max_num_seqs, num_bound, num_free, num_usable)
 
     def can_hold(self, num_tokens: int) -> bool:
         """Whether the pool is large enough for a sequence of so many tokens, if it had it for itself."""
@@ -132,7 +139,12 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         """Queue a sequence whose tokens are all to be computed, in order of rank."""
         insort(self.waiting, seq, key=lambda s: s.rank)
-        self.num_waiting_tokens += seq.num_tokens
+        self.num_waiting_tokens += seq.num_tokens - seq.num_swapped
+
+    @property
+    def keeps_room(self) -> bool:
+        """For who had to leave."""
+        return bool(self.waiting and self.waiting[0].host_table)
 
     def reserve(self, num_tokens: int, block_keys: list[bytes]) -> tuple[list[int], int] | None:
         """Blocks and a place for a sequence of `num_tokens` tokens that another worker prefills; None: no room now.
@@ -143,7 +155,7 @@ class Scheduler:
         """
         found = self._find(block_keys, num_tokens - 1)
         num_new = self.blocks.blocks_for(num_tokens + 1) - len(found)
-        if not self._can_take(num_new, found):
+        if self.keeps_room or not self._can_take(num_new, found):
             return None
         self.num_reserved += 1
         return self.blocks.allocate(num_new, found), len(found)
@@ -163,6 +175,7 @@ class Scheduler:
     def depart(self, seq: Sequence) -> None:
         """Decode a sequence no further, as it goes on elsewhere; steps in flight still bring it tokens."""
         self.decoding.remove(seq)
+        self._num_context_tokens -= int(self.slots.num_computed[seq.slot])
         self._decode_slots = None
         self.departing.append(seq)
         seq.status = SequenceStatus.MOVING
@@ -207,7 +220,8 @@ class Scheduler:
         """Forget a sequence in whatever state it is; its blocks are free once no step in flight names them."""
         if seq.slot is None:
             self.waiting.remove(seq)
-            self.num_waiting_tokens -= seq.num_tokens
+            self.num_waiting_tokens -= seq.num_tokens - seq.num_swapped
+            self.forget_swapped(seq)
         else:
             self._evict(seq)
             self._release_parked()
@@ -215,6 +229,8 @@ class Scheduler:
     def _evict(self, seq: Sequence) -> None:
         if seq in self.prefilling:  # what is in flight is still computed
             self.num_waiting_tokens -= seq.num_tokens - int(self.slots.num_computed[seq.slot])
+        if seq.status is SequenceStatus.RUNNING:
+            self._num_context_tokens -= int(self.slots.num_computed[seq.slot])
         for queue in (self.decoding, self.prefilling, self.departing):
             if seq in queue:
                 queue.remove(seq)
@@ -258,6 +274,8 @@ class Scheduler:
         self._admit_waiting(batch)
         if batch.is_empty:
             self._step_id -= 1
+            for seq in self.preempted:  # nothing is sent that would save their blocks
+                self.forget_swapped(seq)
             return None
         step = batch.build()
         self.in_flight.append(
@@ -299,6 +317,7 @@ class Scheduler:
             flags = np.where(lens > 1, DRAFT_FLAGS, flags)
         batch.set_decodes(ready, starts, lens, flags)
         t.num_computed[ready] = starts + 1
+        self._num_context_tokens += len(ready)
         if self._needs_feedback:
             t.is_awaited[ready] = t.needs_feedback[ready]
 
@@ -340,7 +359,7 @@ class Scheduler:
         is_tight = self.blocks.num_free < len(full)
         columns = (column[full].tolist() for column in (t.num_computed, t.num_drafts, t.is_entered))
         for slot, start, num_drafts, is_entered in zip(full.tolist(), *columns, strict=True):
-            if is_tight and not self._find_block(slot):
+            if is_tight and not self._find_block(batch, slot):
                 continue
             table, last = self._seq(slot).block_table, (start + num_drafts) // block_size
             for copy in self.blocks.append(table, start, start + num_drafts + 1):
@@ -351,18 +370,33 @@ class Scheduler:
             t.writable_len[slot] = (last + 1) * block_size
         return ready[t.is_active[ready] & (t.num_computed[ready] < t.writable_len[ready])] if is_tight else ready
 
-    def _find_block(self, slot: int) -> bool:
+    def _find_block(self, batch: BatchBuilder, slot: int) -> bool:
         """Whether there is a block for `slot` now; preempts who comes last, perhaps this one, until there will be."""
         while self.slots.is_active[slot] and not self.blocks.num_free + self._num_parked_blocks:
-            self._preempt(max(self.decoding + self.prefilling, key=lambda s: s.rank))
+            seq = max(self.decoding + self.prefilling, key=lambda s: s.rank)
+            self._swap_out(batch, seq)
+            self._preempt(seq)
         return bool(self.slots.is_active[slot] and self.blocks.num_free)
 
     def _preempt(self, seq: Sequence) -> None:
-        """Take a sequence's blocks; all its tokens will be computed again."""
+        """Take a sequence's blocks; unless they have been swapped out, all its tokens will be computed again."""
         self.num_preemptions += 1
         self._evict(seq)
         seq.status = SequenceStatus.PREEMPTED
         self.preempted.append(seq)
+
+    def _swap_out(self, batch: BatchBuilder, seq: Sequence) -> None:
+        """Keep in host memory what has been computed of a sequence that will be preempted, if that is of use."""
+        num_computed = min(int(self.slots.num_computed[seq.slot]), int(self.slots.num_tokens[seq.slot]) - 1)
+        num_blocks = self.blocks.blocks_for(num_computed)
+        may_return = self.role.may_decode and not (seq.awaits_choice or seq.awaits_prompt_logprobs)
+        if may_return and self.host_blocks.can_allocate(num_blocks) and self.swap_pays(num_computed):
+            seq.host_table, seq.num_swapped = self.host_blocks.allocate(num_blocks), num_computed
+            batch.add_copies(seq.block_table[:num_blocks], [-block for block in seq.host_table])
+
+    def forget_swapped(self, seq: Sequence) -> None:
+        self.host_blocks.free(seq.host_table)
+        seq.num_swapped = 0
 
     def _schedule_chunks(self, batch: BatchBuilder) -> None:
         for seq in self.prefilling[:]:
@@ -381,7 +415,12 @@ class Scheduler:
                 return
             self.waiting.popleft()
             seq.block_table, seq.num_findable = self.blocks.allocate(num_new, found), len(found)
-            self._start_prefill(seq, len(found) * self.blocks.block_size)
+            num_cached = max(len(found) * self.blocks.block_size, seq.num_swapped)
+            missing = slice(len(found), len(seq.host_table))
+            batch.add_copies([-block for block in seq.host_table[missing]], seq.block_table[missing])
+            self.num_waiting_tokens += seq.num_swapped
+            self.forget_swapped(seq)
+            self._start_prefill(seq, num_cached)
             self._add_chunk(batch, seq)
 
     def _start_prefill(self, seq: Sequence, num_cached: int) -> None:
@@ -396,6 +435,7 @@ class Scheduler:
     def _add_chunk(self, batch: BatchBuilder, seq: Sequence) -> None:
         slot = seq.slot
         assert slot is not None and seq.route is not None
+        is_leaving = seq.route.decode_worker != self.worker
         if not self.slots.is_entered[slot]:
             self._enter(batch, slot)
         start = int(self.slots.num_computed[slot])
@@ -403,15 +443,15 @@ class Scheduler:
         is_last = end == seq.num_tokens
         batch.add_chunk(slot, start, seq.token_ids[start:end], RowFlag.SAMPLE if is_last else 0)
         self.slots.num_computed[slot] = end
-        batch.chunks.append(Chunk(seq, slot, end, is_last, not seq.route.is_collocated))
+        batch.chunks.append(Chunk(seq, slot, end, is_last, is_leaving))
         if is_last:
             self.prefilling.remove(seq)
             self.slots.has_last_token[slot] = True
             self.slots.is_awaited[slot] = self.slots.needs_feedback[slot]
-            if seq.route.is_collocated:
-                self._start_decoding(seq)
-            else:
+            if is_leaving:
                 self.departing.append(seq)
+            else:
+                self._start_decoding(seq)
 
     def _enter(self, batch: BatchBuilder, slot: int) -> None:
         """Tell the worker who holds the slot from now on."""
@@ -435,6 +475,7 @@ class Scheduler:
     def _start_decoding(self, seq: Sequence) -> None:
         seq.status = SequenceStatus.RUNNING
         insort(self.decoding, seq, key=lambda s: s.rank)
+        self._num_context_tokens += int(self.slots.num_computed[seq.slot])
         self._decode_slots = None
 
     def _slots_of_decoding(self) -> np.ndarray:
@@ -506,9 +547,10 @@ class Scheduler:
         slots, result = self._accepted.popleft()
         for slot in slots[self.slots.is_active[slots]].tolist():
             self.slots.num_computed[slot] += 1
-            drafter = self._seq(slot).drafter
-            assert drafter is not None
-            drafter.num_accepted += 1
+            seq = self._seq(slot)
+            assert seq.drafter is not None
+            seq.drafter.num_accepted += 1
+            self._num_context_tokens += seq.status is SequenceStatus.RUNNING
         return self._take(slots, result, now_s)
 
     def _verify(self, step: StepInFlight, result: StepResult) -> tuple[np.ndarray, StepResult]:
@@ -618,9 +660,12 @@ class Scheduler:
         holders = self.prefilling + self.decoding + self.departing
         tables = [*(seq.block_table for seq in holders), *(p.table for p in self._parked), *reserved]
         self.blocks.check_integrity(tables, pinned)
+        self.host_blocks.check_integrity(seq.host_table for seq in self.waiting)
+        num_context = int(self.slots.num_computed[self._slots_of_decoding()].sum())
+        assert self._num_context_tokens == num_context, (self._num_context_tokens, num_context)
         num_slots = self.slots.num_free + len(holders) + len(self._parked)
         assert num_slots == len(self.slots.seqs), f"{len(self.slots.seqs) - num_slots} slots lost"
         left = [seq.num_tokens - int(self.slots.num_computed[seq.slot]) for seq in self.prefilling]
-        num_waiting = sum(seq.num_tokens for seq in self.waiting) + sum(left)
+        num_waiting = sum(seq.num_tokens - seq.num_swapped for seq in self.waiting) + sum(left)
         num_waiting += sum(step.num_prompt_tokens for step in self.in_flight)
         assert self.num_waiting_tokens == num_waiting, f"{self.num_waiting_tokens} tokens wait, not {num_waiting}"

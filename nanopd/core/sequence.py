@@ -80,6 +80,7 @@ class Sequence:
         "error",
         "events",
         "fixed_route",
+        "host_table",
         "is_streamed",
         "is_watched",
         "logprobs",
@@ -88,6 +89,7 @@ class Sequence:
         "num_deaths",
         "num_findable",
         "num_prompt_tokens",
+        "num_swapped",
         "params",
         "prompt_logprobs",
         "rank",
@@ -139,6 +141,8 @@ class Sequence:
         self.fixed_route: Route | None = None  # asked for at submission
         self.slot: int | None = None  # in the scheduler of the worker it is on
         self.block_table: list[int] = []  # on the worker it is on
+        self.host_table: list[int] = []  # of one that has been swapped out: blocks in host memory of its decode worker
+        self.num_swapped = 0  # tokens that these hold; else 0
         self.num_findable = 0  # blocks at its beginning that the worker's prefix cache has been told of
         self.block_keys: list[bytes] = []  # of full blocks, for prefix caches; as far as they were needed
         self.num_cached_tokens: int | None = None  # that were found when its prefill started first; None: it has not
@@ -160,7 +164,7 @@ class Sequence:
         """The worker whose scheduler has it now."""
         if self.route is None:
             return None
-        is_decoding = self.status is SequenceStatus.RUNNING
+        is_decoding = self.status is SequenceStatus.RUNNING or bool(self.host_table)
         return self.route.decode_worker if is_decoding else self.route.prefill_worker
 
     @property

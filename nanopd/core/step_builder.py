@@ -42,7 +42,7 @@ class BatchBuilder:
         self.inits: list[tuple] = []
         self.stop_ids: list[int] = []
         self.table_updates: list[int] = []  # slot, index, block_id, slot, index, ...
-        self.copies: list[int] = []  # src, dst, src, dst, ...
+        self.copies: list[int] = []  # src, dst, src, dst, ...; those in host memory negative
         # slots, starts, lengths, flags of the decode rows, [*] int32 each
         self.decodes: tuple[np.ndarray, ...] = (NO_INTS,) * 4
         self.drafts: dict[int, list[int]] = {}  # by slot
@@ -58,6 +58,10 @@ class BatchBuilder:
     def add_blocks(self, slot: int, first_index: int, block_ids: list[int]) -> None:
         for index, block_id in enumerate(block_ids, first_index):
             self.table_updates += (slot, index, block_id)
+
+    def add_copies(self, src_blocks: list[int], dst_blocks: list[int]) -> None:
+        for copy in zip(src_blocks, dst_blocks, strict=True):
+            self.copies += copy
 
     def set_decodes(self, *columns: np.ndarray) -> None:
         """Slots, starts, lengths and flags of the decode rows, each [*] int32."""

@@ -27,19 +27,12 @@ class Doorbell(Descriptor):
     def ring(self) -> None:
         os.eventfd_write(self._fd, 1)
 
-    def clear(self) -> bool:
-        """Whether it was rung since the last call; for those who wait by other means than a `Waiter`."""
-        try:
-            return os.eventfd_read(self._fd) > 0
-        except BlockingIOError:
-            return False
-
 
 class Waiter:
     """Waits until one of its sources is ready: a doorbell rung, a pipe readable or at its end, a process ended.
 
-    A doorbell is reported once for what was rung since it was last reported, and needs no `clear` (its counter runs
-    on: 2**64 rings). Everything else is reported for as long as it is readable.
+    A doorbell is reported once for what was rung since it was last reported, and is never read back (its counter
+    runs on: 2**64 rings). Everything else is reported for as long as it is readable.
     """
 
     def __init__(self, spin_s: float = 0.0) -> None:
@@ -48,22 +41,22 @@ class Waiter:
         Pays only where the other side has a core of its own: on a shared one it delays what it waits for.
         """
         self._epoll = select.epoll()
-        self._sources: dict[int, HasFileno | int] = {}  # by descriptor
+        self._sources: dict[int, HasFileno] = {}  # by descriptor
         self._spin_s = spin_s
 
-    def add(self, source: HasFileno | int) -> None:
-        fd = _fileno(source)
+    def add(self, source: HasFileno) -> None:
+        fd = source.fileno()
         # Edge-triggered saves the system call that would read the eventfd back to zero: each write is an edge.
         self._epoll.register(fd, select.EPOLLIN | (select.EPOLLET if isinstance(source, Doorbell) else 0))
         self._sources[fd] = source
 
-    def remove(self, source: HasFileno | int) -> None:
+    def remove(self, source: HasFileno) -> None:
         """To be called before the source is closed."""
-        fd = _fileno(source)
+        fd = source.fileno()
         self._epoll.unregister(fd)
         del self._sources[fd]
 
-    def wait(self, timeout_s: float) -> list[HasFileno | int]:
+    def wait(self, timeout_s: float) -> list[HasFileno]:
         """The sources that are ready, in no particular order; none after `timeout_s` (to a millisecond)."""
         events = self._spin(min(self._spin_s, timeout_s)) if self._spin_s else None
         ready = []
@@ -79,7 +72,3 @@ class Waiter:
         while not (events := self._epoll.poll(0)) and time.perf_counter() < end:
             pass
         return events
-
-
-def _fileno(source: HasFileno | int) -> int:
-    return source if isinstance(source, int) else source.fileno()

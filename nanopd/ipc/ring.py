@@ -110,11 +110,6 @@ class RingReader(_RingEnd):
         self._next: int = self._control[HEAD]  # what was read, released or not
         self._unreleased: deque[int] = deque()  # where each message that was read and not released ends
 
-    @property
-    def num_unreleased(self) -> int:
-        """Messages read and not yet released."""
-        return len(self._unreleased)
-
     def read(self) -> memoryview | None:
         """The next message, [nbytes] uint8, in place and valid until its `release`; None if there is none yet."""
         position = self._next

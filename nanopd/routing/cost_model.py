@@ -92,6 +92,13 @@ class Terms:
         longest_ms = maximum(decodes * (step_ms + self.gamma * num_new), matrix_ms + self.m0 * (decodes & prompts))
         return longest_ms + self.kv * num_kv_tokens + history_ms
 
+    def chunk_within(self, limit_ms: float, num_decodes: float, num_kv_tokens: float) -> float:
+        """Prompt tokens without history that decodes may have beside them in a step of at most `limit_ms`."""
+        by_gamma = (limit_ms - self.step_ms(num_decodes, num_kv_tokens)) / max(self.gamma, 1e-9)
+        matrix_ms = max(limit_ms - self.kv * num_kv_tokens - self.m0, self.a0)
+        by_matrix = math.sqrt(matrix_ms**2 - self.a0**2) / max(self.a1, 1e-9) - num_decodes
+        return max(min(by_gamma, by_matrix), 0.0)
+
     @property
     def compute_bound_rows(self) -> float:
         """Rows that take as long as reading the weights; the seed's batch_thresh, where its two terms meet."""
@@ -324,13 +331,15 @@ class CostModel:
         factor = self.corrections["mixed" if num_decodes else "prefill"].factor
         return factor * self.parameters.terms.step_ms(num_decodes, num_kv_tokens, num_new, num_pairs)
 
-    def move_ms(self, src_worker: np.ndarray, dst_worker: np.ndarray, num_tokens: float) -> np.ndarray:
-        """`Terms.move_ms` between pairs of workers, corrected."""
-        num_bytes = num_tokens * self.parameters.kv_bytes_per_token
-        predicted_ms = np.full(len(src_worker), self.parameters.terms.move_ms(num_bytes))
-        for (src, dst), terms in self._pair_terms.items():
-            predicted_ms[(src_worker == src) & (dst_worker == dst)] = terms.move_ms(num_bytes)
-        return self.corrections["move"].factor * predicted_ms
+    def chunk_within(self, limit_ms: float, num_decodes: float, num_kv_tokens: float) -> float:
+        """`Terms.chunk_within`, corrected."""
+        limit_ms /= self.corrections["mixed"].factor
+        return self.parameters.terms.chunk_within(limit_ms, num_decodes, num_kv_tokens)
+
+    def move_ms(self, src_worker: int, dst_worker: int, num_tokens: float) -> float:
+        """`Terms.move_ms` between two workers, corrected."""
+        terms = self._pair_terms.get((src_worker, dst_worker), self.parameters.terms)
+        return self.corrections["move"].factor * terms.move_ms(num_tokens * self.parameters.kv_bytes_per_token)
 
     def observe(self, sample: Sample, pair: tuple[int, int] | None = None) -> None:
         """Take a measured step into account, or a move from the first to the second of a `pair` of workers."""

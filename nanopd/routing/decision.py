@@ -6,6 +6,7 @@ from collections.abc import Sequence as Workers
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from nanopd.core.scheduler import Load
 from nanopd.core.sequence import Sequence
 from nanopd.messages import Role, Route
 
@@ -17,31 +18,13 @@ class WorkerLoad(Protocol):
     """One worker at the moment of a decision; its scheduler looks like this."""
 
     role: Role
-    num_waiting_tokens: int  # of prompts to be computed there, steps in flight included
 
     @property
     def load(self) -> int:
         """Sequences that it has to serve, with those that wait and those that are still bound for it."""
 
-    @property
-    def num_seqs(self) -> int:
-        """Places taken: of `load`, those that have blocks there already."""
-
-    @property
-    def num_decoding(self) -> int:
-        """Sequences that decode now."""
-
-    @property
-    def num_context_tokens(self) -> int:
-        """Their tokens in the cache."""
-
-    @property
-    def num_free_tokens(self) -> int:
-        """What the cache has room for now."""
-
-    @property
-    def num_usable_tokens(self) -> int:
-        """What the cache has room for at all."""
+    def snapshot(self) -> Load:
+        """The same and all the rest."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,10 +19,11 @@ from nanopd.errors import ConfigError
 BINS_PER_OCTAVE = 8
 MAX_LEN = 2**20
 SHRINKAGE = 20.0  # answers that the distribution over all prompts is worth in a bucket
-DISCOUNT = 0.998  # of all counts, at each completion
+DISCOUNT = 0.995  # of all counts, at each completion
 # [num_bins + 1] int64: bin i holds the lengths edges[i] .. edges[i + 1] - 1
 EDGES = np.unique(np.rint(2.0 ** np.arange(0, math.log2(MAX_LEN) + 1e-9, 1 / BINS_PER_OCTAVE)).astype(np.int64))
 NUM_BUCKETS = 24
+STALENESS = 0.02  # share of the answers so far, as far as they count
 # before the first answer, a belief worth one: exponentially distributed, with a little room for anything
 PRIOR_MEAN, TAIL = 200.0, 0.01
 
@@ -36,9 +37,12 @@ class LengthPredictor:
         self._counts[0] = -np.diff(np.exp(-EDGES / PRIOR_MEAN) + TAIL / EDGES)
         self._centres = (EDGES[:-1] + EDGES[1:] - 1) / 2  # [num_bins] mean length of a bin
         self._cumulative = np.zeros(len(EDGES))
+        self._num_observed = 0
+        self._cache: dict[tuple, tuple[int, tuple[float, list[int]]]] = {}  # what was foreseen, and after how many
 
     def observe(self, num_prompt: int, num_output: int) -> None:
         """An answer is complete."""
+        self._num_observed += 1
         rows = [0, _bucket(num_prompt)]
         self._counts[rows] *= DISCOUNT
         self._counts[rows, np.searchsorted(EDGES, min(num_output, MAX_LEN - 1), side="right") - 1] += 1
@@ -54,7 +58,19 @@ class LengthPredictor:
     def foresee(
         self, num_prompt: int, probabilities: tuple[float, ...], num_generated: int = 0
     ) -> tuple[float, list[int]]:
-        """`mean` and `quantiles` at once."""
+        """`mean` and `quantiles` at once, from a little while ago if nothing has been generated."""
+        if num_generated:
+            return self._foresee(num_prompt, probabilities, num_generated)
+        key = _bucket(num_prompt), probabilities
+        then, foreseen = self._cache.get(key, (-1, (0.0, [])))
+        if then < 0 or self._num_observed - then > STALENESS * min(then, 1 / (1 - DISCOUNT)):
+            foreseen = self._foresee(num_prompt, probabilities, 0)
+            self._cache[key] = self._num_observed, foreseen
+        return foreseen
+
+    def _foresee(
+        self, num_prompt: int, probabilities: tuple[float, ...], num_generated: int
+    ) -> tuple[float, list[int]]:
         weights = self._probabilities(num_prompt, num_generated)
         self._cumulative[1:] = np.cumsum(weights)
         total = float(self._cumulative[-1])

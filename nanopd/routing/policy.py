@@ -18,7 +18,9 @@ from nanopd.routing.decision import Policy
 from nanopd.routing.router import Router
 
 
-def make_policy(config: EngineConfig, parameters: Parameters | None = None) -> Policy:
+def make_policy(
+    config: EngineConfig, parameters: Parameters | None = None, adaptive: type[AdaptiveRouter] = AdaptiveRouter
+) -> Policy:
     """The policy that `config` names; only the fixed ones do without `parameters`."""
     routes = routes_for_policy(config.policy, config.roles)
     if config.policy not in PREDICTING:
@@ -28,7 +30,7 @@ def make_policy(config: EngineConfig, parameters: Parameters | None = None) -> P
         return ClosedFormRouter(routes, parameters)
     slo = SLO(**(config.slo or {}))
     costs, max_chunk = CostModel(parameters), config.max_num_batched_tokens
-    return AdaptiveRouter(routes, len(config.workers), costs, max_chunk, slo, config.admission, roles=config.roles)
+    return adaptive(routes, len(config.workers), costs, max_chunk, slo, config.admission, roles=config.roles)
 
 
 def find_parameters(name: str | None, measured: Path | None = None) -> Parameters:

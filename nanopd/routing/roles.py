@@ -6,14 +6,14 @@ forbids, and goes back when hardly any is served better for it. Sees predictions
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from nanopd.config import allowed_routes
 from nanopd.messages import Role, Route
 from nanopd.routing.decision import Prediction, WorkerLoad
+from nanopd.routing.outlook import RouteSet
 
 MEMORY = 32  # requests
 OPEN, CLOSE = 0.5, 0.05  # shares of requests
@@ -21,17 +21,6 @@ CLEAR_EXCESS = 0.05  # over the service levels
 CLEAR_COST = 0.8  # of two routes that keep them alike
 
 Changes = tuple[tuple[int, Role], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class RouteSet:
-    routes: list[Route]
-    pairs: np.ndarray  # [num_routes, 2] int64: their workers
-
-    @classmethod
-    def of(cls, routes: Iterable[Route]) -> RouteSet:
-        chosen = list(routes)
-        return cls(chosen, np.array([(route.prefill_worker, route.decode_worker) for route in chosen]))
 
 
 class RoleKeeper:
@@ -43,7 +32,7 @@ class RoleKeeper:
         self._lack = 0.0  # share of requests that would be served better if one more worker were mixed
         self._gain = 0.0  # that are served better as some are
         self._wanted = np.zeros(len(roles))  # share of them for which this one would be
-        self._feasible = self._within = self._beyond = RouteSet.of(())
+        self._feasible = self._within = self._beyond = RouteSet(())
 
     def changes(
         self,
@@ -80,11 +69,11 @@ class RoleKeeper:
     def _set_routes(self, feasible: RouteSet, workers: Sequence[WorkerLoad]) -> None:
         """Only workers of feasible routes count: others are dead, or too small. One opens at a time."""
         configured = set(allowed_routes(self._roles))
-        live = sorted(set(feasible.pairs.ravel().tolist()))
+        live = sorted({*feasible.prefill_workers, *feasible.decode_workers})
         routes = [Route(p, d) for p in live for d in live]
         self._feasible = feasible
-        self._within = RouteSet.of(route for route in feasible.routes if route in configured)
-        self._beyond = RouteSet.of(route for route in routes if len(_beyond_roles(route, workers)) == 1)
+        self._within = RouteSet(route for route in feasible.routes if route in configured)
+        self._beyond = RouteSet(route for route in routes if len(_beyond_roles(route, workers)) == 1)
 
 
 def _beyond_roles(route: Route, workers: Sequence[WorkerLoad]) -> list[int]:

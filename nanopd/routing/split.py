@@ -7,6 +7,8 @@ it is right before the load comes; at a clear gain only, lest workers change sid
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from nanopd.routing.cost_model import CostModel, chunk_pairs
@@ -16,7 +18,7 @@ MIN_REQUESTS = 5
 LOADS = np.geomspace(0.2, 5, 200)[:, None]  # times the present one
 NUM_ITERATIONS = 8  # until a batch and its step time agree
 MAX_BATCH = 1e4
-PLAN_SHARE = 0.02  # of the memory, between one plan and the next
+PLAN_SHARE = 0.05  # of the memory, between one plan and the next
 
 
 class Split:
@@ -27,10 +29,10 @@ class Split:
     ) -> None:
         self.num_prefill = 0
         self.mean_prompt = 0.0
-        self.prompt_rate = np.zeros(num_workers)  # tokens per ms sent to each worker to prefill
+        self.prompt_rate = [0.0] * num_workers  # tokens per ms sent to each worker to prefill
         self._costs, self._max_chunk, self._tpot_ms, self._memory_ms = costs, max_chunk, tpot_ms, memory_ms
-        self._sums = np.zeros(4)  # requests, their prompt, output and context tokens, decaying
-        self._prompts = np.zeros(num_workers)
+        self._num_requests = self._output = 0.0  # these and the following decay
+        self._prompts = [0.0] * num_workers  # tokens
         self._seen_ms = 0.0
         self._total_ms = 0.0
         self._planned_ms = -np.inf
@@ -39,13 +41,15 @@ class Split:
     def advance(self, now_s: float) -> None:
         """Let time pass: what was long ago counts less."""
         elapsed_s = 0.0 if self._updated_s is None else now_s - self._updated_s
-        kept = np.exp(-elapsed_s * 1e3 / self._memory_ms)
+        kept = math.exp(-elapsed_s * 1e3 / self._memory_ms)
         self._updated_s = now_s
         self._total_ms += elapsed_s * 1e3
-        self._sums *= kept
-        self._prompts *= kept
+        self._num_requests *= kept
+        self._output *= kept
+        self._prompts = [num_tokens * kept for num_tokens in self._prompts]
         self._seen_ms = self._seen_ms * kept + self._memory_ms * (1 - kept)
-        self.prompt_rate = self._prompts / self._elapsed_ms
+        elapsed_ms = self._elapsed_ms
+        self.prompt_rate = [num_tokens / elapsed_ms for num_tokens in self._prompts]
 
     @property
     def _elapsed_ms(self) -> float:
@@ -54,17 +58,17 @@ class Split:
     @property
     def request_rate(self) -> float:
         """Per ms."""
-        return float(self._sums[0] / self._elapsed_ms)
+        return self._num_requests / self._elapsed_ms
 
     def count(self, prefill_worker: int, num_prompt: int, num_output: float) -> None:
-        self._sums += (1, num_prompt, num_output, num_prompt + num_output / 2)
+        self._num_requests += 1
+        self._output += num_output
         self._prompts[prefill_worker] += num_prompt
-        self.mean_prompt = float(self._sums[1] / self._sums[0])
+        self.mean_prompt = sum(self._prompts) / self._num_requests
 
     def update(self, num_usable_tokens: float) -> int:
         """The number of workers to keep free of decodes; each has a cache of `num_usable_tokens`."""
-        num_requests, _, output, context = self._sums
-        if self._tpot_ms is None or num_requests < MIN_REQUESTS:
+        if self._tpot_ms is None or self._num_requests < MIN_REQUESTS:
             return 0
         if self._total_ms - self._planned_ms < PLAN_SHARE * self._memory_ms:
             return self.num_prefill
@@ -72,8 +76,8 @@ class Split:
         limit_ms, num_workers, terms = self._tpot_ms, len(self._prompts), self._costs.terms
         num_prefill = np.arange(num_workers)  # arrays are [num_workers] or, with loads, [num_loads, num_workers]
         num_decode = num_workers - num_prefill
-        token_rate = LOADS * output / self._elapsed_ms / num_decode  # per ms and decoding worker
-        num_context = context / num_requests
+        token_rate = LOADS * self._output / self._elapsed_ms / num_decode  # per ms and decoding worker
+        num_context = self.mean_prompt + self._output / self._num_requests / 2
 
         def step_ms(batch: np.ndarray) -> np.ndarray:
             return terms.step_ms(batch, batch * num_context, maximum=np.maximum)
@@ -84,7 +88,7 @@ class Split:
         batch = batch + np.sqrt(batch)  # it fluctuates
         is_kept = (step_ms(batch) <= limit_ms) & (batch * num_context <= num_usable_tokens)
         pairs_ms = terms.a2 * chunk_pairs(self.mean_prompt, 0)
-        alone_ms = (terms.a0 / self._max_chunk + terms.a1) * self.mean_prompt + pairs_ms
+        alone_ms = terms.step_ms(0, 0, self._max_chunk) / self._max_chunk * self.mean_prompt + pairs_ms
         beside_ms = terms.gamma * self.mean_prompt + pairs_ms
         # with prompts that stretch the steps to the limit
         left = np.maximum(1 - step_ms(np.minimum(token_rate * limit_ms, MAX_BATCH)) / limit_ms, 0)

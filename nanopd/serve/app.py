@@ -56,7 +56,7 @@ class Api:
         tokenizer = llm.llm.tokenizer
         self._pieces = None if tokenizer is None else TokenPieces(tokenizer, skip_special_tokens=False)
         self._metrics = Metrics()
-        self._metrics_lock = asyncio.Lock()
+        llm.llm.observe_logs(self._metrics.add)
 
     async def completions(self, body: CompletionBody, http: Request) -> Response:
         return await self._answer(body, http)
@@ -76,10 +76,7 @@ class Api:
         return {"status": "ok"}
 
     async def metrics(self) -> Response:
-        async with self._metrics_lock:
-            stats = await self._llm.stats(reset=True)  # so that each log comes once
-            await asyncio.to_thread(self._metrics.take, stats.logs)
-            return Response(self._metrics.text(stats), media_type=CONTENT_TYPE)
+        return Response(self._metrics.text(await self._llm.stats()), media_type=CONTENT_TYPE)
 
     # -------------------------------------------------------------------------------------------------- answers
 

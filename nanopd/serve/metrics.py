@@ -1,7 +1,7 @@
 """What the server tells Prometheus, in its text format.
 
 `Metrics` adds up the logs of finished requests, whoever made them, and puts the engine's present state beside them.
-The caller hands it every log once.
+Another thread may add while it tells.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ class Metrics:
         self._tpot = Histogram(TOKEN_BOUNDS_S)
         self._e2e = Histogram(REQUEST_BOUNDS_S)
 
-    def take(self, logs: Iterable[RequestLog]) -> None:
-        for request in map(RequestMetrics.from_log, logs):
-            assert request.finish_reason is not None
-            self._requests[request.finish_reason.value] += 1
-            self._num_prompt_tokens += request.num_prompt_tokens
-            self._num_cached_tokens += request.num_cached_tokens
-            self._num_output_tokens += request.num_output_tokens
-            times_ms = (request.ttft_ms, request.tpot_ms, request.e2e_ms)
-            for histogram, value_ms in zip((self._ttft, self._tpot, self._e2e), times_ms, strict=True):
-                if value_ms is not None:
-                    histogram.observe(value_ms / 1e3)
+    def add(self, log: RequestLog) -> None:
+        request = RequestMetrics.from_log(log)
+        assert request.finish_reason is not None
+        self._requests[request.finish_reason.value] += 1
+        self._num_prompt_tokens += request.num_prompt_tokens
+        self._num_cached_tokens += request.num_cached_tokens
+        self._num_output_tokens += request.num_output_tokens
+        times_ms = (request.ttft_ms, request.tpot_ms, request.e2e_ms)
+        for histogram, value_ms in zip((self._ttft, self._tpot, self._e2e), times_ms, strict=True):
+            if value_ms is not None:
+                histogram.observe(value_ms / 1e3)
 
     def text(self, stats: EngineStats) -> str:
         """All there is to tell, with the present state of `stats`."""
@@ -72,7 +72,7 @@ class Metrics:
         def number(name: str, kind: str, meaning: str, value: int) -> None:
             tell(name, kind, meaning, [f"nanopd_{name} {value}"])
 
-        def each(name: str, kind: str, meaning: str, label: str, values: Iterable[tuple[object, int]]) -> None:
+        def each(name: str, kind: str, meaning: str, label: str, values: Iterable[tuple[object, float]]) -> None:
             tell(name, kind, meaning, [f'nanopd_{name}{{{label}="{key}"}} {value}' for key, value in values])
 
         each("requests_total", "counter", "Finished requests.", "finish_reason", self._requests.items())
@@ -81,6 +81,7 @@ class Metrics:
         number("output_tokens_total", "counter", "Of finished requests.", self._num_output_tokens)
         number("preemptions_total", "counter", "Requests put back by a scheduler.", stats.num_preemptions)
         each("worker_restarts_total", "counter", "Of dead workers.", "worker", enumerate(stats.num_restarts))
+        each("worker_busy_seconds_total", "counter", "Spent on steps.", "worker", enumerate(stats.busy_s))
         number("requests_running", "gauge", "Requests on a worker.", stats.num_running)
         number("requests_waiting", "gauge", "Requests waiting for their turn.", stats.num_waiting)
         used, total = ([(w, getattr(b, name)) for w, b in enumerate(stats.blocks)] for name in ("used", "total"))

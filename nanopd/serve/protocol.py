@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -21,11 +22,6 @@ from nanopd.messages import MAX_LOGPROBS, SamplingParams
 from nanopd.outputs import CompletionOutput, RequestOutput, RequestOutputDelta
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
-SAMPLING_KEYS = (
-    *("n", "best_of", "seed"),
-    *("temperature", "top_p", "top_k", "min_p", "min_tokens", "stop", "stop_token_ids", "ignore_eos"),
-    *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "bad_words", "allowed_token_ids"),
-)
 NO_EFFECT = {"user", "metadata", "safety_identifier", "prompt_cache_key"}
 # parameters that nanopd does not have, with the values that ask for nothing; None does so for every parameter
 ASKS_NOTHING: dict[str, tuple] = {
@@ -101,7 +97,8 @@ class _Body(_Strict):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def _params(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        return SamplingParams(**self.model_dump(include=set(SAMPLING_KEYS)), max_tokens=max_tokens, logprobs=logprobs)
+        others = self.model_dump(include={field.name for field in fields(SamplingParams)} - {"max_tokens", "logprobs"})
+        return SamplingParams(**others, max_tokens=max_tokens, logprobs=logprobs)
 
 
 class CompletionBody(_Body):

@@ -144,6 +144,20 @@ class CudaMover:
             self._move_blocks(src, dst, num_blocks, self._block_bytes, self._device, max_ctas)
 
 
+def copy_blocks(src: Tensor, src_ids: Tensor, dst: Tensor, dst_ids: Tensor) -> None:
+    """From one cache to another of the same kind, in the order of the current stream; ids [n] int64.
+
+    On a GPU either may lie in host memory that it can address; the ids are on the device.
+    """
+    if not src_ids.is_cuda:
+        HostMover(dst).pull(src, src_ids, dst_ids)
+        return
+    from nanopd.cuda import Side, move_blocks  # see CudaMover
+
+    sides = Side.of(src, src_ids), Side.of(dst, dst_ids)
+    move_blocks(*sides, len(src_ids), src[0].nbytes, src_ids.get_device(), HOST_CTAS)
+
+
 def mover_for(kv: Tensor) -> Mover:
     """kv [num_blocks, ...], contiguous."""
     return CudaMover(kv) if kv.is_cuda else HostMover(kv)

@@ -107,6 +107,21 @@ def allocate_kv(
     return map_kv(memory, num_blocks, config, model)
 
 
+def allocate_host_kv(kv: Tensor, config: EngineConfig, model: ModelConfig) -> Tensor:
+    """Room for what is swapped out of the cache `kv`: blocks like its own, in host memory that its GPU can address.
+
+    Raises:
+        ConfigError: there is not as much memory.
+    """
+    num_blocks, available = config.num_host_blocks(model), psutil.virtual_memory().available
+    if num_blocks * kv[0].nbytes > available:
+        raise ConfigError("swap_space_gb", config.swap_space_gb, f"at most {available / 1e9:.1f}, which is available")
+    host_kv = torch.empty(num_blocks, *kv.shape[1:], dtype=kv.dtype)
+    if kv.is_cuda:
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(host_kv.data_ptr(), host_kv.nbytes, 0))
+    return host_kv
+
+
 def export_kv(kv: Tensor) -> object:
     """What another process needs to open a cache on a GPU.
 

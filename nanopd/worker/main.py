@@ -12,7 +12,6 @@ import os
 import time
 import traceback
 from collections import defaultdict, deque
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import cast
@@ -24,8 +23,8 @@ from nanopd import cpu
 from nanopd.config import EngineConfig, ModelConfig
 from nanopd.ipc.channel import Endpoint
 from nanopd.ipc.doorbell import Waiter
-from nanopd.ipc.memories import Memories
 from nanopd.ipc.ring import RingFull
+from nanopd.ipc.shared_memory import Memories
 from nanopd.messages import (
     Failed,
     Progress,
@@ -42,7 +41,6 @@ from nanopd.worker.kv_transfer import Pair
 from nanopd.worker.launched import Launched
 from nanopd.worker.worker import Worker
 
-PROGRESS_INTERVAL_S = 0.1
 IDLE_WAIT_S = 10.0
 CPU_POLL_INTERVAL_S = 0.001  # while a CPU worker waits for the other side of a relay
 GPU_SPIN_S = 0.1  # of a GPU's worker before it sleeps: sequences that are handed over to it should find it awake
@@ -62,7 +60,7 @@ def main(
     """Run worker `index` until told to stop. Ctrl-C is for the parent, which blocks it here and then says Shutdown."""
     try:
         _use_threads(num_threads(config))
-        worker = Worker(index, config, model, path, memories, _progress_reporter(control))
+        worker = Worker(index, config, model, path, memories, lambda *done: control.send(Progress(*done)))
         endpoint.open()
         control.send(Ready(worker.num_blocks, os.getpid(), worker.kv_handle, worker.paths))
         is_cpu = config.workers[index].device == "cpu"
@@ -100,6 +98,7 @@ class _Server:
         self._waiter.add(control)
         self._under_way: defaultdict[Pair | None, deque[Launched]] = defaultdict(deque)  # None: steps
         self._is_told_to_stop = False
+        worker.call_between_layers(self._reply_to_done)  # launching a prompt's step takes a third of its time
 
     def run(self) -> None:
         look_s = 0.0
@@ -157,15 +156,3 @@ def _reply(endpoint: Endpoint, result: StepResult | TransferAck) -> None:
             time.sleep(RING_FULL_WAIT_S)  # the parent is behind
     encode(result, out)
     endpoint.commit(nbytes)
-
-
-def _progress_reporter(control: Connection) -> Callable[[int, int], None]:
-    last_s = 0.0
-
-    def report(done_bytes: int, total_bytes: int) -> None:
-        nonlocal last_s
-        if time.monotonic() - last_s >= PROGRESS_INTERVAL_S or done_bytes == total_bytes:
-            last_s = time.monotonic()
-            control.send(Progress(done_bytes, total_bytes))
-
-    return report

@@ -6,6 +6,7 @@ GPU nothing here waits for the device: `launch` queues a step, and what it retur
 
 from __future__ import annotations
 
+import math
 import time
 
 import numpy as np
@@ -16,11 +17,14 @@ from nanopd.config import MAX_STEPS_IN_FLIGHT, EngineConfig, ModelConfig
 from nanopd.messages import SlotExtras, StepBatch, StepResult
 from nanopd.models.batch import InputBatch, PrefillRow
 from nanopd.models.decoder import Decoder
+from nanopd.worker.block_mover import copy_blocks
 from nanopd.worker.decode_graphs import DecodeGraphs
+from nanopd.worker.kv_cache import allocate_host_kv
 from nanopd.worker.sampler import Sampler, TokenLogprobs, joined, token_logprobs
 from nanopd.worker.step_inputs import FROM_SLOT, ChunkInputs, StepInputs, step_inputs
 from nanopd.worker.upload import Uploader
 
+WARM_UP_RATIO = 1.25  # of one length to the next
 PROMPT_PIECE = 256  # tokens of prompts whose logits are there at a time
 
 
@@ -62,6 +66,7 @@ class ModelRunner:
         num_slots = config.num_slots + 1  # the last one is for rows that only fill up a graph
         self._decoder = decoder
         self._kv = kv  # [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]
+        self._host_kv = allocate_host_kv(kv, config, model)
         self._block_size = config.block_size
         self._host_tables = np.zeros((num_slots, -(-max_len // config.block_size)), np.int32)
         self._tables = torch.from_numpy(self._host_tables).to(kv.device)  # on the CPU, the same memory
@@ -70,18 +75,22 @@ class ModelRunner:
         self._upload = Uploader(kv.device, MAX_STEPS_IN_FLIGHT + 1)
         self._graphs: DecodeGraphs | None = None
         with torch.inference_mode():
-            self._warm_up()
+            self._sampler.warm_up(self._warm_up(2))
             if kv.device.type == "cuda":
+                for num_tokens in warm_up_lengths(min(config.max_num_batched_tokens, max_len)):
+                    self._warm_up(num_tokens)
                 self._graphs = DecodeGraphs(decoder, kv, self._tables, self._last_tokens, config.max_decode_rows)
 
-    def _warm_up(self) -> None:
-        """A decode row and a chunk of two tokens in the null block: kernels compile now, not at the first request."""
-        zeros = np.zeros(3, np.int64)
-        positions = np.array([0, 0, 1])
-        chunk = ChunkInputs(start=1, end=3, num_cached=0, slot=0)
+    def _warm_up(self, num_tokens: int) -> Tensor:
+        """Logits of a decode row, beside a chunk in blocks that nobody has yet.
+
+        Kernels are compiled, loaded and chosen now, and memory is taken, rather than at the first requests.
+        """
+        zeros = np.zeros(1 + num_tokens, np.int64)
+        positions = np.concatenate([zeros[:1], np.arange(num_tokens)])
+        chunk = ChunkInputs(start=1, end=1 + num_tokens, num_cached=0, slot=0)
         inputs = StepInputs(zeros, zeros, positions, positions, 1, [chunk], zeros[:1], zeros[:1], zeros[:1])
-        logits, _ = self._run(inputs)
-        self._sampler.warm_up(logits)
+        return self._run(inputs)[0]
 
     def take_extras(self, extras: SlotExtras) -> None:
         """Of a sequence that enters a slot in the next step."""
@@ -103,7 +112,7 @@ class ModelRunner:
             tokens = self._sampler.sample(logits, host_slots, positions)
             (slots,) = self._upload([host_slots])
             self._last_tokens.index_copy_(0, slots, tokens)
-        logprobs = joined([self._sampler.logprobs(logits, host_slots, tokens), *of_prompts])
+        logprobs = joined([*self._sampler.logprobs(logits, host_slots, tokens), *of_prompts])
         step.set_outputs(tokens, logprobs, self._sampler.take_errors())
         return step
 
@@ -118,8 +127,17 @@ class ModelRunner:
                 slots, indices, block_ids = self._upload(columns)
                 self._tables.index_put_((slots, indices), block_ids.int())
         if len(batch.copies):
-            src, dst = self._upload([batch.copies[name].astype(np.int64) for name in ("src", "dst")])
-            self._decoder.ops.copy_blocks(self._kv, src, dst)
+            self._copy_blocks(*(batch.copies[name].astype(np.int64) for name in ("src", "dst")))
+
+    def _copy_blocks(self, src_ids: np.ndarray, dst_ids: np.ndarray) -> None:
+        """Within the cache, then out to host memory, then in from there; ids [n] int64, negative for host blocks."""
+        kinds = (dst_ids < 0) + 2 * (src_ids < 0)
+        order, counts = np.argsort(kinds, kind="stable"), np.bincount(kinds, minlength=3).tolist()
+        uploaded = self._upload([np.abs(src_ids[order]), np.abs(dst_ids[order])])
+        within, out, back = zip(*(ids.split(counts) for ids in uploaded), strict=True)
+        self._decoder.ops.copy_blocks(self._kv, *within)
+        copy_blocks(self._kv, out[0], self._host_kv, out[1])
+        copy_blocks(self._host_kv, back[0], self._kv, back[1])
 
     def _run(self, inputs: StepInputs) -> tuple[Tensor, list[TokenLogprobs]]:
         """Logits [num_samples, vocab_size] of any step, in the model's dtype, and the logprobs of prompts."""
@@ -158,6 +176,11 @@ class ModelRunner:
         num_tokens = chunk.num_cached + chunk.end - chunk.start
         table = self._tables[chunk.slot, : -(-num_tokens // self._block_size)]
         return PrefillRow(chunk.start, chunk.end, chunk.num_cached, table)
+
+
+def warm_up_lengths(most: int) -> list[int]:
+    """Of chunks, the longest first: what is chosen by shape changes between them, if anywhere."""
+    return [round(most / WARM_UP_RATIO**i) for i in range(1 + int(math.log(most / 2, WARM_UP_RATIO)))]
 
 
 def _to_host(tensor: Tensor) -> Tensor:

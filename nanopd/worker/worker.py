@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from nanopd.config import EngineConfig, ModelConfig
-from nanopd.ipc.memories import Memories
+from nanopd.cpu import ops
+from nanopd.ipc.shared_memory import Memories
 from nanopd.messages import Peer, SlotExtras, StepBatch, TransferPath, TransferPlan
 from nanopd.models.loader import load_model
 from nanopd.worker.decode_graphs import ladder
@@ -54,7 +55,7 @@ class Worker:
         self.num_blocks = derive_num_blocks(decoder, config, model)
         kv = allocate_kv(memories.caches[index], self.num_blocks, device, config, model)
         self.kv_handle = export_kv(kv) if TransferPath.IPC in self.paths.values() else None
-        self._runner = ModelRunner(decoder, kv, config, model)
+        self._decoder, self._runner = decoder, ModelRunner(decoder, kv, config, model)
         self._transfer = KVTransfer(index, kv, memories.relays, config.verify_transfers)
 
     def connect(self, worker: int, peer: Peer | None) -> None:
@@ -68,6 +69,10 @@ class Worker:
     def knows(self, plan: TransferPlan) -> bool:
         """Whether the plan's other worker has been connected; if not, it is about to be."""
         return self._transfer.knows(plan)
+
+    def call_between_layers(self, function: Callable[[], object]) -> None:
+        """Have it called while steps are launched, so that what is done meanwhile does not wait for their end."""
+        self._decoder.between_layers = function
 
     def launch(self, message: SlotExtras | StepBatch | TransferPlan) -> Launched:
         """Begin what a message says: steps in the order of calls, plans beside them; on the CPU steps are done at once.
@@ -83,18 +88,15 @@ class Worker:
 
 
 def cuda_operations(config: EngineConfig, model: ModelConfig, device: torch.device) -> Any:
-    from nanopd.cuda import PagedDecodeAttention  # not at the top: numba's CUDA side is needed by GPU workers only
-    from nanopd.cuda.operations import Operations
+    """The decoder's `ops` for a GPU."""
+    from nanopd.cuda import operations, prefill  # not at the top: numba's CUDA side is needed by GPU workers only
 
-    return Operations(
-        PagedDecodeAttention(
-            ladder(config.max_decode_rows)[-1],
-            model.num_heads,
-            model.num_kv_heads,
-            model.head_dim,
-            config.block_size,
-            getattr(torch, model.dtype),
-            device,
-        ),
-        config.max_num_batched_tokens,
-    )
+    dtype, sizes = getattr(torch, model.dtype), (model.head_dim, config.block_size)
+    decode_attention = prefill_attention = None
+    if operations.has_kernels(dtype, *sizes, model.hidden_size, model.intermediate_size):
+        heads = model.num_heads, model.num_kv_heads, *sizes
+        max_rows = ladder(config.max_decode_rows)[-1]
+        decode_attention = operations.PagedDecodeAttention(max_rows, *heads, dtype, device)
+    if prefill.has_flash_attention(dtype, model.head_dim):
+        prefill_attention = prefill.PrefillAttention(config.max_num_batched_tokens)
+    return operations.Operations(ops, decode_attention, prefill_attention)

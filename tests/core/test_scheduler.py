@@ -15,8 +15,9 @@ EOS = 2
 MODEL = ModelConfig("llama", 128, 8, 8, 1, 1, 1, 8, 64, 1e-5, 1e4, eos_token_ids=(EOS,))
 
 
-def make_scheduler(num_blocks: int = 100, role: str = "mixed", **keys) -> Scheduler:
-    config = EngineConfig(model="none", block_size=4, **{"max_num_seqs": 8, **keys})
+def make_scheduler(num_blocks: int = 100, role: str = "mixed", num_host_blocks: int = 0, **keys) -> Scheduler:
+    swap_space_gb = (num_host_blocks + 0.5) * 4 * MODEL.kv_bytes_per_token() / 1e9
+    config = EngineConfig(model="none", block_size=4, swap_space_gb=swap_space_gb, **{"max_num_seqs": 8, **keys})
     return Scheduler(0, Role(role), config, BlockManager(num_blocks, 4), MODEL, 64)
 
 
@@ -139,6 +140,60 @@ def test_the_youngest_is_preempted_and_starts_over_with_its_tokens() -> None:
     batch = scheduler.schedule()
     assert batch.row_lens.tolist() == [young.num_tokens]
     assert batch.row_flags.tolist() == [SAMPLE]
+
+
+def run_until_preempted(scheduler: Scheduler) -> tuple[list[Sequence], StepBatch]:
+    """Three sequences, of which the last one has to leave, and the step that goes out then."""
+    seqs = [make_sequence(i, num_prompt, max_tokens=20) for i, num_prompt in enumerate((5, 2, 6))]
+    for i, seq in enumerate(seqs):
+        seq.token_ids = [30 * i + token for token in seq.token_ids]
+        scheduler.add(seq)
+    while not scheduler.preempted:
+        batch = scheduler.schedule()
+        answer(scheduler, batch)
+    assert (scheduler.preempted, seqs[2].num_tokens) == (seqs[2:], 10)
+    scheduler.add(seqs[2])
+    scheduler.check_integrity()
+    return seqs, batch
+
+
+def test_a_preempted_sequence_is_swapped_out_and_comes_back_with_what_it_had() -> None:
+    scheduler = make_scheduler(num_blocks=8, num_host_blocks=5, enable_prefix_caching=False)
+    (oldest, _, last), batch = run_until_preempted(scheduler)
+    assert (last.num_swapped, last.host_table) == (9, [1, 2, 3])
+    assert batch.copies["dst"].tolist() == [-1, -2, -3]
+    assert scheduler.reserve(1, []) is None, "room is kept for who had to leave"
+    scheduler.remove(oldest)
+    batch = scheduler.schedule()
+    assert rows(batch)[-1] == (last.slot, 9, 1, SAMPLE)
+    assert batch.copies.tolist() == [(-host, block) for host, block in zip([1, 2, 3], last.block_table)]
+    answer(scheduler, batch)
+    assert (last.status, last.host_table, scheduler.num_waiting_tokens) == (SequenceStatus.RUNNING, [], 0)
+    scheduler.check_integrity()
+
+
+def test_blocks_that_are_still_there_are_not_swapped_in() -> None:
+    scheduler = make_scheduler(num_blocks=8, num_host_blocks=5)
+    (oldest, _, last), _ = run_until_preempted(scheduler)
+    scheduler.remove(oldest)
+    assert scheduler.schedule().copies.tolist() == [(-3, last.block_table[2])], "nobody has used the other two"
+
+
+@pytest.mark.parametrize(("num_host_blocks", "pays"), [(2, True), (5, False)])
+def test_without_room_in_host_memory_or_without_gain_all_is_computed_again(num_host_blocks: int, pays: bool) -> None:
+    scheduler = make_scheduler(num_blocks=8, num_host_blocks=num_host_blocks, enable_prefix_caching=False)
+    scheduler.swap_pays = lambda num_tokens: pays
+    (oldest, _, last), batch = run_until_preempted(scheduler)
+    assert len(batch.copies) == 0
+    scheduler.remove(oldest)
+    assert rows(scheduler.schedule())[-1] == (last.slot, 0, 10, SAMPLE)
+
+
+def test_a_swapped_sequence_that_ends_leaves_nothing_in_host_memory() -> None:
+    scheduler = make_scheduler(num_blocks=8, num_host_blocks=5)
+    (*_, last), _ = run_until_preempted(scheduler)
+    scheduler.remove(last)
+    assert scheduler.host_blocks.num_free == scheduler.host_blocks.num_usable == 5
 
 
 def test_no_sequence_is_admitted_that_would_push_a_running_one_out() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -11,31 +11,42 @@ from hypothesis import strategies as st
 
 from nanopd.config_files import config_dir
 from nanopd.core.metrics import SLO
+from nanopd.core.scheduler import Load
 from nanopd.core.sequence import Sequence, SequenceStatus
 from nanopd.messages import Role, Route, SamplingParams
 from nanopd.routing.adaptive import AdaptiveRouter
 from nanopd.routing.cost_model import CostModel, Parameters
+from nanopd.routing.outlook import EXCESS_STEP, Expected, Outlook, RouteSet
 
 H200 = Parameters.load(config_dir() / "params" / "8xh200.json")
 LIMITS = SLO(ttft_ms=200, tpot_ms=10, first_gap_ms=50)
 
 
+IDLE = Load(0, 0, 0, 0, 256, 0, 500_000, 500_000)
+
+
 @dataclass
-class Load:
-    """A worker; idle unless said otherwise."""
+class Worker:
+    """Idle unless said otherwise."""
 
+    now: Load = IDLE
     role: Role = Role.MIXED
-    num_waiting_tokens: int = 0
-    load: int = 0
-    num_seqs: int = 0
-    num_decoding: int = 0
-    num_context_tokens: int = 0
-    num_free_tokens: int = 500_000
-    num_usable_tokens: int = 500_000
+
+    @property
+    def load(self) -> int:
+        return self.now.num_bound
+
+    def snapshot(self) -> Load:
+        return self.now
 
 
-def busy(num_decoding: int, context: int) -> Load:
-    return Load(load=num_decoding, num_seqs=num_decoding, num_decoding=num_decoding, num_context_tokens=context)
+def worker(**keys: int) -> Worker:
+    return Worker(IDLE._replace(**keys))
+
+
+def busy(num_decoding: int, context: int, **keys: int) -> Worker:
+    counts = {"num_bound": num_decoding, "num_seqs": num_decoding, "num_decoding": num_decoding}
+    return worker(**{**counts, "num_context_tokens": context, **keys})
 
 
 def sequence(seq_id: int, num_prompt: int = 1000) -> Sequence:
@@ -69,7 +80,7 @@ def finish(router: AdaptiveRouter, seq: Sequence, num_output: int = 128) -> None
 
 
 def test_an_idle_machine_serves_on_one_worker() -> None:
-    decision = router_for(2).choose(all_routes(2), sequence(0), [Load(), Load()], 0.0)
+    decision = router_for(2).choose(all_routes(2), sequence(0), [Worker(), Worker()], 0.0)
     assert decision.route is not None and decision.route.is_collocated
     terms = H200.terms
     assert decision.taken.ttft_ms == pytest.approx(terms.step_ms(0, 0, 1000, 500_000))
@@ -79,12 +90,12 @@ def test_an_idle_machine_serves_on_one_worker() -> None:
 
 
 def test_a_prompt_avoids_the_queue() -> None:
-    workers = [replace(Load(), num_waiting_tokens=30_000), Load()]
+    workers = [worker(num_waiting_tokens=30_000), Worker()]
     assert router_for(2).choose(all_routes(2), sequence(0), workers, 0.0).route.prefill_worker == 1
 
 
 def test_a_long_prompt_avoids_decodes_that_it_would_disturb() -> None:
-    workers = [busy(64, 64 * 1500), Load()]
+    workers = [busy(64, 64 * 1500), Worker()]
     decision = router_for(2).choose(all_routes(2), sequence(0, 6000), workers, 0.0)
     assert decision.route.prefill_worker == 1
 
@@ -92,9 +103,52 @@ def test_a_long_prompt_avoids_decodes_that_it_would_disturb() -> None:
 def test_an_answer_avoids_a_full_cache() -> None:
     router = router_for(2)
     finish(router, sequence(0))
-    workers = [replace(busy(8, 8 * 2000), num_free_tokens=100, load=32), busy(8, 8 * 2000)]
+    workers = [busy(8, 8 * 2000, num_free_tokens=100, num_bound=32), busy(8, 8 * 2000)]
     router.choose(all_routes(2), sequence(1), workers, 0.0)  # what a prompt is like
     assert router.choose(all_routes(2), sequence(2), workers, 0.1).route.decode_worker == 1
+
+
+def test_a_prompt_avoids_a_worker_without_a_place() -> None:
+    full = busy(64, 64 * 1500, max_num_seqs=64)
+    decision = router_for(1).choose([Route(0, 0)], sequence(0), [full], 0.0)
+    end_ms = 128 * H200.terms.step_ms(64, 64 * 1500) / 64  # from one end of an answer to the next
+    assert decision.taken.ttft_ms >= 0.9 * end_ms
+    free = router_for(1).choose([Route(0, 0)], sequence(0), [busy(64, 64 * 1500)], 0.0)
+    crowd = busy(64, 64 * 1500, max_num_seqs=64, num_bound=264)
+    late = router_for(1).choose([Route(0, 0)], sequence(0), [crowd], 0.0)
+    assert late.taken.ttft_ms > free.taken.ttft_ms + 100 * end_ms
+    assert router_for(2).choose(all_routes(2), sequence(0), [crowd, busy(64, 64 * 1500)], 0.0).route == Route(1, 1)
+
+
+def test_a_prompt_that_is_late_anyhow_joins_the_queue_that_is_lost() -> None:
+    """Where all will miss their TTFT, rather than in a queue whose next ones could still keep it."""
+    router = router_for(2)
+    for i in range(50):  # requests come
+        router.choose([Route(0, 0)], sequence(i), [Worker(), Worker()], 0.01 * i)
+    workers = [worker(num_waiting_tokens=60_000), worker(num_waiting_tokens=3000)]
+    assert router.choose(all_routes(2), sequence(50, 12_000), workers, 0.5).route.prefill_worker == 0
+    assert router.choose(all_routes(2), sequence(51, 1000), workers, 0.5).route.prefill_worker == 1
+
+
+loads = st.builds(
+    lambda batch, waiting, more, free: busy(
+        batch, batch * 1500, num_waiting_tokens=waiting, num_bound=batch + more, num_free_tokens=free
+    ),
+    st.integers(0, 200),
+    st.integers(0, 20_000),
+    st.integers(0, 50),
+    st.integers(0, 100_000),
+)
+
+
+@given(st.lists(loads, min_size=6, max_size=6), st.integers(1, 8000))
+def test_the_best_of_the_promising_routes_is_the_best_of_all(workers: list[Worker], num_prompt: int) -> None:
+    router, routes = router_for(6), RouteSet(all_routes(6))
+    snapshots, request = [w.snapshot() for w in workers], Expected(num_prompt, 128.0, (0.5, 1.0, 1.5))
+    outlook = Outlook(router.costs, LIMITS, router.split, 2048, snapshots, [(0.0, 0.0, 0.0, 0.0)] * 6, request)
+    every = [outlook._predict(route) for route in routes.routes]
+    best, least = outlook.best(routes)[0], min(every, key=lambda p: (round(p.excess / EXCESS_STEP), p.cost_ms))
+    assert best.excess <= least.excess + 2 * EXCESS_STEP
 
 
 def test_chunks_beside_decodes_keep_the_tpot_limit_unless_the_queue_is_long() -> None:
@@ -102,27 +156,27 @@ def test_chunks_beside_decodes_keep_the_tpot_limit_unless_the_queue_is_long() ->
     gentle = router_for(1).choose(routes, sequence(0), [busy(16, 16_000)], 0.0).chunk_budget
     assert terms.step_ms(16, 16_000, gentle - 16) <= LIMITS.tpot_ms
     assert terms.step_ms(16, 16_000, gentle - 16 + 10) > LIMITS.tpot_ms
-    crowd = replace(busy(16, 16_000), num_waiting_tokens=7000)
+    crowd = busy(16, 16_000, num_waiting_tokens=7000)
     assert router_for(1).choose(routes, sequence(0), [crowd], 0.0).chunk_budget > 2 * gentle
-    assert router_for(1).choose(routes, sequence(0), [Load()], 0.0).chunk_budget == 8192
+    assert router_for(1).choose(routes, sequence(0), [Worker()], 0.0).chunk_budget == 8192
     assert router_for(1, slo=None).choose(routes, sequence(0), [crowd], 0.0).chunk_budget == 8192
 
 
 def test_without_limits_the_cheapest_route_is_taken() -> None:
-    decision = router_for(3, slo=None).choose(all_routes(3), sequence(0), [Load(), Load(), Load()], 0.0)
-    assert decision.taken.excess == 0
+    decision = router_for(3, slo=None).choose(all_routes(3), sequence(0), [Worker(), Worker(), Worker()], 0.0)
+    assert decision.taken.excess == pytest.approx(0, abs=1e-6)
     assert decision.taken.cost_ms == min(decision.taken.cost_ms, decision.best_other.cost_ms)
 
 
 def test_what_no_route_can_serve_in_time_is_turned_away_if_asked_for() -> None:
-    crowd = [replace(Load(), num_waiting_tokens=100_000)] * 2
+    crowd = [worker(num_waiting_tokens=100_000)] * 2
     assert router_for(2).choose(all_routes(2), sequence(0), crowd, 0.0).route is not None
     strict = router_for(2, admission="reject")
     decision = strict.choose(all_routes(2), sequence(0), crowd, 0.0)
     assert decision.route is None
     assert decision.taken.ttft_ms > LIMITS.ttft_ms
     assert not strict.bound.any()
-    assert strict.choose(all_routes(2), sequence(1), [Load(), Load()], 1.0).route is not None
+    assert strict.choose(all_routes(2), sequence(1), [Worker(), Worker()], 1.0).route is not None
 
 
 @given(st.lists(st.tuples(st.integers(0, 19), st.booleans()), max_size=60))
@@ -136,7 +190,7 @@ def test_accounts_balance(events: list[tuple[int, bool]]) -> None:
             router.finished(seqs[i])
             unfinished.discard(i)
         else:
-            router.choose(all_routes(3), seqs[i], [Load()] * 3, 0.1 * step)
+            router.choose(all_routes(3), seqs[i], [Worker()] * 3, 0.1 * step)
             unfinished.add(i)
     assert router.bound[0].sum() == len(unfinished)
     if not unfinished:
@@ -149,11 +203,11 @@ def steady_roles(num_prompt: int, num_output: int, requests_per_s: float) -> int
     open_seqs: list[Sequence] = []
     for i in range(400):
         seq = sequence(i, num_prompt)
-        router.choose(all_routes(8), seq, [Load()] * 8, i / requests_per_s)
+        router.choose(all_routes(8), seq, [Worker()] * 8, i / requests_per_s)
         open_seqs.append(seq)
         if len(open_seqs) > 50:
             finish(router, open_seqs.pop(0), num_output)
-    return router.roles(500_000).count(Role.PREFILL)
+    return router.split.num_prefill
 
 
 def test_roles_follow_the_mix_of_requests() -> None:
@@ -167,7 +221,7 @@ def test_roles_do_not_flicker() -> None:
     rng, counts = np.random.default_rng(0), []
     for i, now_s in enumerate(np.cumsum(rng.exponential(1 / 100, 1500))):
         seq = sequence(i, int(rng.integers(500, 3500)))
-        router.choose(all_routes(8), seq, [Load()] * 8, float(now_s))
+        router.choose(all_routes(8), seq, [Worker()] * 8, float(now_s))
         finish(router, seq, int(rng.integers(16, 240)))
         counts.append(router.split.num_prefill)
     assert np.count_nonzero(np.diff(counts[200:])) < 100

@@ -130,7 +130,6 @@ def test_a_correction_follows_what_is_measured_within_bounds() -> None:
 
 def test_predictions_follow_the_corrections_kind_by_kind() -> None:
     costs = CostModel(replace(Parameters.load(SHIPPED[0]), pair_bandwidth={"0->1": 1.0}))
-    pair = np.array([0, 1]), np.array([1, 0])
     step, mixed, prefill = costs.step_ms(8, 4000), costs.mixed_ms(8, 4000, 512, 1e5), costs.mixed_ms(0, 0, 512, 1e5)
     for _ in range(500):
         costs.observe(StepSample(8, 4000, 0, 0.0, 0, ms=1.5 * step))
@@ -138,7 +137,7 @@ def test_predictions_follow_the_corrections_kind_by_kind() -> None:
     assert costs.step_ms(8, 4000) == pytest.approx(1.5 * step, rel=1e-3)
     assert costs.mixed_ms(8, 4000, 512, 1e5) == pytest.approx(0.8 * mixed, rel=1e-3)
     assert costs.mixed_ms(0, 0, 512, 1e5) == prefill
-    slow, usual = costs.move_ms(*pair, num_tokens=1000)
+    slow, usual = costs.move_ms(0, 1, 1000), costs.move_ms(1, 0, 1000)
     assert usual == pytest.approx(costs.terms.move_ms(1000 * costs.parameters.kv_bytes_per_token))
     assert slow == pytest.approx(costs.terms.c0 + 1000 * costs.parameters.kv_bytes_per_token / 1e6)
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from test_adaptive import Load
+from test_adaptive import Worker
 
 from nanopd.messages import Role, Route
 from nanopd.routing.decision import Prediction
-from nanopd.routing.roles import MEMORY, RoleKeeper, RouteSet
+from nanopd.routing.outlook import RouteSet
+from nanopd.routing.roles import MEMORY, RoleKeeper
 
 ROLES = [Role.PREFILL, Role.DECODE, Role.DECODE]
-FEASIBLE = RouteSet.of([Route(0, 1), Route(0, 2)])
+FEASIBLE = RouteSet([Route(0, 1), Route(0, 2)])
 
 
 def prediction(route: Route, excess: float, cost_ms: float = 1000.0) -> Prediction:
@@ -27,14 +28,14 @@ class Machine:
 
     def __init__(self) -> None:
         self.keeper = RoleKeeper(ROLES, has_limits=True)
-        self.workers = [Load(role=role) for role in ROLES]
+        self.workers = [Worker(role=role) for role in ROLES]
         self.num_changes = 0
 
     def serve(self, num_requests: int, excess: Callable[[Route], float]) -> list[Role]:
         best = rank(excess)
         for _ in range(num_requests):
             roles = [worker.role for worker in self.workers]
-            feasible = RouteSet.of(Route(p, d) for p in range(3) for d in range(3) if may(roles, p, d))
+            feasible = RouteSet(Route(p, d) for p in range(3) for d in range(3) if may(roles, p, d))
             for worker, role in self.keeper.changes(feasible, best(feasible), best, self.workers):
                 self.workers[worker].role = role
                 self.num_changes += 1
@@ -70,7 +71,7 @@ def test_now_and_then_does_not_count() -> None:
 
 
 def test_what_costs_a_little_less_is_not_worth_a_change() -> None:
-    workers = [Load(role=role) for role in ROLES]
+    workers = [Worker(role=role) for role in ROLES]
     taken = prediction(FEASIBLE.routes[0], 0.0)
 
     def num_changes(has_limits: bool, cost_ms: float) -> int:
@@ -83,6 +84,6 @@ def test_what_costs_a_little_less_is_not_worth_a_change() -> None:
 
 
 def test_mixed_workers_have_nothing_to_change_to() -> None:
-    keeper, feasible = RoleKeeper([Role.MIXED] * 2, has_limits=True), RouteSet.of([Route(0, 1)])
+    keeper, feasible = RoleKeeper([Role.MIXED] * 2, has_limits=True), RouteSet([Route(0, 1)])
     best = rank(lambda route: route.decode_worker)
-    assert not keeper.changes(feasible, best(feasible), best, [Load(), Load()])
+    assert not keeper.changes(feasible, best(feasible), best, [Worker(), Worker()])

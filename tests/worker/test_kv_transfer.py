@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from nanopd.config import EngineConfig
 from nanopd.errors import ConfigError
-from nanopd.ipc.memories import Memories
+from nanopd.ipc.shared_memory import Memories
 from nanopd.messages import TransferAck, TransferPath, TransferPlan
 from nanopd.worker import block_mover, kv_transfer, relay
 from nanopd.worker.block_mover import DigestMismatch, HostMover

@@ -5,14 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 
 from nanopd.ipc.channel import Endpoint, channel
 from nanopd.messages import Peer, Peers, Shutdown, StepBatch, StepResult, TransferAck, TransferPlan
-from nanopd.wire import decode, encode, encoded_size
+from nanopd.wire import decode, encode, encoded_size, sections
 from nanopd.worker.launched import Launched
 from nanopd.worker.main import _Server
 
@@ -40,6 +40,10 @@ class FakeWorker:
     def __init__(self) -> None:
         self.generations: dict[int, int | None] = {}
         self.tasks: dict[tuple[str, int], Task] = {}
+        self.num_layers: dict[int, int] = {}  # of a step's launch, those to come; by step id
+
+    def call_between_layers(self, function: Callable[[], object]) -> None:
+        self._between_layers = function
 
     def connect(self, worker: int, peer: Peer | None) -> None:
         self.generations[worker] = None if peer is None else peer.generation
@@ -50,6 +54,8 @@ class FakeWorker:
     def launch(self, message: StepBatch | TransferPlan) -> Launched:
         if isinstance(message, StepBatch):
             key, result = ("step", message.step_id), StepResult(message.step_id, 0, NONE, NONE, NONE, NONE.astype("f4"))
+            while self.num_layers.get(message.step_id):
+                self._between_layers()
         else:
             result = TransferAck(message.plan_id, 0, 1) if len(message.src_blocks) else None
             key = ("plan", message.plan_id)
@@ -100,7 +106,7 @@ def running(poll_interval_s: float) -> Iterator[Parent]:
 
 
 def step(number: int) -> StepBatch:
-    return StepBatch(number, *(np.empty(0, dtype) for dtype in StepBatch.SECTIONS.values()))
+    return StepBatch(number, *(np.empty(0, dtype) for dtype in sections(StepBatch).values()))
 
 
 def plan(number: int, src: int, generation: int = 0, num_blocks: int = 1) -> TransferPlan:
@@ -120,6 +126,19 @@ def test_steps_in_order_and_plans_beside_them() -> None:
         assert [parent.receive() for _ in range(2)] == [("plan", 1), ("plan", 3)]
         parent.end("step", 1)
         assert [parent.receive() for _ in range(2)] == [("step", 1), ("step", 2)]
+
+
+def test_what_is_done_while_a_step_is_launched_is_told() -> None:
+    with running(0.0) as parent:
+        parent.worker.num_layers[2] = 1
+        parent.send(step(1))
+        parent.send(step(2))
+        parent.end("step", 1)
+        assert parent.receive() == ("step", 1)
+        assert ("step", 2) not in parent.worker.tasks
+        parent.worker.num_layers[2] = 0
+        parent.end("step", 2)
+        assert parent.receive() == ("step", 2)
 
 
 def test_a_half_without_result() -> None:

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from nanopd.messages import MAX_LOGPROBS, SLOT_INIT
-from nanopd.worker.sampler import DRAW, Sampler, draw_token, draws_of, kept_weights, philox4x32, random_numbers
+from nanopd.worker.sampler import DRAW, Sampler, draw_token, draws_of, joined, kept_weights, philox4x32, random_numbers
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -247,7 +247,7 @@ def test_logprobs_are_those_of_the_raw_logits(device: str) -> None:
     slots = [{"num_logprobs": n, "temperature": 0.3, "top_k": 2, "min_len": 99} for n in wanted]
     sampler = make_sampler(300, slots, [[0, 1, 2]] * 4, device)
     logits, token_ids = random_logits(4, 300, seed=4), torch.tensor([5, 6, 7, 8])
-    rows, ids, values = sampler.logprobs(logits.to(device), np.arange(4), token_ids.to(device))
+    ((rows, ids, values),) = sampler.logprobs(logits.to(device), np.arange(4), token_ids.to(device))
     assert rows.tolist() == [0, 2, 3]
     exact = torch.log_softmax(logits.double(), -1)
     ids, values = ids.view(3, -1).cpu(), values.view(3, -1).cpu()
@@ -261,14 +261,14 @@ def test_logprobs_are_those_of_the_raw_logits(device: str) -> None:
 
 def test_logprobs_of_a_vocabulary_smaller_than_the_columns() -> None:
     sampler = make_sampler(4, [{"num_logprobs": MAX_LOGPROBS}])
-    _, ids, _ = sampler.logprobs(torch.tensor([[1.0, 3.0, 2.0, 0.0]]), np.array([0]), torch.tensor([2]))
+    ((_, ids, _),) = sampler.logprobs(torch.tensor([[1.0, 3.0, 2.0, 0.0]]), np.array([0]), torch.tensor([2]))
     assert ids.tolist() == [2, 1, 2, 0, 3] + [-1] * (MAX_LOGPROBS - 4)
 
 
 def test_no_logprobs_wanted() -> None:
     sampler = make_sampler(4, [{}])
-    rows, ids, values = sampler.logprobs(torch.zeros(1, 4), np.array([0]), torch.tensor([2]))
-    assert len(rows) == len(ids) == len(values) == 0
+    parts = sampler.logprobs(torch.zeros(1, 4), np.array([0]), torch.tensor([2]))
+    assert [len(column) for column in joined(parts)] == [0, 0, 0]
 
 
 # ------------------------------------------------------------------------------------------------- no waiting
@@ -285,7 +285,7 @@ def test_nothing_waits_for_the_gpu(dtype: torch.dtype, vocab_size: int) -> None:
         torch.cuda.set_sync_debug_mode(mode)
         try:
             token_ids = sampler.sample(logits, np.arange(4), np.arange(4))
-            logprobs = sampler.logprobs(logits, np.arange(4), token_ids)
+            (logprobs,) = sampler.logprobs(logits, np.arange(4), token_ids)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert token_ids[0] == logits[0].argmax()

@@ -1,0 +1,189 @@
+"""What the prefix cache finds of a Mooncake trace, and what that saves.
+
+All lengths of the trace are divided by `--scale`, so that it fits; equal hash ids stay equal tokens. Without `--device`
+the whole trace goes through the real engine, scheduler and block manager in its order, `--at-once` requests at a time,
+before a worker that computes nothing. Its pool has `--pools` percent of the blocks that the prompts hold (full and
+distinct ones); the first row is a pool in which nothing is ever lost. `hit_rate` is of all prompt tokens.
+
+With `--device` windows of the trace are replayed, one at each of `--rates`, without the cache and with it, by a model
+of random weights. Where there is a cache, the requests before the windows are computed first, which fills it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from load import Job, device_name, greedy, play, result_row, serving, settings_of
+from report import Row, emit, save
+
+from nanopd.config import EngineConfig, ModelConfig
+from nanopd.core.block_manager import extend_keys
+from nanopd.core.workload import WorkloadRequest, prompt_token_ids, read_trace
+from nanopd.demo_model import NAME as DEMO_MODEL
+from nanopd.engine import Engine
+from nanopd.messages import RequestLog, RowFlag, StepBatch, StepResult, TransferPath
+from nanopd.planner import at_rate
+
+BAR = 0.95  # of the hits of an endless cache, with room for all blocks
+VOCAB_SIZE = 150_000
+
+Prompts = Sequence[list[int]]
+
+
+def scaled(request: WorkloadRequest, scale: int, vocab_size: int) -> tuple[list[int], int]:
+    """A prompt and the length of its answer: every `scale`-th token, so that a hash id stands for as many fewer."""
+    return prompt_token_ids(request, vocab_size)[::scale], -(-request.num_output_tokens // scale)
+
+
+def hit_rate(logs: Sequence[RequestLog]) -> float:
+    return sum(log.num_cached_tokens for log in logs) / sum(log.num_prompt_tokens for log in logs)
+
+
+# -------------------------------------------------------------------------------------------------- all of the trace
+
+
+class IdleWorker:
+    """A WorkerClient that answers each step with zeros."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.paths: dict[int, TransferPath] = {}
+        self._results: list[StepResult] = []
+
+    def send(self, batch: StepBatch) -> None:
+        none, no_logprobs = np.empty(0, np.int32), np.empty(0, np.float32)
+        tokens = np.zeros(np.count_nonzero(batch.row_flags & RowFlag.SAMPLE), np.int32)
+        self._results.append(StepResult(batch.step_id, 1, tokens, none, none, no_logprobs))
+
+    def poll(self) -> list[StepResult]:
+        results, self._results = self._results, []
+        return results
+
+
+def serve(requests: Sequence[tuple[list[int], int]], num_blocks: int, block_size: int, at_once: int) -> Row:
+    """All `requests`, in their order, before a pool of `num_blocks`."""
+    longest = max(len(prompt) + num_output for prompt, num_output in requests)
+    model = ModelConfig("llama", VOCAB_SIZE, 8, 8, 1, 1, 1, 8, longest, 1e-5, 1e4)
+    config = EngineConfig(model="none", block_size=block_size, max_num_seqs=at_once)
+    engine = Engine(config, model, [IdleWorker(1 + num_blocks)], time.monotonic)
+    arrivals, logs = enumerate(requests), []
+    start = time.perf_counter()
+    while len(logs) < len(requests):
+        for number, (prompt, num_output) in islice(arrivals, at_once - len(engine.seqs)):
+            engine.submit(str(number), prompt, greedy(num_output))
+        logs += [update.seq.log() for update in engine.step() if update.is_finished]
+    preempted = engine.schedulers[0].num_preemptions
+    return {"blocks": num_blocks, "hit_rate": hit_rate(logs), "preempted": preempted, "s": time.perf_counter() - start}
+
+
+def num_distinct_blocks(prompts: Prompts, block_size: int) -> int:
+    distinct: set[bytes] = set()
+    for prompt in prompts:
+        keys: list[bytes] = []
+        extend_keys(keys, prompt, block_size, b"")
+        distinct.update(keys)
+    return len(distinct)
+
+
+def curve(trace: Sequence[WorkloadRequest], args: argparse.Namespace) -> list[Row]:
+    requests = [scaled(request, args.scale, VOCAB_SIZE) for request in trace]
+    num_tokens = sum(len(prompt) + num_output for prompt, num_output in requests)
+    num_distinct = num_distinct_blocks([prompt for prompt, _ in requests], args.block_size)
+    pools = {None: num_tokens // args.block_size + 2 * len(requests)}
+    pools |= {percent: num_distinct * percent // 100 for percent in args.pools}
+    rows: list[Row] = []
+    for percent, num_blocks in pools.items():
+        row = serve(requests, num_blocks, args.block_size, args.at_once)
+        share = row["hit_rate"] / rows[0]["hit_rate"] if rows else 1.0
+        rows.append({"pool_percent": percent, **row, "of_endless": share, "bar": BAR if percent == 100 else None})
+    return rows
+
+
+# -------------------------------------------------------------------------------------------------- on a device
+
+
+def replay(trace: Sequence[WorkloadRequest], is_on: bool, args: argparse.Namespace) -> tuple[list[Row], EngineConfig]:
+    """A row per rate: the windows follow one another, and behind the requests that fill the cache, if there is one."""
+    config = EngineConfig(
+        model=args.model,
+        load_format="auto" if args.model == DEMO_MODEL else "dummy",
+        workers=[{"device": args.device}],
+        max_model_len=args.max_len,
+        enable_prefix_caching=is_on,
+        num_blocks=args.num_blocks,
+    )
+    rows = []
+    with serving(config) as llm:
+        requests = [scaled(request, args.scale, llm.model_config.vocab_size) for request in trace]
+        if is_on:
+            llm.generate([prompt for prompt, _ in requests[: args.before]], greedy(1), use_tqdm=False)
+        for number, rate in enumerate(args.rates):
+            window = slice(args.before + number * args.window, args.before + (number + 1) * args.window)
+            times_s = [request.arrival_s for request in at_rate(trace[window], rate)]
+            jobs = [Job(t - times_s[0], p, greedy(n)) for t, (p, n) in zip(times_s, requests[window], strict=True)]
+            run = play(llm, jobs)
+            rows.append(result_row(run, {"rate": rate, "cache": is_on, "hit_rate": hit_rate(run.logs)}, None))
+    return rows, config
+
+
+def gain(trace: Sequence[WorkloadRequest], args: argparse.Namespace) -> tuple[list[Row], list[Row], EngineConfig]:
+    """Rows, the table of them, and the configuration of the last ones."""
+    most = args.scale * (args.max_len - 2)
+    trace = [request for request in trace if request.num_prompt_tokens + request.num_output_tokens <= most]
+    off, _ = replay(trace, False, args)
+    on, config = replay(trace, True, args)
+    table = [
+        {
+            "requests/s": row["rate"],
+            "cache": row["cache"],
+            "hit_rate": row["hit_rate"],
+            **{f"ttft {p}": row["ttft_ms"][p] for p in ("p50", "p99")},
+            **{f"gain {p}": plain["ttft_ms"][p] / row["ttft_ms"][p] for p in ("p50", "p99")},
+            "tpot p50": row["tpot_ms"]["p50"],
+            "busy": row["busy"][0],
+            "served": row["num_completed"],
+        }
+        for plain, cached in zip(off, on, strict=True)
+        for row in (plain, cached)
+    ]
+    return off + on, table, config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trace", type=Path, help="a Mooncake trace, *.jsonl")
+    parser.add_argument("--scale", type=int, default=32, help="what all lengths are divided by")
+    parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--pools", type=int, nargs="*", default=[25, 50, 100], help="percent of the distinct blocks")
+    parser.add_argument("--at-once", type=int, default=32, help="requests under way")
+    parser.add_argument("--max-requests", type=int, help="the first ones of the trace")
+    parser.add_argument("--json", type=Path, help="write the report here")
+    device = parser.add_argument_group("with a device")
+    device.add_argument("--device", help="cpu or cuda:N")
+    device.add_argument("--model", default=DEMO_MODEL)
+    device.add_argument("--before", type=int, default=2000, help="requests that fill the cache")
+    device.add_argument("--window", type=int, default=400, help="requests that count, at each rate")
+    device.add_argument("--rates", type=float, nargs="+", default=[40.0, 80.0], help="requests/s, on average")
+    device.add_argument("--max-len", type=int, default=8192, help="longer ones are left out")
+    device.add_argument("--num-blocks", type=int, help="of the cache; default: what the memory holds")
+    args = parser.parse_args()
+    trace = read_trace(args.trace, max_requests=args.max_requests).requests
+    settings = {"trace": args.trace.name, "scale": args.scale}
+    if args.device is None:
+        settings |= {"block_size": args.block_size, "at_once": args.at_once, "requests": len(trace)}
+        report = emit("prefix_cache", settings, curve(trace, args))
+    else:
+        rows, table, config = gain(trace, args)
+        settings |= {"engine": settings_of(config), "before": args.before, "window": args.window}
+        report = emit("prefix_cache", settings, rows, device=device_name(config), table=table)
+    if args.json:
+        save(report, args.json)
+
+
+if __name__ == "__main__":
+    main()
