@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
@@ -251,6 +252,8 @@ class EngineThread(threading.Thread):
                 replace=self._processes.replace,
                 policy=self._policy,
             )
+            gc.collect()
+            gc.freeze()  # to walk through all that libraries have made takes 0.25 s, in which nobody would be served
             self.started.set_result(engine)
             self._loop(engine)
         except BaseException as error:
@@ -261,6 +264,7 @@ class EngineThread(threading.Thread):
             else:
                 logger.exception("the engine has failed")
         finally:
+            gc.unfreeze()
             self._finish(end)
             self._processes.close()
 
