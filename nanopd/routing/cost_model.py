@@ -92,12 +92,21 @@ class Terms:
         longest_ms = maximum(decodes * (step_ms + self.gamma * num_new), matrix_ms + self.m0 * (decodes & prompts))
         return longest_ms + self.kv * num_kv_tokens + history_ms
 
-    def chunk_within(self, limit_ms: float, num_decodes: float, num_kv_tokens: float) -> float:
-        """Prompt tokens without history that decodes may have beside them in a step of at most `limit_ms`."""
-        by_gamma = (limit_ms - self.step_ms(num_decodes, num_kv_tokens)) / max(self.gamma, 1e-9)
-        matrix_ms = max(limit_ms - self.kv * num_kv_tokens - self.m0, self.a0)
-        by_matrix = math.sqrt(matrix_ms**2 - self.a0**2) / max(self.a1, 1e-9) - num_decodes
-        return max(min(by_gamma, by_matrix), 0.0)
+    def chunk_within(
+        self,
+        limit_ms: float,
+        num_decodes: Numbers,
+        num_kv_tokens: Numbers,
+        maximum: Callable[[Any, Any], Any] = max,
+    ) -> Any:
+        """Prompt tokens without history that decodes may have beside them in a step of at most `limit_ms`.
+
+        Numbers or arrays, as `step_ms`.
+        """
+        by_gamma = (limit_ms - self.step_ms(num_decodes, num_kv_tokens, maximum=maximum)) / max(self.gamma, 1e-9)
+        matrix_ms = maximum(limit_ms - self.kv * num_kv_tokens - self.m0, self.a0)
+        by_matrix = (matrix_ms**2 - self.a0**2) ** 0.5 / max(self.a1, 1e-9) - num_decodes
+        return maximum(-maximum(-by_gamma, -by_matrix), 0.0)
 
     @property
     def compute_bound_rows(self) -> float:

@@ -89,11 +89,11 @@ class Split:
         is_kept = (step_ms(batch) <= limit_ms) & (batch * num_context <= num_usable_tokens)
         pairs_ms = terms.a2 * chunk_pairs(self.mean_prompt, 0)
         alone_ms = terms.step_ms(0, 0, self._max_chunk) / self._max_chunk * self.mean_prompt + pairs_ms
-        beside_ms = terms.gamma * self.mean_prompt + pairs_ms
-        # with prompts that stretch the steps to the limit
-        left = np.maximum(1 - step_ms(np.minimum(token_rate * limit_ms, MAX_BATCH)) / limit_ms, 0)
-        room = num_prefill + num_decode * left * alone_ms / beside_ms  # in workers that only prefill
-        is_kept &= LOADS * self.request_rate * alone_ms <= room
+        # prompts that stretch the steps of the others to the limit
+        batch = np.minimum(token_rate * limit_ms, MAX_BATCH)
+        chunk = terms.chunk_within(limit_ms, batch, batch * num_context, maximum=np.maximum)
+        beside = num_decode * (chunk / limit_ms) * (alone_ms / self.mean_prompt)  # in workers that only prefill
+        is_kept &= LOADS * self.request_rate * alone_ms <= num_prefill + beside
         bearable = (is_kept * LOADS).max(axis=0)
         if bearable.max() > CLEAR_GAIN * bearable[self.num_prefill]:
             self.num_prefill = int(np.argmax(bearable))
