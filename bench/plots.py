@@ -19,6 +19,7 @@ import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from report import Row, attainment, policy_of
@@ -174,7 +175,13 @@ def _by_policy(axis: Axes, rows: Sequence[Row], draw: Draw) -> None:
         if is_single and mine[0].get("rate"):
             shift = 1 + 0.04 * (place - (len(policies) - 1) / 2)
             mine = [{**row, "rate": row["rate"] * shift} for row in mine]
-        draw(axis, mine, COLOURS.get(mine[0]["policy"], OTHER), policy)
+        draw(axis, mine, _colour(mine[0], policies[:place]), policy)
+
+
+def _colour(row: Row, earlier: Sequence[str]) -> str:
+    """Darker for each earlier split of the same policy."""
+    num_splits = sum(policy.startswith(row["policy"]) for policy in earlier)
+    return to_hex([0.55**num_splits * part for part in to_rgb(COLOURS.get(row["policy"], OTHER))])
 
 
 def _means(rows: Sequence[Row], value: Callable[[Row], float]) -> tuple[list[float], list[float]]:
