@@ -168,9 +168,8 @@ def _measure(
     num_kv_tokens = _num_kv_tokens(workers, config)
     shapes = step_shapes(grid, config, config.max_len_of(model), num_kv_tokens)
     routes = [route for route in allowed_routes(config.roles) if not route.is_collocated]
-    counts = [
-        -(-n // config.block_size) for n in reversed(grid.moved) if n <= num_kv_tokens
-    ]  # blocks; the first move has to wake workers up
+    # blocks; the first move of a round has to wake workers up: a large one, for which that makes little difference
+    counts = [-(-n // config.block_size) for n in reversed(grid.moved) if n <= num_kv_tokens]
     moves = list(itertools.product(routes, counts))
     tasks = [partial(_step_ms, workers[0], step_of(shape, config.block_size, model.vocab_size)) for shape in shapes]
     tasks += [partial(_move_ms, workers, *move) for move in moves]
