@@ -22,6 +22,7 @@ EXCESS_STEP = 0.05  # excesses that differ by less are alike
 MIN_CHUNK = 128  # tokens
 TTFT_SHARE = 0.8  # of the TTFT limit in which the prompts at a worker should be computed
 MAX_BUSY = 0.9  # share of a decoding worker's time that prompts are taken to have at most
+KEPT_FREE = 3.0  # excesses: as much as so many missed limits; with 1, single decodes there drive prompts away
 NUM_PROMISING = 3  # workers for prompt and for answer each, whose pairs are looked at
 
 
@@ -105,7 +106,7 @@ class Outlook:
             self._add_decode(worker, soonest_ms, rate)
         num_kept = split.update(min(load.num_usable_tokens for load in loads))
         for worker in sorted(self._workers, key=lambda worker: worker.num_bound)[:num_kept]:
-            worker.decode_excess += 1  # it should be free of decodes
+            worker.decode_excess += KEPT_FREE  # it should be free of decodes
 
     def _worker(self, load: Load, bound: Sequence[float], prompt_rate: float) -> _Worker:
         num_bound, context, output, num_hopeful = bound
