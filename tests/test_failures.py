@@ -335,7 +335,8 @@ def test_shutdown_answers_everybody(model: Path) -> None:
         stream = llm.stream(PROMPT, ENDLESS)
         waiting = [llm.submit(PROMPT, ENDLESS) for _ in range(20)]
         next(stream)
-        threading.Timer(0.05, llm.shutdown).start()
+        timer = threading.Timer(0.05, llm.shutdown)
+        timer.start()
         last = list(stream)[-1]
         assert (last.finish_reason, last.error) == ("error", "the engine was shut down")
         for handle in waiting:
@@ -346,8 +347,9 @@ def test_shutdown_answers_everybody(model: Path) -> None:
                 use(*args)
         llm.abort("request-0")
         llm.shutdown()
+        timer.join()
         wait_until(lambda: not worker_processes(), "the end of the worker")
-        del llm, waiting, stream, handle, use
+        del llm, waiting, stream, handle, use, timer
 
 
 def test_engine_that_fails(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
