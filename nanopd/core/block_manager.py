@@ -29,6 +29,8 @@ def extend_keys(keys: list[bytes], token_ids: list[int], block_size: int, root: 
     equal keys mean equal prefixes.
     """
     start, end = len(keys) * block_size, len(token_ids) // block_size * block_size
+    if start == end:
+        return
     tokens = memoryview(array("i", token_ids[start:end]))
     key = keys[-1] if keys else root
     for i in range(0, end - start, block_size):

@@ -132,6 +132,10 @@ class Scheduler:
         counts = len(self.decoding), self._num_context_tokens, self.num_waiting_tokens
         return Load(*counts, num_seqs, self.max_num_seqs, num_bound, num_free, num_usable)
 
+    def num_cached(self, seq: Sequence) -> int:
+        """Tokens of a sequence that is not here whose blocks the cache has now."""
+        return len(self._find_prefix(seq)) * self.blocks.block_size
+
     def can_hold(self, num_tokens: int) -> bool:
         """Whether the pool is large enough for a sequence of so many tokens, if it had it for itself."""
         return self.blocks.blocks_for(num_tokens) <= self.blocks.num_usable
@@ -139,7 +143,8 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         """Queue a sequence whose tokens are all to be computed, in order of rank."""
         insort(self.waiting, seq, key=lambda s: s.rank)
-        self.num_waiting_tokens += seq.num_tokens - seq.num_swapped
+        seq.num_spared = max(self.num_cached(seq), seq.num_swapped)
+        self.num_waiting_tokens += seq.num_tokens - seq.num_spared
 
     @property
     def keeps_room(self) -> bool:
@@ -220,7 +225,7 @@ class Scheduler:
         """Forget a sequence in whatever state it is; its blocks are free once no step in flight names them."""
         if seq.slot is None:
             self.waiting.remove(seq)
-            self.num_waiting_tokens -= seq.num_tokens - seq.num_swapped
+            self.num_waiting_tokens -= seq.num_tokens - seq.num_spared
             self.forget_swapped(seq)
         else:
             self._evict(seq)
@@ -408,8 +413,7 @@ class Scheduler:
         """Start waiting sequences, in order of rank, while there is budget, a place and blocks."""
         while self.waiting and batch.budget and self.num_seqs < self.max_num_seqs:
             seq = self.waiting[0]
-            self._extend_keys(seq)
-            found = [] if seq.awaits_prompt_logprobs else self._find(seq.block_keys, seq.num_tokens)
+            found = self._find_prefix(seq)
             num_new = self.blocks.blocks_for(seq.num_tokens + 1) - len(found)
             if not self._has_room(num_new, found):
                 return
@@ -418,7 +422,7 @@ class Scheduler:
             num_cached = max(len(found) * self.blocks.block_size, seq.num_swapped)
             missing = slice(len(found), len(seq.host_table))
             batch.add_copies([-block for block in seq.host_table[missing]], seq.block_table[missing])
-            self.num_waiting_tokens += seq.num_swapped
+            self.num_waiting_tokens += seq.num_spared
             self.forget_swapped(seq)
             self._start_prefill(seq, num_cached)
             self._add_chunk(batch, seq)
@@ -494,6 +498,11 @@ class Scheduler:
             return True
         self.lacks_room = True
         return False
+
+    def _find_prefix(self, seq: Sequence) -> list[int]:
+        """Blocks that hold the beginning of its tokens, as far as these need not be computed."""
+        self._extend_keys(seq)
+        return [] if seq.awaits_prompt_logprobs else self._find(seq.block_keys, seq.num_tokens)
 
     def _find(self, block_keys: list[bytes], num_tokens: int) -> list[int]:
         """Blocks that hold the beginning of `num_tokens` tokens, without the last token: it must be computed."""
@@ -666,6 +675,6 @@ class Scheduler:
         num_slots = self.slots.num_free + len(holders) + len(self._parked)
         assert num_slots == len(self.slots.seqs), f"{len(self.slots.seqs) - num_slots} slots lost"
         left = [seq.num_tokens - int(self.slots.num_computed[seq.slot]) for seq in self.prefilling]
-        num_waiting = sum(seq.num_tokens - seq.num_swapped for seq in self.waiting) + sum(left)
+        num_waiting = sum(seq.num_tokens - seq.num_spared for seq in self.waiting) + sum(left)
         num_waiting += sum(step.num_prompt_tokens for step in self.in_flight)
         assert self.num_waiting_tokens == num_waiting, f"{self.num_waiting_tokens} tokens wait, not {num_waiting}"

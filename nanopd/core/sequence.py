@@ -89,6 +89,7 @@ class Sequence:
         "num_deaths",
         "num_findable",
         "num_prompt_tokens",
+        "num_spared",
         "num_swapped",
         "params",
         "prompt_logprobs",
@@ -143,6 +144,7 @@ class Sequence:
         self.block_table: list[int] = []  # on the worker it is on
         self.host_table: list[int] = []  # of one that has been swapped out: blocks in host memory of its decode worker
         self.num_swapped = 0  # tokens that these hold; else 0
+        self.num_spared = 0  # tokens that need not be computed where it waits, as far as is known
         self.num_findable = 0  # blocks at its beginning that the worker's prefix cache has been told of
         self.block_keys: list[bytes] = []  # of full blocks, for prefix caches; as far as they were needed
         self.num_cached_tokens: int | None = None  # that were found when its prefill started first; None: it has not

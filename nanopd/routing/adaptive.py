@@ -71,9 +71,10 @@ class AdaptiveRouter:
         """See `Policy.choose`."""
         self._forget(seq)
         self.split.advance(now_s)
-        num_new, num_generated = seq.num_tokens, seq.num_tokens - seq.num_prompt_tokens
+        num_tokens, num_generated = seq.num_tokens, seq.num_tokens - seq.num_prompt_tokens
         num_output, spread = self.foresee(seq)
-        loads, request = [worker.snapshot() for worker in workers], Expected(num_new, num_output, spread)
+        loads, num_cached = [w.snapshot() for w in workers], [w.num_cached(seq) for w in workers]
+        request = Expected(num_tokens, num_cached, num_output, spread)
         outlook = Outlook(self.costs, self.slo, self.split, self.max_chunk, loads, self.bound.T.tolist(), request)
         if feasible != self._feasible.routes:
             self._feasible = RouteSet(feasible)
@@ -85,8 +86,8 @@ class AdaptiveRouter:
         if self.admission == "reject" and seq.decision is None and is_hopeless:
             return Decision(None, taken, best_other, num_output + num_generated, roles=roles)
         p, d = taken.route.prefill_worker, taken.route.decode_worker
-        self._remember(seq, _Bound(d, np.array((1, num_new + num_output / 2, num_output, not is_hopeless))))
-        self.split.count(p, num_new, num_output)
+        self._remember(seq, _Bound(d, np.array((1, num_tokens + num_output / 2, num_output, not is_hopeless))))
+        self.split.count(p, num_tokens, num_tokens - num_cached[p], num_output)
         return Decision(taken.route, taken, best_other, num_output + num_generated, outlook.chunk_budget(p), roles)
 
     def foresee(self, seq: Sequence) -> tuple[float, tuple[float, ...]]:

@@ -37,6 +37,11 @@ def chunk_pairs(num_new: Numbers, num_cached: Numbers) -> Numbers:
     return num_new * (num_cached + num_new / 2)
 
 
+def chunk_history(num_new: float, num_cached: float, chunk: float) -> float:
+    """Tokens before each chunk of a prompt, summed over its chunks."""
+    return max(num_new / chunk, 1.0) * (num_cached + max(num_new - chunk, 0.0) / 2)
+
+
 def rows_of(batch: StepBatch) -> tuple[int, int, int, float, int]:
     """A step as `Terms.step_ms` wants it: decode rows, their context, prompt tokens, query-key pairs, cached tokens.
 
@@ -86,11 +91,16 @@ class Terms:
         """
         history_ms = self.a2 * num_pairs + self.a3 * num_cached
         decodes, prompts = num_decodes > 0, num_new > 0
-        above = maximum(num_decodes - self.batch_thresh, 0.0)
-        step_ms = self.beta + self.row * num_decodes + self.jump * (above > 0) + self.excess * above
+        rows_ms = self.decode_ms(num_decodes, 0, maximum) + self.gamma * num_new * decodes
         matrix_ms = ((self.a0 * prompts) ** 2 + (self.a1 * prompts * (num_new + num_decodes)) ** 2) ** 0.5
-        longest_ms = maximum(decodes * (step_ms + self.gamma * num_new), matrix_ms + self.m0 * (decodes & prompts))
+        longest_ms = maximum(rows_ms, matrix_ms + self.m0 * (decodes & prompts))
         return longest_ms + self.kv * num_kv_tokens + history_ms
+
+    def decode_ms(self, num_decodes: Numbers, num_kv_tokens: Numbers, maximum: Callable[[Any, Any], Any] = max) -> Any:
+        """`step_ms` without prompts."""
+        above = maximum(num_decodes - self.batch_thresh, 0.0)
+        rows_ms = self.beta + self.row * num_decodes + self.jump * (above > 0) + self.excess * above
+        return rows_ms * (num_decodes > 0) + self.kv * num_kv_tokens
 
     def chunk_within(
         self,
@@ -103,7 +113,7 @@ class Terms:
 
         Numbers or arrays, as `step_ms`.
         """
-        by_gamma = (limit_ms - self.step_ms(num_decodes, num_kv_tokens, maximum=maximum)) / max(self.gamma, 1e-9)
+        by_gamma = (limit_ms - self.decode_ms(num_decodes, num_kv_tokens, maximum)) / max(self.gamma, 1e-9)
         matrix_ms = maximum(limit_ms - self.kv * num_kv_tokens - self.m0, self.a0)
         by_matrix = (matrix_ms**2 - self.a0**2) ** 0.5 / max(self.a1, 1e-9) - num_decodes
         return maximum(-maximum(-by_gamma, -by_matrix), 0.0)
@@ -331,14 +341,12 @@ class CostModel:
         """Measured over predicted by kind of work."""
         return {kind: correction.factor for kind, correction in self.corrections.items()}
 
-    def step_ms(self, num_decodes: float, num_kv_tokens: float) -> float:
-        """`Terms.step_ms` without prompts, corrected."""
-        return self.corrections["step"].factor * self.parameters.terms.step_ms(num_decodes, num_kv_tokens)
-
-    def mixed_ms(self, num_decodes: float, num_kv_tokens: float, num_new: float, num_pairs: float) -> float:
+    def mixed_ms(
+        self, num_decodes: float, num_kv_tokens: float, num_new: float, num_pairs: float, num_cached: float = 0.0
+    ) -> float:
         """`Terms.step_ms` with prompts, corrected."""
         factor = self.corrections["mixed" if num_decodes else "prefill"].factor
-        return factor * self.parameters.terms.step_ms(num_decodes, num_kv_tokens, num_new, num_pairs)
+        return factor * self.parameters.terms.step_ms(num_decodes, num_kv_tokens, num_new, num_pairs, num_cached)
 
     def chunk_within(self, limit_ms: float, num_decodes: float, num_kv_tokens: float) -> float:
         """`Terms.chunk_within`, corrected."""

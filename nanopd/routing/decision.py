@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Workers
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from nanopd.core.scheduler import Load
 from nanopd.core.sequence import Sequence
@@ -26,9 +26,11 @@ class WorkerLoad(Protocol):
     def snapshot(self) -> Load:
         """The same and all the rest."""
 
+    def num_cached(self, seq: Sequence) -> int:
+        """Tokens of a sequence that need not be computed there."""
 
-@dataclass(frozen=True, slots=True)
-class Prediction:
+
+class Prediction(NamedTuple):
     """What is expected of one request on one route."""
 
     route: Route

@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from nanopd.routing.cost_model import CostModel, chunk_pairs
+from nanopd.routing.cost_model import CostModel, chunk_history, chunk_pairs
 
 CLEAR_GAIN = 1.02
 MIN_REQUESTS = 5
@@ -28,11 +28,12 @@ class Split:
         self, num_workers: int, costs: CostModel, max_chunk: int, tpot_ms: float | None, memory_ms: float
     ) -> None:
         self.num_prefill = 0
-        self.mean_prompt = 0.0
+        self.mean_new = 0.0  # tokens of a prompt that have to be computed
+        self.mean_prompt = 0.0  # tokens of a prompt
         self.prompt_rate = [0.0] * num_workers  # tokens per ms sent to each worker to prefill
         self._costs, self._max_chunk, self._tpot_ms, self._memory_ms = costs, max_chunk, tpot_ms, memory_ms
-        self._num_requests = self._output = 0.0  # these and the following decay
-        self._prompts = [0.0] * num_workers  # tokens
+        self._num_requests = self._prompt = self._output = 0.0  # these and the following decay
+        self._new = [0.0] * num_workers  # tokens to be computed
         self._seen_ms = 0.0
         self._total_ms = 0.0
         self._planned_ms = -np.inf
@@ -45,11 +46,12 @@ class Split:
         self._updated_s = now_s
         self._total_ms += elapsed_s * 1e3
         self._num_requests *= kept
+        self._prompt *= kept
         self._output *= kept
-        self._prompts = [num_tokens * kept for num_tokens in self._prompts]
+        self._new = [num_tokens * kept for num_tokens in self._new]
         self._seen_ms = self._seen_ms * kept + self._memory_ms * (1 - kept)
         elapsed_ms = self._elapsed_ms
-        self.prompt_rate = [num_tokens / elapsed_ms for num_tokens in self._prompts]
+        self.prompt_rate = [num_tokens / elapsed_ms for num_tokens in self._new]
 
     @property
     def _elapsed_ms(self) -> float:
@@ -60,11 +62,13 @@ class Split:
         """Per ms."""
         return self._num_requests / self._elapsed_ms
 
-    def count(self, prefill_worker: int, num_prompt: int, num_output: float) -> None:
+    def count(self, prefill_worker: int, num_prompt: int, num_new: int, num_output: float) -> None:
+        """A request is sent to `prefill_worker`, which has to compute `num_new` tokens of its prompt."""
         self._num_requests += 1
+        self._prompt += num_prompt
         self._output += num_output
-        self._prompts[prefill_worker] += num_prompt
-        self.mean_prompt = sum(self._prompts) / self._num_requests
+        self._new[prefill_worker] += num_new
+        self.mean_new, self.mean_prompt = sum(self._new) / self._num_requests, self._prompt / self._num_requests
 
     def update(self, num_usable_tokens: float) -> int:
         """The number of workers to keep free of decodes; each has a cache of `num_usable_tokens`."""
@@ -73,26 +77,28 @@ class Split:
         if self._total_ms - self._planned_ms < PLAN_SHARE * self._memory_ms:
             return self.num_prefill
         self._planned_ms = self._total_ms
-        limit_ms, num_workers, terms = self._tpot_ms, len(self._prompts), self._costs.terms
+        limit_ms, num_workers, terms = self._tpot_ms, len(self._new), self._costs.terms
         num_prefill = np.arange(num_workers)  # arrays are [num_workers] or, with loads, [num_loads, num_workers]
         num_decode = num_workers - num_prefill
         token_rate = LOADS * self._output / self._elapsed_ms / num_decode  # per ms and decoding worker
         num_context = self.mean_prompt + self._output / self._num_requests / 2
 
         def step_ms(batch: np.ndarray) -> np.ndarray:
-            return terms.step_ms(batch, batch * num_context, maximum=np.maximum)
+            return terms.decode_ms(batch, batch * num_context, np.maximum)
 
         batch = token_rate * terms.beta  # with prompts elsewhere
         for _ in range(NUM_ITERATIONS):
             batch = np.minimum(token_rate * step_ms(batch), MAX_BATCH)
         batch = batch + np.sqrt(batch)  # it fluctuates
         is_kept = (step_ms(batch) <= limit_ms) & (batch * num_context <= num_usable_tokens)
-        pairs_ms = terms.a2 * chunk_pairs(self.mean_prompt, 0)
-        alone_ms = terms.step_ms(0, 0, self._max_chunk) / self._max_chunk * self.mean_prompt + pairs_ms
+        mean_new, mean_cached = self.mean_new, self.mean_prompt - self.mean_new
+        alone_ms = terms.step_ms(0, 0, self._max_chunk) / self._max_chunk * mean_new
+        alone_ms += terms.a2 * chunk_pairs(mean_new, mean_cached)
+        alone_ms += terms.a3 * chunk_history(mean_new, mean_cached, self._max_chunk)
         # prompts that stretch the steps of the others to the limit
         batch = np.minimum(token_rate * limit_ms, MAX_BATCH)
         chunk = terms.chunk_within(limit_ms, batch, batch * num_context, maximum=np.maximum)
-        beside = num_decode * (chunk / limit_ms) * (alone_ms / self.mean_prompt)  # in workers that only prefill
+        beside = num_decode * (chunk / limit_ms) * (alone_ms / mean_new)  # in workers that only prefill
         is_kept &= LOADS * self.request_rate * alone_ms <= num_prefill + beside
         bearable = (is_kept * LOADS).max(axis=0)
         if bearable.max() > CLEAR_GAIN * bearable[self.num_prefill]:

@@ -15,7 +15,7 @@ from nanopd.core.scheduler import Load
 from nanopd.core.sequence import Sequence, SequenceStatus
 from nanopd.messages import Role, Route, SamplingParams
 from nanopd.routing.adaptive import AdaptiveRouter
-from nanopd.routing.cost_model import CostModel, Parameters
+from nanopd.routing.cost_model import CostModel, Parameters, chunk_pairs
 from nanopd.routing.outlook import EXCESS_STEP, Expected, Outlook, RouteSet
 
 H200 = Parameters.load(config_dir() / "params" / "8xh200.json")
@@ -31,6 +31,7 @@ class Worker:
 
     now: Load = IDLE
     role: Role = Role.MIXED
+    cached: int = 0
 
     @property
     def load(self) -> int:
@@ -38,6 +39,9 @@ class Worker:
 
     def snapshot(self) -> Load:
         return self.now
+
+    def num_cached(self, seq: Sequence) -> int:
+        return min(self.cached, seq.num_tokens - 1)
 
 
 def worker(**keys: int) -> Worker:
@@ -120,6 +124,34 @@ def test_a_prompt_avoids_a_worker_without_a_place() -> None:
     assert router_for(2).choose(all_routes(2), sequence(0), [crowd, busy(64, 64 * 1500)], 0.0).route == Route(1, 1)
 
 
+def test_a_prompt_goes_where_its_beginning_is_cached_unless_the_queue_there_is_long() -> None:
+    holder, others = Worker(cached=6000), [Worker(), Worker()]
+    decision = router_for(3).choose(all_routes(3), sequence(0, 8000), [*others, holder], 0.0)
+    assert decision.route == Route(2, 2)
+    assert decision.taken.ttft_ms == pytest.approx(H200.terms.step_ms(0, 0, 2000, chunk_pairs(2000, 6000), 6000))
+    holder.now = IDLE._replace(num_waiting_tokens=30_000)
+    assert router_for(3).choose(all_routes(3), sequence(0, 8000), [*others, holder], 0.0).route != Route(2, 2)
+
+
+def test_what_a_decode_worker_has_cached_is_not_moved() -> None:
+    pairs = [[Worker(), Worker(cached=num_cached)] for num_cached in (0, 6000)]
+    first, again = (router_for(2).choose([Route(0, 1)], sequence(0, 8000), workers, 0.0).taken for workers in pairs)
+    moved_ms = 6000 * H200.kv_bytes_per_token / H200.terms.bandwidth / 1e6
+    assert first.first_gap_ms - again.first_gap_ms == pytest.approx(moved_ms, rel=0.01)
+
+
+def test_the_tokens_before_a_long_prompts_chunks_count() -> None:
+    """What the simulated worker takes for it, chunk by chunk, beside decodes."""
+    terms, crowd = H200.terms, busy(32, 32 * 1000)
+    decision = router_for(1).choose([Route(0, 0)], sequence(0, 12_000), [crowd], 0.0)
+    chunk, start, total_ms = decision.chunk_budget - 32, 0, 0.0
+    while start < 12_000:
+        num_new = min(chunk, 12_000 - start)
+        total_ms += terms.step_ms(32, 32_000, num_new, chunk_pairs(num_new, start), start)
+        start += num_new
+    assert decision.taken.ttft_ms == pytest.approx(total_ms + 1.5 * terms.decode_ms(32, 32_000), rel=0.02)
+
+
 def test_a_prompt_that_is_late_anyhow_joins_the_queue_that_is_lost() -> None:
     """Where all will miss their TTFT, rather than in a queue whose next ones could still keep it."""
     router = router_for(2)
@@ -144,10 +176,11 @@ loads = st.builds(
 @given(st.lists(loads, min_size=6, max_size=6), st.integers(1, 8000))
 def test_the_best_of_the_promising_routes_is_the_best_of_all(workers: list[Worker], num_prompt: int) -> None:
     router, routes = router_for(6), RouteSet(all_routes(6))
-    snapshots, request = [w.snapshot() for w in workers], Expected(num_prompt, 128.0, (0.5, 1.0, 1.5))
+    snapshots, request = [w.snapshot() for w in workers], Expected(num_prompt, [0] * 6, 128.0, (0.5, 1.0, 1.5))
     outlook = Outlook(router.costs, LIMITS, router.split, 2048, snapshots, [(0.0, 0.0, 0.0, 0.0)] * 6, request)
+    best, _ = outlook.best(routes)
     every = [outlook._predict(route) for route in routes.routes]
-    best, least = outlook.best(routes)[0], min(every, key=lambda p: (round(p.excess / EXCESS_STEP), p.cost_ms))
+    least = min(every, key=lambda p: (round(p.excess / EXCESS_STEP), p.cost_ms))
     assert best.excess <= least.excess + 2 * EXCESS_STEP
 
 
