@@ -139,6 +139,19 @@ def test_roles_follow_the_load_when_it_pays() -> None:
     assert attainments["adaptive"] > attainments["disaggregated"] + 0.1
 
 
+@pytest.mark.parametrize(("num_output", "requests_per_s"), [(40, 12.5), (150, 11.8), (20, 45.0)])
+def test_two_adaptive_workers_serve_more_than_either_arrangement(num_output: int, requests_per_s: float) -> None:
+    """Prompts that one worker cannot bear alone, and that cost decodes too much if they come in large chunks."""
+    length = FixedLength(1000 if num_output == 20 else 3000)
+    requests = synthetic_requests(200, length, FixedLength(num_output), requests_per_s, seed=2)
+    slo, attainments = {"ttft_ms": 200, "tpot_ms": 10, "first_gap_ms": 50}, {}
+    for policy in ("disaggregated", "collocated", "adaptive"):
+        roles = ["prefill", "decode"] if policy == "disaggregated" else ["mixed"] * 2
+        logs = run(roles, policy, requests, max_num_batched_tokens=2048, slo=slo)
+        attainments[policy] = summarize(logs.values(), SLO(**slo)).slo_attainment
+    assert attainments["adaptive"] > 1.02 * max(attainments["disaggregated"], attainments["collocated"])
+
+
 def test_who_waits_for_room_asks_again_only_when_something_got_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """A decode worker that is far too small: a crowd waits behind it for most of the run."""
     num_asked, reserve = 0, Scheduler.reserve
