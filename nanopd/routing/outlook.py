@@ -133,8 +133,20 @@ class Outlook:
             quiet_ms = (idle_ms or self._terms.beta) * worker.stretch
             disturbed = self._tpot_excess(quiet_ms, delay_ms, worker.num_output)
             worker.prefill_excess = others * (disturbed - _excess(quiet_ms, self._tpot_limit_ms))
-        excess = worker.prefill_excess + _excess(worker.ttft_ms, self._ttft_limit_ms)
+        own = _excess(worker.ttft_ms, self._ttft_limit_ms)
+        worker.prefill_excess += own * self._excess_of_next(worker, steps_ms / (waiting + num_new))
+        excess = own + worker.prefill_excess
         worker.prefill_rank = round(excess / EXCESS_STEP), worker.ttft_ms + worker.prefill_caused_ms
+
+    def _excess_of_next(self, worker: _Worker, token_ms: float) -> float:
+        """Who comes before the first token, and comes to this queue, misses its TTFT more likely for the prompt.
+
+        Counts as far as the prompt will be late itself: a queue that is lost anyhow is the place for it.
+        """
+        next_ms = worker.ttft_ms + token_ms * self._split.mean_new
+        without_ms = next_ms - token_ms * worker.num_new
+        num_next = self._split.request_rate * worker.ttft_ms
+        return num_next * (_excess(next_ms, self._ttft_limit_ms) - _excess(without_ms, self._ttft_limit_ms))
 
     def _plan_chunks(self, worker: _Worker) -> tuple[int, float]:
         """Prompt tokens per step: as few as keep the TPOT of the decodes there, but as many as the TTFT needs.

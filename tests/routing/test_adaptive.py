@@ -159,6 +159,26 @@ def test_chunks_grow_until_the_prompt_keeps_its_ttft() -> None:
     assert 0.6 * limit_ms < decision.taken.ttft_ms < 0.9 * limit_ms
 
 
+def test_a_prompt_that_is_late_anyhow_joins_the_queue_that_is_lost() -> None:
+    """Where all will miss their TTFT, rather than in a queue whose next ones could still keep it."""
+    router = router_for(2, slo=SLO(ttft_ms=200))
+    for i in range(50):  # requests come and go
+        router.choose(all_routes(2), sequence(i), [Worker(), Worker()], 0.01 * i)
+        finish(router, sequence(i))
+    workers = [worker(num_waiting_tokens=60_000), worker(num_waiting_tokens=3000)]
+    assert router.choose(all_routes(2), sequence(50, 12_000), workers, 0.5).route.prefill_worker == 0
+    assert router.choose(all_routes(2), sequence(51, 1000), workers, 0.5).route.prefill_worker == 1
+
+
+def test_one_that_keeps_its_ttft_is_not_sacrificed_for_those_to_come() -> None:
+    router = router_for(2, slo=SLO(ttft_ms=200))
+    for i in range(50):
+        router.choose(all_routes(2), sequence(i, 6000), [Worker(), Worker()], 0.01 * i)
+        finish(router, sequence(i))
+    workers = [worker(num_waiting_tokens=60_000), Worker()]
+    assert router.choose(all_routes(2), sequence(50, 6000), workers, 0.5).route == Route(1, 1)
+
+
 loads = st.builds(
     lambda batch, waiting, more, free: busy(
         batch, batch * 1500, num_waiting_tokens=waiting, num_bound=batch + more, num_free_tokens=free
