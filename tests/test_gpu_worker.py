@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from model_zoo import load_hf, make_tiny_model
+from transformers import PreTrainedModel
 
-from nanopd import LLM, SamplingParams
+from nanopd import LLM, BeamSearchParams, SamplingParams
 from nanopd.worker.sampler import random_numbers
 
 MODELS = {
@@ -65,18 +66,55 @@ def test_seeded_tokens_in_batches_of_1_and_32(architecture: str, tmp_path: Path)
         alone = [llm.generate(p, s, use_tqdm=False)[0].outputs[0].token_ids for p, s in zip(prompts, params)]
     model, num_equal = load_hf(path), 0
     for prompt, param, ids, others in zip(prompts, params, alone, among, strict=True):
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].double()
-        shares = torch.softmax(logits, -1)
-        chosen = torch.tensor(ids)[:, None]
-        ends = shares.cumsum(-1).gather(-1, chosen)[:, 0].numpy()
-        starts = ends - shares.gather(-1, chosen)[:, 0].numpy()
-        positions = len(prompt) + np.arange(num_tokens)
-        uniforms = random_numbers(np.full(num_tokens, param.seed, np.uint64), positions) / 2.0**64
-        margins = np.minimum(uniforms - starts, ends - uniforms)
+        margins = margins_of(model, prompt, ids, param.seed)
         assert margins.min() > -MAX_SHIFT
         is_same = np.cumprod(np.equal(ids, others))  # the texts are comparable up to their first difference
         num_equal += is_same.sum()
         if not is_same.all():
             assert margins[is_same.sum()] < MAX_SHIFT
     assert num_equal > 0.5 * 32 * num_tokens
+
+
+def margins_of(model: PreTrainedModel, prompt: list[int], ids: list[int], seed: int) -> np.ndarray:
+    """[num_tokens] how far inside each token's share of the distribution lies the number that was drawn for it."""
+    logits = logits_of(model, prompt, ids).double()
+    shares = torch.softmax(logits, -1)
+    chosen = torch.tensor(ids)[:, None]
+    ends = shares.cumsum(-1).gather(-1, chosen)[:, 0].numpy()
+    starts = ends - shares.gather(-1, chosen)[:, 0].numpy()
+    positions = len(prompt) + np.arange(len(ids))
+    uniforms = random_numbers(np.full(len(ids), seed, np.uint64), positions) / 2.0**64
+    return np.minimum(uniforms - starts, ends - uniforms)
+
+
+def logits_of(model: PreTrainedModel, prompt: list[int], ids: list[int]) -> torch.Tensor:  # [num_tokens, vocab]
+    with torch.no_grad():
+        return model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].float()
+
+
+@pytest.mark.parametrize("roles", [("mixed",), ("prefill", "decode")], ids="+".join)
+def test_answers_that_share_a_prompt(roles: tuple[str, ...], tmp_path: Path) -> None:
+    """n = 4 and a search with four beams: forks on the device, whose tokens and scores transformers confirms."""
+    if torch.cuda.device_count() < len(roles):
+        pytest.skip(f"needs {len(roles)} GPUs")
+    path = make_tiny_model(tmp_path, "qwen3", **MODELS["qwen3"])
+    prompt, seed = np.random.default_rng(2).integers(4, 512, 100).tolist(), 7
+    workers = [{"device": f"cuda:{i}", "role": role} for i, role in enumerate(roles)]
+    keys = {"dtype": "bfloat16", "num_blocks": 400, "max_num_seqs": 16}
+    keys["policy"] = "disaggregated" if len(roles) > 1 else "collocated"
+    with LLM(str(path), workers=workers, **keys) as llm:
+        sampling = SamplingParams(temperature=1, seed=seed, n=4, max_tokens=NUM_TOKENS, ignore_eos=True)
+        answers = [o.token_ids for o in llm.generate(prompt, sampling, use_tqdm=False)[0].outputs]
+        search = BeamSearchParams(num_beams=4, max_tokens=NUM_TOKENS, ignore_eos=True)
+        beams = llm.beam_search(prompt, search, use_tqdm=False)[0].outputs
+        assert not any(blocks.used for blocks in llm.stats().blocks)
+    model = load_hf(path)
+    for i, ids in enumerate(answers):
+        assert margins_of(model, prompt, ids, seed + i).min() > -MAX_SHIFT
+    assert len(set(map(tuple, answers))) == 4
+    assert len({tuple(beam.token_ids) for beam in beams}) == 4
+    for beam in beams:
+        chosen = torch.tensor(beam.token_ids)[:, None]
+        logprobs = logits_of(model, prompt, beam.token_ids).log_softmax(-1).gather(-1, chosen)
+        assert abs(beam.score - float(logprobs.mean())) < MAX_LOGPROB_ERROR
+    assert [beam.score for beam in beams] == sorted((beam.score for beam in beams), reverse=True)
