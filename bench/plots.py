@@ -144,6 +144,7 @@ def distributions(rows: Sequence[Row]) -> Figure:
 def timeline(paths: Sequence[Path]) -> Figure:
     """A panel for each file of `load.save_timeline`, a lane for what each worker does and for what moves to it."""
     traces = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    traces = [trace for trace in traces if any(event["ph"] == "X" for event in trace["traceEvents"])] or traces[:1]
     figure, axes = plt.subplots(len(traces), 1, figsize=(12, 2.2 * len(traces) + 0.5), squeeze=False)
     spans = [[event for event in trace["traceEvents"] if event["ph"] == "X"] for trace in traces]
     typical_ms = np.median([event["dur"] / 1e3 for events in spans for event in events if event["name"] != "move"])
