@@ -32,6 +32,7 @@ CHINESE = {  # of what the rules say
     r"a local directory, a hub id or a built-in name": "本地目录、hub id 或内置名字",
     r"a local directory or a hub id": "本地目录或 hub id",
     r"a shipped file's name, a path": "随包文件名、路径",
+    r"a path": "路径",
     r"text, or 1 to (\d+) token ids": r"文本，或 1 到 \1 个 token id",
     r"a non-empty text": "非空文本",
     r"a function": "函数",

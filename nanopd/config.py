@@ -94,6 +94,7 @@ class EngineConfig:
     load_format: str = ruled("auto", one_of("auto", "safetensors", "dummy"), "dummy: random weights")
     policy: str = ruled("collocated", one_of(*POLICIES), "how a request's route is chosen")
     params: str | None = ruled(None, optional(text("a shipped file's name, a path")), "of the cost model")
+    answer_lengths: str | None = ruled(None, optional(text("a path")), "keeps what is learned of them between runs")
     slo: Mapping[str, float] | None = ruled(None, optional(LIMITS), "what the policy adaptive tries to keep")
     admission: str = ruled("queue", one_of("queue", "reject"), "of requests that no route serves within slo")
     workers: tuple[WorkerConfig, ...] = ruled((WorkerConfig(),), WORKERS, "one process each")
@@ -122,7 +123,7 @@ class EngineConfig:
     seed: int = ruled(0, SEED, "what the seeds of requests without their own are mixed from")
 
     def __post_init__(self) -> None:
-        for name in ("model", "tokenizer", "params"):
+        for name in ("model", "tokenizer", "params", "answer_lengths"):
             if isinstance(path := getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(path))
         if isinstance(self.workers, (list, tuple)):

@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,7 +37,7 @@ from nanopd.model_files import load_tokenizer, read_model_config, resolve
 from nanopd.outputs import CompletionOutput, RequestOutput, RequestOutputDelta
 from nanopd.profiler import cache_file
 from nanopd.routing.decision import Decision, Policy
-from nanopd.routing.policy import find_parameters, make_policy
+from nanopd.routing.policy import find_parameters, keep_lengths, make_policy
 
 Prompt = str | list[int]
 
@@ -86,7 +87,8 @@ class LLM:
                 on_progress=lambda share: bar.update(round(100 * share) - bar.n),
             )
             self._thread.start()
-            self._stop = weakref.finalize(self, _end_thread, self._thread)
+            keep = partial(keep_lengths, policy, self.config.answer_lengths)
+            self._stop = weakref.finalize(self, _end_thread, self._thread, keep)
             try:
                 self._thread.started.result()
             except BaseException:  # Ctrl-C too
@@ -359,10 +361,11 @@ def _increments(handle: RequestHandle) -> Iterator[RequestOutputDelta]:
             handle.abort()
 
 
-def _end_thread(thread: EngineThread) -> None:
+def _end_thread(thread: EngineThread, keep: Callable[[], None] = lambda: None) -> None:
     thread.stop()
     if thread is not threading.current_thread():  # the garbage collector may call from anywhere
         thread.join(SHUTDOWN_TIMEOUT_S)
+    keep()
 
 
 def _check_main_guard() -> None:

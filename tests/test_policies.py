@@ -192,6 +192,24 @@ def test_an_llm_that_adapts_answers_as_transformers_and_tells_what_it_expected(l
     assert drift["prefill"] != 1.0, "steps of real workers were heard of"
 
 
+def test_lengths_of_answers_are_known_in_the_next_run(model: Path, tmp_path: Path) -> None:
+    machine, lengths = tmp_path / "machine.json", tmp_path / "lengths.json"
+    replace(H200, kv_bytes_per_token=512).save(machine)
+    keys = {"policy": "adaptive", "params": machine, "workers": workers("mixed"), "num_blocks": 200}
+    predicted = []
+    for _ in range(2):
+        with LLM(str(model), answer_lengths=lengths, **keys) as llm:
+            params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+            first, *_ = llm.generate([[5 + i, 6, 7] for i in range(20)], params, use_tqdm=False)
+            predicted.append(first.decision.num_output)
+    assert predicted[0] > 50 > 30 > predicted[1], "a belief about anything, then twenty answers of 8 tokens"
+    with pytest.raises(ConfigError, match="answer_lengths.*directory"):
+        LLM(str(model), answer_lengths=tmp_path / "nowhere" / "lengths.json", **keys)
+    lengths.write_text("something else")
+    with pytest.raises(ConfigError, match="answer_lengths.*saved counts"):
+        LLM(str(model), answer_lengths=lengths, **keys)
+
+
 def test_a_stream_that_is_turned_away_ends(llm: LLM) -> None:
     def restrict(engine: Engine) -> None:
         engine.router.admission, engine.router.slo = "reject", SLO(ttft_ms=1e-3)

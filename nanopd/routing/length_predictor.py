@@ -89,7 +89,10 @@ class LengthPredictor:
         return counts
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(self._counts.tolist()), encoding="utf-8")
+        """In one step: who reads the file meanwhile sees it as it was, or as it is then."""
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text(json.dumps(self._counts.tolist()), encoding="utf-8")
+        partial.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> LengthPredictor:
@@ -98,9 +101,9 @@ class LengthPredictor:
         try:
             counts = np.array(json.loads(path.read_text(encoding="utf-8")), np.float64)
         except (OSError, ValueError, TypeError) as error:
-            raise ConfigError("length_predictor", str(path), f"a file of saved counts ({error})") from None
+            raise ConfigError("answer_lengths", str(path), f"a file of saved counts ({error})") from None
         if counts.shape != predictor._counts.shape or not (counts >= 0).all():
-            raise ConfigError("length_predictor", str(path), f"counts >= 0 of shape {predictor._counts.shape}")
+            raise ConfigError("answer_lengths", str(path), f"counts >= 0 of shape {predictor._counts.shape}")
         predictor._counts = counts
         return predictor
 

@@ -15,22 +15,42 @@ from nanopd.routing.adaptive import AdaptiveRouter
 from nanopd.routing.closed_form import ClosedFormRouter
 from nanopd.routing.cost_model import CostModel, Parameters
 from nanopd.routing.decision import Policy
+from nanopd.routing.length_predictor import LengthPredictor
 from nanopd.routing.router import Router
 
 
 def make_policy(
     config: EngineConfig, parameters: Parameters | None = None, adaptive: type[AdaptiveRouter] = AdaptiveRouter
 ) -> Policy:
-    """The policy that `config` names; only the fixed ones do without `parameters`."""
+    """The policy that `config` names; only the fixed ones do without `parameters`.
+
+    Raises:
+        ConfigError: `answer_lengths` lies in no directory, or is something else.
+    """
     routes = routes_for_policy(config.policy, config.roles)
     if config.policy not in PREDICTING:
         return Router(config.policy, routes)
     assert parameters is not None
+    predictor = _predictor(config.answer_lengths)
     if config.policy == "closed_form":
-        return ClosedFormRouter(routes, parameters)
+        return ClosedFormRouter(routes, parameters, predictor)
     slo = SLO(**(config.slo or {}))
     costs, max_chunk = CostModel(parameters), config.max_num_batched_tokens
-    return adaptive(routes, len(config.workers), costs, max_chunk, slo, config.admission, roles=config.roles)
+    return adaptive(routes, len(config.workers), costs, max_chunk, slo, config.admission, predictor, config.roles)
+
+
+def _predictor(path: str | None) -> LengthPredictor:
+    if path is None:
+        return LengthPredictor()
+    if not Path(path).parent.is_dir():
+        raise ConfigError("answer_lengths", path, "a path in a directory that exists")
+    return LengthPredictor.load(Path(path)) if Path(path).exists() else LengthPredictor()
+
+
+def keep_lengths(policy: Policy, path: str | None) -> None:
+    """Save what a predicting policy has learned of answers' lengths, if there is a path for it."""
+    if path is not None and isinstance(policy, (AdaptiveRouter, ClosedFormRouter)):
+        policy.predictor.save(Path(path))
 
 
 def find_parameters(name: str | None, measured: Path | None = None) -> Parameters:
