@@ -47,8 +47,8 @@ from nanopd.routing.policy import find_parameters
 
 TIMELINE_S = 1.5
 PROGRESS = ("policy", "workload", "requests/s", "served", "TTFT", "TPOT", "attained")  # of each run, as it ends
-RESULTS = Path(__file__).parent / "results"
-FIGURES = Path(__file__).parents[1] / "docs" / "figures"
+REFERENCES = Path(__file__).parent / "results"  # the project's own, and others'
+RESULTS = Path("results")
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,8 +257,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--window", type=float, help="seconds of a run that count")
     parser.add_argument("--warm-up", type=float, help="seconds before them")
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="begin no run that would end later")
-    parser.add_argument("--out", type=Path, help="the report; default: bench/results/sweep-CONFIG.json")
-    parser.add_argument("--figures", type=Path, default=FIGURES)
+    parser.add_argument("--out", type=Path, help="the report; default: results/sweep-CONFIG.json")
+    parser.add_argument("--figures", type=Path, help="their directory; default: that of the report")
     args = parser.parse_args(argv)
     sweep = sweep_of(args)
     slo = {name: limit for name, limit in asdict(SLO.parse(sweep.slo)).items() if limit is not None and name in LEVELS}
@@ -279,8 +279,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if results.rows:
         table = [figures_of(row) for row in results.rows]
         emit("sweep", results.config, results.rows, device=results.device, table=table)
-        beside = [RESULTS / name for name in sweep.beside]
-        write_page(out, out.with_suffix(".md"), args.figures, beside)
+        beside = [REFERENCES / name for name in sweep.beside]
+        write_page(out, out.with_suffix(".md"), args.figures or out.parent, beside)
     print(f"{outcome}: {len(results.rows)} runs in {out}")
     return 130 if outcome == "interrupted" else 0
 
