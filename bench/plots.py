@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -53,8 +54,10 @@ def save_all(rows: Sequence[Row], timelines: Sequence[Path], directory: Path, st
     if any(row.get("slo") for row in own):
         figures["attainment"] = attained(own), "Share of all arrivals that kept their service levels."
     figures["distributions"] = distributions(own), "Distribution of latencies at each workload's highest rate."
-    if timelines:
-        figures["timeline"] = timeline(timelines), "What each worker did, at the same moment of the same load."
+    traces = [json.loads(path.read_text(encoding="utf-8")) for path in timelines]
+    traces = [trace for trace in traces if any(event["ph"] == "X" for event in trace["traceEvents"])]
+    if traces:
+        figures["timeline"] = timeline(traces), "What each worker did, at the same moment of the same load."
     saved = {}
     for name, (figure, caption) in figures.items():
         path = directory / f"{stem}-{name}.png"
@@ -141,10 +144,8 @@ def distributions(rows: Sequence[Row]) -> Figure:
     return _finished(figure)
 
 
-def timeline(paths: Sequence[Path]) -> Figure:
-    """A panel for each file of `load.save_timeline`, a lane for what each worker does and for what moves to it."""
-    traces = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    traces = [trace for trace in traces if any(event["ph"] == "X" for event in trace["traceEvents"])] or traces[:1]
+def timeline(traces: Sequence[dict[str, Any]]) -> Figure:
+    """A panel for each, as `load.save_timeline` has written it: a lane for each worker and for what moves to it."""
     figure, axes = plt.subplots(len(traces), 1, figsize=(12, 2.2 * len(traces) + 0.5), squeeze=False)
     spans = [[event for event in trace["traceEvents"] if event["ph"] == "X"] for trace in traces]
     typical_ms = np.median([event["dur"] / 1e3 for events in spans for event in events if event["name"] != "move"])

@@ -116,19 +116,24 @@ class Point:
             "window_s": self.window_s,
         }
 
+    @property
+    def end_s(self) -> float:
+        return self.warm_up_s + self.window_s
+
+    def title(self, arrangement: Arrangement) -> str:
+        return f"{arrangement}, {self.workload.label} at {self.workload.rate:g} requests/s"
+
     def run(self, llm: LLM, arrangement: Arrangement, timeline: Path | None) -> Row:
-        start_s, end_s = self.warm_up_s, self.warm_up_s + self.window_s
-        title = f"{arrangement}, {self.workload.label} at {self.workload.rate:g} requests/s"
-        run = play(llm, self.workload.jobs(llm, end_s), title)
+        title = self.title(arrangement)
+        run = play(llm, self.workload.jobs(llm, self.end_s), title)
         if timeline is not None:
-            middle_s = (start_s + end_s) / 2
+            middle_s = (self.warm_up_s + self.end_s) / 2
             save_timeline(run, llm.config, title, timeline, (middle_s, middle_s + TIMELINE_S))
-        return result_row(run, self.key(arrangement), self.slo, (start_s, end_s))
+        return result_row(run, self.key(arrangement), self.slo, (self.warm_up_s, self.end_s))
 
     def simulate(self, simulation: Simulation, arrangement: Arrangement) -> Row:
-        start_s, end_s = self.warm_up_s, self.warm_up_s + self.window_s
-        run = simulation.play(simulation.requests(self.workload, end_s))
-        return result_row(run, self.key(arrangement), self.slo, (start_s, end_s))
+        run = simulation.play(simulation.requests(self.workload, self.end_s))
+        return result_row(run, self.key(arrangement), self.slo, (self.warm_up_s, self.end_s))
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +210,25 @@ def runs(base: EngineConfig, policies: Sequence[str], points: list[Point], resul
                 yield point.run(llm, arrangement, timeline if point is shown else None)
 
 
+def all_runs(
+    base: EngineConfig, policies: Sequence[str], points: list[Point], results: Results, peer: str | None
+) -> Generator[Row]:
+    yield from runs(base, policies, points, results)
+    if peer is not None:
+        yield from peer_runs(base, points, results)
+
+
+def peer_runs(base: EngineConfig, points: list[Point], results: Results) -> Generator[Row]:
+    """As `runs`, of transformers."""
+    from peer import ARRANGEMENT, Peer  # imports torch, which those do without who only simulate
+
+    if todo := [point for point in points if not results.has(point.key(ARRANGEMENT))]:
+        peer = Peer(base)
+        for point in todo:
+            run = peer.play(point.workload.requests(peer.max_len, point.end_s), point.title(ARRANGEMENT))
+            yield result_row(run, point.key(ARRANGEMENT), point.slo, (point.warm_up_s, point.end_s))
+
+
 def simulations(machine: Machine, policies: Sequence[str], points: list[Point], results: Results) -> Generator[Row]:
     """As `runs`."""
     for arrangement, todo in missing(policies, points, results):
@@ -249,6 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="the first workload, in short windows")
     parser.add_argument("--simulate", action="store_true", help="predict the rows; needs parameters, and no device")
     parser.add_argument("--policies", nargs="+", metavar="POLICY", help="[policy:]split; in place of --policy")
+    parser.add_argument("--peer", choices=["transformers"], help="after the policies the same points by this one")
     parser.add_argument("--points", nargs="+", metavar="WORKLOAD@RATE,..", help="in place of the sweep's own")
     parser.add_argument("--traces", nargs="+", default=[], metavar="PATH@RATE,..", help="besides: *.csv, *.jsonl")
     parser.add_argument("--slo", help="limits in ms, as ttft=200,tpot=10")
@@ -274,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = simulations(machine, sweep.policies, points, results)
     else:
         results = Results(out, config, device_name(base))
-        rows = runs(base, sweep.policies, points, results)
+        rows = all_runs(base, sweep.policies, points, results, args.peer)
     outcome = carry_out(rows, results, args.budget_s, 0.0 if args.simulate else sweep.warm_up_s + sweep.window_s)
     if results.rows:
         table = [figures_of(row) for row in results.rows]

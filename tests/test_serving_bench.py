@@ -237,6 +237,27 @@ def test_quick_sweep_goes_on_where_it_was(model: Path, tmp_path: Path, capsys: p
         sweep.main([*base, "--set", "block_size=32"])
 
 
+@pytest.mark.slow
+def test_the_peer_serves_the_same_requests_one_by_one(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep.json"
+    args = ["--config", "cpu-demo", "--set", f"model={model}", "--set", "max_model_len=512", "--policies", "2M"]
+    args += ["--points", "32/8@30", "--window", "0.5", "--warm-up", "0.2", "--peer", "transformers"]
+    assert sweep.main([*args, "--out", str(out)]) == 0
+    own, peer = json.loads(out.read_text())["rows"]
+    assert (peer["policy"], peer["split"]) == ("transformers", "one by one")
+    for name in ("num_requests", "num_completed", "num_prompt_tokens", "num_output_tokens", "offered_per_s"):
+        assert own[name] == peer[name] > 3, name
+    assert len(peer["samples"]["tpot_ms"]) == peer["num_requests"]
+
+
+def test_a_moment_without_work_has_no_timeline(row: report.Row, tmp_path: Path) -> None:
+    plots = pytest.importorskip("plots", exc_type=ImportError)
+    quiet = tmp_path / "x-timeline-quiet.json"
+    quiet.write_text(json.dumps({"otherData": {"title": "nothing"}, "traceEvents": []}))
+    saved = plots.save_all([{**row, "rate": 1.0}], [quiet], tmp_path, "x")
+    assert saved and not any("timeline" in path.name for path in saved)
+
+
 def test_simulated_sweep_is_that_of_the_parameters(model: Path, tmp_path: Path) -> None:
     """Requests that hardly ever meet, where neither rows nor context cost anything."""
     out = tmp_path / "simulated.json"

@@ -1,0 +1,79 @@
+"""A peer for sweeps: `generate` of transformers on one device, requests one by one in the order in which they come."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from load import Arrangement, Run, num_devices
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.generation import BaseStreamer
+
+from nanopd.config import EngineConfig, ModelConfig
+from nanopd.core.workload import WorkloadRequest, prompt_token_ids
+from nanopd.messages import EventKind, FinishReason, RequestEvent, RequestLog, Route
+from nanopd.model_files import read_model_config, resolve
+
+ARRANGEMENT = Arrangement("transformers", "one by one")
+
+
+class _Times(BaseStreamer):
+    """When each token came."""
+
+    def __init__(self) -> None:
+        self.times_s: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:  # [1, num_prompt_tokens] at first, then [1]
+        self.times_s.append(time.monotonic())
+
+    def end(self) -> None:
+        pass
+
+
+class Peer:
+    def __init__(self, base: EngineConfig) -> None:
+        """The model of `base`, in the type that its workers would use, on the first of its devices."""
+        self.device = base.workers[0].device
+        path = resolve(base.model, load_format=base.load_format)
+        self.model_config: ModelConfig = read_model_config(path, base.dtype, self.device == "cpu")
+        self.max_len = base.max_len_of(self.model_config)
+        self.num_devices = num_devices(base) if self.device == "cpu" else 1  # workers share a CPU's cores
+        dtype = getattr(torch, self.model_config.dtype)
+        with torch.device(self.device):
+            if base.load_format == "dummy":
+                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
+            else:
+                model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        self._model = model.eval()
+        self._generate([1] * 64, 8)
+
+    def _generate(self, prompt: list[int], num_tokens: int) -> np.ndarray:
+        """[num_tokens] float64, when each came."""
+        ids, times = torch.tensor([prompt], device=self.device), _Times()
+        settings = GenerationConfig(
+            max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        with torch.inference_mode():
+            self._model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=times)
+        return np.array(times.times_s[1:])
+
+    def play(self, requests: Sequence[WorkloadRequest], label: str) -> Run:
+        """As `load.play`; who comes while another is served waits."""
+        run = Run(time.monotonic() + 0.1, busy_s=[0.0], num_devices=self.num_devices)
+        prompts = [prompt_token_ids(request, self.model_config.vocab_size) for request in requests]
+        for number, request in enumerate(tqdm(requests, label, unit="req", disable=None)):
+            due_s = run.start_s + request.arrival_s
+            time.sleep(max(0.0, due_s - time.monotonic()))
+            start_s = time.monotonic()
+            times_s = self._generate(prompts[number], request.num_output_tokens)
+            run.busy_s[0] += time.monotonic() - start_s
+            kinds = (EventKind.ARRIVED, due_s), (EventKind.SCHEDULED, start_s), (EventKind.FINISHED, times_s[-1])
+            events = [RequestEvent(float(time_s), kind) for kind, time_s in kinds]
+            log = RequestLog(str(number), request.num_prompt_tokens, events, times_s, Route(0, 0))
+            log.finish_reason = FinishReason.LENGTH
+            run.logs.append(log)
+        run.seconds = time.monotonic() - run.start_s
+        return run
