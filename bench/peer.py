@@ -34,6 +34,8 @@ class _Times(BaseStreamer):
 
 
 class Peer:
+    """The model in transformers, ready to serve."""
+
     def __init__(self, base: EngineConfig) -> None:
         """The model of `base`, in the type that its workers would use, on the first of its devices."""
         self.device = base.workers[0].device
@@ -61,19 +63,24 @@ class Peer:
         return np.array(times.times_s[1:])
 
     def play(self, requests: Sequence[WorkloadRequest], label: str) -> Run:
-        """As `load.play`; who comes while another is served waits."""
+        """As `load.play`, also in that Ctrl-C ends it; who comes while another is served waits."""
         run = Run(time.monotonic() + 0.1, busy_s=[0.0], num_devices=self.num_devices)
         prompts = [prompt_token_ids(request, self.model_config.vocab_size) for request in requests]
-        for number, request in enumerate(tqdm(requests, label, unit="req", disable=None)):
-            due_s = run.start_s + request.arrival_s
-            time.sleep(max(0.0, due_s - time.monotonic()))
-            start_s = time.monotonic()
-            times_s = self._generate(prompts[number], request.num_output_tokens)
-            run.busy_s[0] += time.monotonic() - start_s
-            kinds = (EventKind.ARRIVED, due_s), (EventKind.SCHEDULED, start_s), (EventKind.FINISHED, times_s[-1])
-            events = [RequestEvent(float(time_s), kind) for kind, time_s in kinds]
-            log = RequestLog(str(number), request.num_prompt_tokens, events, times_s, Route(0, 0))
-            log.finish_reason = FinishReason.LENGTH
-            run.logs.append(log)
+        try:
+            for number, request in enumerate(tqdm(requests, label, unit="req", disable=None)):
+                run.logs.append(self._serve(str(number), request, prompts[number], run))
+        except KeyboardInterrupt:
+            run.is_interrupted = True
         run.seconds = time.monotonic() - run.start_s
         return run
+
+    def _serve(self, name: str, request: WorkloadRequest, prompt: list[int], run: Run) -> RequestLog:
+        due_s = run.start_s + request.arrival_s
+        time.sleep(max(0.0, due_s - time.monotonic()))
+        start_s = time.monotonic()
+        times_s = self._generate(prompt, request.num_output_tokens)
+        run.busy_s[0] += time.monotonic() - start_s
+        kinds = (EventKind.ARRIVED, due_s), (EventKind.SCHEDULED, start_s), (EventKind.FINISHED, times_s[-1])
+        events = [RequestEvent(float(time_s), kind) for kind, time_s in kinds]
+        reason = FinishReason.LENGTH
+        return RequestLog(name, request.num_prompt_tokens, events, times_s, Route(0, 0), finish_reason=reason)

@@ -285,6 +285,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="the report; default: results/sweep-CONFIG.json")
     parser.add_argument("--figures", type=Path, help="their directory; default: that of the report")
     args = parser.parse_args(argv)
+    if args.simulate and args.peer:
+        parser.error("--peer is measured: it does not go with --simulate")
     sweep = sweep_of(args)
     slo = {name: limit for name, limit in asdict(SLO.parse(sweep.slo)).items() if limit is not None and name in LEVELS}
     base = engine_config(args, sweep.settings).replace(slo=slo)
