@@ -17,8 +17,8 @@ from report import Row, emit
 from transformers import AutoModelForCausalLM
 
 from nanopd import LLM, SamplingParams
-from nanopd.demo_model import NAME as DEMO_MODEL
-from nanopd.model_files import resolve
+from nanopd.checkpoints.demo_model import NAME as DEMO_MODEL
+from nanopd.checkpoints.model_files import resolve
 
 TEXT = "A prompt is read all at once, and an answer is written one token after the other. " * 8
 BARS = {1: 1.0, 16: 1.5}  # least ratio to transformers, by batch

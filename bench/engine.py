@@ -24,7 +24,7 @@ import numpy as np
 from report import Row, emit
 
 from nanopd import LLM, SamplingParams
-from nanopd.model_files import resolve
+from nanopd.checkpoints.model_files import resolve
 
 # batch, context -> floor ms, vLLM 0.26 ms
 DECODE_FLOORS = {

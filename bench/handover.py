@@ -27,8 +27,8 @@ from load import Job, Workload, greedy, play
 from report import Row, emit
 
 from nanopd import LLM
-from nanopd.core.metrics import Percentiles, summarize
 from nanopd.messages import EventKind, RequestLog
+from nanopd.metrics import Percentiles, summarize
 
 POLICIES = {"disaggregated": ("prefill", "decode"), "collocated": ("mixed", "mixed")}
 CHUNK, SMALL_CHUNK = 4096, 1024  # tokens of a step

@@ -30,8 +30,9 @@ from tqdm import tqdm
 from nanopd import LLM, EngineConfig, NanopdError, SamplingParams
 from nanopd.cli import DEMO_PROMPTS
 from nanopd.config import POLICIES, ModelConfig, load_config, routes_for_policy
-from nanopd.core.metrics import SLO, Percentiles, RequestMetrics, summarize
-from nanopd.core.workload import (
+from nanopd.errors import ConfigError
+from nanopd.lab.simulator import simulate
+from nanopd.lab.workload import (
     LONG_PROMPTS,
     MIXED_PROMPTS,
     SHORT_PROMPTS,
@@ -42,11 +43,10 @@ from nanopd.core.workload import (
     read_trace,
     synthetic_requests,
 )
-from nanopd.errors import ConfigError
 from nanopd.messages import FinishReason, RequestLog, Work
+from nanopd.metrics import SLO, Percentiles, RequestMetrics, summarize
 from nanopd.routing.cost_model import Parameters
 from nanopd.routing.policy import make_policy
-from nanopd.simulator import simulate
 
 PROMPTS: dict[str, LengthDistribution] = {"short": SHORT_PROMPTS, "long": LONG_PROMPTS, "mixed": MIXED_PROMPTS}
 NATURAL = "natural"

@@ -12,10 +12,10 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.generation import BaseStreamer
 
+from nanopd.checkpoints.model_files import read_model_config, resolve
 from nanopd.config import EngineConfig, ModelConfig
-from nanopd.core.workload import WorkloadRequest, prompt_token_ids
+from nanopd.lab.workload import WorkloadRequest, prompt_token_ids
 from nanopd.messages import EventKind, FinishReason, RequestEvent, RequestLog, Route
-from nanopd.model_files import read_model_config, resolve
 
 ARRANGEMENT = Arrangement("transformers", "one by one")
 

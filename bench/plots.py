@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from report import Row, attainment, policy_of
 
-from nanopd.core.metrics import SLO
+from nanopd.metrics import SLO
 
 COLOURS = {
     "collocated": "#4477aa",

@@ -21,13 +21,13 @@ import numpy as np
 from load import Job, device_name, greedy, play, result_row, serving, settings_of
 from report import Row, emit, save
 
+from nanopd.checkpoints.demo_model import NAME as DEMO_MODEL
 from nanopd.config import EngineConfig, ModelConfig
 from nanopd.core.block_manager import extend_keys
-from nanopd.core.workload import WorkloadRequest, prompt_token_ids, read_trace
-from nanopd.demo_model import NAME as DEMO_MODEL
-from nanopd.engine import Engine
+from nanopd.engine.engine import Engine
+from nanopd.lab.planner import at_rate
+from nanopd.lab.workload import WorkloadRequest, prompt_token_ids, read_trace
 from nanopd.messages import RequestLog, RowFlag, StepBatch, StepResult, TransferPath
-from nanopd.planner import at_rate
 
 BAR = 0.95  # of the hits of an endless cache, with room for all blocks
 VOCAB_SIZE = 150_000

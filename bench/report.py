@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from nanopd.core.metrics import SLO
-from nanopd.core.tables import format_table
+from nanopd.lab.tables import format_table
+from nanopd.metrics import SLO
 
 PACKAGES = ("numpy", "numba", "numba-cuda", "torch", "transformers")
 LATENCIES = {

@@ -13,14 +13,14 @@ from collections.abc import Sequence as Workers
 import numpy as np
 from report import Row, emit
 
+from nanopd.checkpoints.model_files import read_model_config, resolve
 from nanopd.config import EngineConfig
 from nanopd.core.sequence import Sequence
-from nanopd.core.workload import WorkloadRequest
+from nanopd.lab.simulator import simulate
+from nanopd.lab.workload import WorkloadRequest
 from nanopd.messages import Route
-from nanopd.model_files import read_model_config, resolve
 from nanopd.routing.decision import Decision, Policy, WorkerLoad
 from nanopd.routing.policy import find_parameters, make_policy
-from nanopd.simulator import simulate
 
 BAR_US = 200
 LEVELS = {"ttft_ms": 200, "tpot_ms": 10, "first_gap_ms": 50}

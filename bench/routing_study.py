@@ -2,7 +2,7 @@
 
 For each machine (a parameter file) and workload: the goodput of static arrangements, `closed_form`, `adaptive` and
 `oracle` (the adaptive router told every answer's length), all with the same requests at other times. Each is run at
-about five rates around its own saturation, see nanopd/planner.py; clear losers only until that is clear. What the
+about five rates around its own saturation, see nanopd/lab/planner.py; clear losers only until that is clear. What the
 result file has already is not run again. `--predict` measures the length predictor on the Azure traces instead.
 
 The traces azure_2023_code.csv, azure_2023_conv.csv and mooncake_conversation.jsonl lie in the directory NANOPD_TRACES.
@@ -22,9 +22,9 @@ from report import Row, emit, load, make_report, save
 from simulate import base_config, workload
 from tqdm import tqdm
 
-from nanopd.core.tables import format_table
-from nanopd.core.workload import WorkloadRequest, read_trace
-from nanopd.planner import Arrangement, Goodput, Scenario, default_slo, search
+from nanopd.lab.planner import Arrangement, Goodput, Scenario, default_slo, search
+from nanopd.lab.tables import format_table
+from nanopd.lab.workload import WorkloadRequest, read_trace
 from nanopd.routing.length_predictor import LengthPredictor
 from nanopd.routing.policy import find_parameters
 

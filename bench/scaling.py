@@ -35,12 +35,12 @@ from report import Row, emit, make_report, save
 from transfer import BLOCK_SIZE, Pool, pool_config
 
 from nanopd import LLM, EngineConfig, Route
-from nanopd.core.metrics import Percentiles
+from nanopd.checkpoints.model_files import read_model_config, resolve
 from nanopd.core.sequence import SequenceStatus
-from nanopd.engine import Engine
+from nanopd.engine.engine import Engine
 from nanopd.messages import EventKind, FinishReason, RequestLog
-from nanopd.model_files import read_model_config, resolve
-from nanopd.worker_process import WorkerProcess
+from nanopd.metrics import Percentiles
+from nanopd.workers.processes import WorkerProcess
 
 SECTIONS = ("start", "hops", "feed", "kill", "transfer")
 MAX_IDLE = 5.0  # %

@@ -22,25 +22,18 @@ from typing import Any
 import numpy as np
 from report import Row, emit, save
 
+from nanopd.checkpoints.demo_model import NAME as DEMO_MODEL
+from nanopd.checkpoints.model_files import load_tokenizer, read_model_config, resolve
 from nanopd.config import EngineConfig, ModelConfig
 from nanopd.core.block_manager import BlockManager, extend_keys
-from nanopd.core.workload import FixedLength, MixedLength, synthetic_requests
-from nanopd.demo_model import NAME as DEMO_MODEL
-from nanopd.detokenizer import StoppableText, TokenPieces
-from nanopd.engine import Engine
+from nanopd.engine.engine import Engine
+from nanopd.frontend.detokenizer import StoppableText, TokenPieces
 from nanopd.ipc.channel import channel
-from nanopd.messages import (
-    EventKind,
-    RowFlag,
-    SamplingParams,
-    StepBatch,
-    StepResult,
-    TransferAck,
-    TransferPlan,
-)
-from nanopd.model_files import load_tokenizer, read_model_config, resolve
+from nanopd.lab.simulator import simulate
+from nanopd.lab.workload import FixedLength, MixedLength, synthetic_requests
+from nanopd.messages import EventKind, RowFlag, StepBatch, StepResult, TransferAck, TransferPlan
+from nanopd.request import SamplingParams
 from nanopd.routing.policy import find_parameters
-from nanopd.simulator import simulate
 from nanopd.wire import decode, encode, encoded_size
 
 MAX_LEN = 4096

@@ -19,10 +19,10 @@ import numpy as np
 from report import Row, emit
 
 import nanopd.core.scheduler
-import nanopd.engine
+import nanopd.engine.engine
 from nanopd import LLM, SamplingParams
+from nanopd.checkpoints.demo_model import NAME as DEMO_MODEL
 from nanopd.core.speculation import Drafter, rounds_of
-from nanopd.demo_model import NAME as DEMO_MODEL
 from nanopd.messages import Work
 
 CODE = """\
@@ -115,7 +115,7 @@ def answer_all(llm: LLM, samples: list[dict[str, Any]], args: argparse.Namespace
 def answer(llm: LLM, sample: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """Tokens, tokens per second after the first one, drafts, steps."""
     if args.replay:
-        nanopd.engine.Drafter = partial(replay, sample["answer"])  # type: ignore[misc, assignment]
+        nanopd.engine.engine.Drafter = partial(replay, sample["answer"])  # type: ignore[misc, assignment]
         params = SamplingParams(temperature=0, max_tokens=len(sample["answer"]), ignore_eos=True)
     else:
         params = SamplingParams(temperature=0.8 * (sample["kind"] == "free"), seed=1, max_tokens=args.tokens)

@@ -37,11 +37,11 @@ from load import (
 from report import Row, emit, figures_of, load, make_report, save, write_page
 
 from nanopd import LLM, EngineConfig
+from nanopd.checkpoints.model_files import read_model_config, resolve
 from nanopd.config import LEVELS, ModelConfig
-from nanopd.core.metrics import SLO
 from nanopd.errors import ConfigError
-from nanopd.model_files import read_model_config, resolve
-from nanopd.profiler import cache_file
+from nanopd.lab.profiler import cache_file
+from nanopd.metrics import SLO
 from nanopd.routing.cost_model import Parameters
 from nanopd.routing.policy import find_parameters
 

@@ -23,15 +23,16 @@ import numpy as np
 import torch
 from report import Row, emit
 
-from nanopd import EngineConfig, worker_process
+from nanopd import EngineConfig
+from nanopd.checkpoints.model_files import read_model_config, resolve
 from nanopd.config import ModelConfig
 from nanopd.ipc.doorbell import Doorbell
-from nanopd.links import send_plan
 from nanopd.messages import TransferAck, TransferPath, TransferPlan
-from nanopd.model_files import read_model_config, resolve
 from nanopd.worker.block_mover import MAX_CTAS
 from nanopd.worker.relay import SLOT_BYTES
-from nanopd.worker_process import WorkerProcess, WorkerProcesses
+from nanopd.workers import processes
+from nanopd.workers.paths import send_plan
+from nanopd.workers.processes import WorkerProcess, WorkerProcesses
 
 TOKENS = (16, 64, 256, 1024, 2048, 4096, 8192, 16384, 32768)
 SWEEP_TOKENS = (2048, 8192)
@@ -69,7 +70,7 @@ class Pool:
         self._num_blocks = config.num_blocks or 0
         self._rng = np.random.default_rng(0)
         self._processes = WorkerProcesses(config, model, path, Doorbell())
-        with mock.patch.object(worker_process, "WORKER_ENTRY", "pool_worker"):
+        with mock.patch.object(processes, "WORKER_ENTRY", "pool_worker"):
             self._workers: list[WorkerProcess] = self._processes.start()
         self._num_plans = 0
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from nanopd.config import EngineConfig
-from nanopd.messages import SamplingParams
+from nanopd.request import SamplingParams
 
 PAGES = {language: Path(__file__).parent / language / "configuration.md" for language in ("en", "zh")}
 CHINESE = {  # of what the rules say

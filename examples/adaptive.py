@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 from nanopd import LLM, SamplingParams
-from nanopd.core.metrics import SLO, Summary, by_route, summarize
-from nanopd.core.workload import FixedLength, UniformLength, prompt_token_ids, synthetic_requests
+from nanopd.lab.workload import FixedLength, UniformLength, prompt_token_ids, synthetic_requests
+from nanopd.metrics import SLO, Summary, by_route, summarize
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = "| route | requests | TTFT p50 / p99, ms | first gap | TPOT | tokens/s | within service levels |"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nanopd import LLM
-from nanopd.jsonl import serve_rows
+from nanopd.frontend.jsonl import serve_rows
 
 
 class Answers:

@@ -9,7 +9,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nanopd.async_llm import AsyncLLM, AsyncRequest
     from nanopd.config import EngineConfig, WorkerConfig
     from nanopd.errors import (
         ConfigError,
@@ -19,14 +18,16 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         WorkerError,
     )
-    from nanopd.llm import LLM, RequestHandle
-    from nanopd.messages import BeamSearchParams, Role, Route, SamplingParams
-    from nanopd.outputs import CompletionOutput, RequestOutput, RequestOutputDelta
+    from nanopd.frontend.async_llm import AsyncLLM, AsyncRequest
+    from nanopd.frontend.llm import LLM, RequestHandle
+    from nanopd.frontend.outputs import CompletionOutput, RequestOutput, RequestOutputDelta
+    from nanopd.messages import Role, Route
+    from nanopd.request import BeamSearchParams, SamplingParams
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "nanopd.async_llm": ("AsyncLLM", "AsyncRequest"),
+    "nanopd.frontend.async_llm": ("AsyncLLM", "AsyncRequest"),
     "nanopd.config": ("EngineConfig", "WorkerConfig"),
     "nanopd.errors": (
         "ConfigError",
@@ -36,9 +37,10 @@ _HOMES = {
         "UnsupportedModelError",
         "WorkerError",
     ),
-    "nanopd.llm": ("LLM", "RequestHandle"),
-    "nanopd.messages": ("BeamSearchParams", "Role", "Route", "SamplingParams"),
-    "nanopd.outputs": ("CompletionOutput", "RequestOutput", "RequestOutputDelta"),
+    "nanopd.frontend.llm": ("LLM", "RequestHandle"),
+    "nanopd.messages": ("Role", "Route"),
+    "nanopd.request": ("BeamSearchParams", "SamplingParams"),
+    "nanopd.frontend.outputs": ("CompletionOutput", "RequestOutput", "RequestOutputDelta"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -25,15 +25,15 @@ from tqdm import tqdm
 
 import nanopd
 from nanopd.config import PREDICTING, EngineConfig, load_config
-from nanopd.core.metrics import SLO, Summary, by_route, summarize
-from nanopd.core.tables import format_table
-from nanopd.core.workload import read_trace
 from nanopd.errors import ConfigError, FieldError, NanopdError, RequestError
-from nanopd.jsonl import PREDICTED_KEYS, SAMPLING_KEYS, Row, serve_rows
-from nanopd.messages import SamplingParams
+from nanopd.frontend.jsonl import PREDICTED_KEYS, SAMPLING_KEYS, Row, serve_rows
+from nanopd.lab.tables import format_table
+from nanopd.lab.workload import read_trace
+from nanopd.metrics import SLO, Summary, by_route, summarize
+from nanopd.request import SamplingParams
 
 if TYPE_CHECKING:
-    from nanopd.llm import LLM
+    from nanopd.frontend.llm import LLM
 
 DEMO_PROMPTS = (
     "What is the capital of France?",
@@ -158,8 +158,8 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _profile(config: EngineConfig, target: Path | None) -> int:
-    from nanopd import profiler
-    from nanopd.llm import load_settings
+    from nanopd.frontend.llm import load_settings
+    from nanopd.lab import profiler
 
     settings, model, path = load_settings(config)
     found = profiler.profile(settings, model, path, show_progress=sys.stderr.isatty())
@@ -173,7 +173,7 @@ def _profile(config: EngineConfig, target: Path | None) -> int:
 
 
 def _plan(args: argparse.Namespace, config: EngineConfig) -> int:
-    from nanopd import planner
+    from nanopd.lab import planner
     from nanopd.routing.policy import find_parameters
 
     if args.figure and find_spec("matplotlib") is None:

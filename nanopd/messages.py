@@ -10,17 +10,12 @@ number of items of each section; behind them the sections themselves, each padde
 
 from __future__ import annotations
 
-import math
-import pickle
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import Annotated, Any
 
 import numpy as np
-
-from nanopd.errors import RequestError
-from nanopd.rules import TRUE_OR_FALSE, Rule, check, integer, list_of, number, one_of, optional, positive, ruled, text
 
 MAX_LOGPROBS = 20  # per token; what StepResult has room for
 MAX_ANSWERS = 128  # per request
@@ -29,24 +24,6 @@ MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS = 1024, 16  # per request, per word; what a S
 MAX_PROCESSOR_BYTES = 1 << 20  # per request, pickled; likewise
 
 LogitsProcessor = Callable[[list[int], Any], Any]  # (tokens generated so far, logits [vocab_size]) -> logits
-
-
-def _is_word(value: object) -> bool:
-    if isinstance(value, str):
-        return bool(value.strip())
-    return isinstance(value, tuple) and 0 < len(value) <= MAX_BAD_WORD_TOKENS and all(map(TOKEN_ID.allows, value))
-
-
-def _is_bias(value: object) -> bool:
-    return isinstance(value, dict) and all(map(TOKEN_ID.allows, value)) and all(map(BIAS_VALUE.allows, value.values()))
-
-
-TOKEN_ID = integer(0)
-BIAS_VALUE = number(-100, 100)
-SEED = integer(0, 2**64 - 1)
-LOGPROBS = integer(0, MAX_LOGPROBS)
-BAD_WORD = Rule(_is_word, f"text, or 1 to {MAX_BAD_WORD_TOKENS} token ids")
-BIASES = Rule(_is_bias, f"a mapping of token ids, each to {BIAS_VALUE.text}")
 
 
 class Role(str, Enum):
@@ -78,117 +55,6 @@ class Route:
 
     def __str__(self) -> str:
         return f"{self.prefill_worker}->{self.decode_worker}"
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How to choose a request's tokens. Names and defaults are vLLM's.
-
-    Raises:
-        RequestError: a value out of range; names field, value and what is allowed.
-    """
-
-    temperature: float = ruled(1.0, number(0), "the logits are divided by it; below 1e-5: greedy")
-    top_p: float = ruled(1.0, positive(1), "draw from the smallest set of best tokens with this share of the mass")
-    top_k: int = ruled(0, integer(-1, 2**31 - 1), "draw from this many best tokens; 0 or -1: off")
-    seed: int | None = ruled(None, optional(SEED), "None: derived from the engine's seed and the request's number")
-    max_tokens: int | None = ruled(16, optional(integer(1)), "of an answer; None: up to max_model_len")
-    min_tokens: int = ruled(0, integer(0, 2**31 - 1), "before as many, nothing ends the answer; at most max_tokens")
-    stop: tuple[str, ...] = ruled((), list_of(text("a non-empty text")), "end the answer, and are no part of its text")
-    stop_token_ids: tuple[int, ...] = ruled((), list_of(TOKEN_ID, most=MAX_STOP_TOKEN_IDS), "end the answer too")
-    ignore_eos: bool = ruled(False, TRUE_OR_FALSE, "go on after the model's end tokens")
-    logprobs: int | None = ruled(None, optional(LOGPROBS), "log probabilities of the chosen token and as many best")
-    prompt_logprobs: int | None = ruled(None, optional(LOGPROBS), "the same for the prompt's tokens but the first")
-    min_p: float = ruled(0.0, number(0, 1), "tokens below this share of the best one's likelihood are not drawn")
-    presence_penalty: float = ruled(0.0, number(-2, 2), "subtracted from the logits of tokens generated before")
-    frequency_penalty: float = ruled(0.0, number(-2, 2), "the same for each time they were generated")
-    repetition_penalty: float = ruled(
-        1.0, number(1e-6, 10**6), "of tokens seen before, prompt included: divides logits > 0, multiplies others"
-    )
-    logit_bias: Mapping[int, float] | None = ruled(None, optional(BIASES), "added to the logits of these tokens")
-    bad_words: tuple[str | tuple[int, ...], ...] = ruled(
-        (), list_of(BAD_WORD, most=MAX_BAD_WORDS), "never generated; LLM makes token ids of text"
-    )
-    allowed_token_ids: tuple[int, ...] | None = ruled(
-        None, optional(list_of(TOKEN_ID, least=1)), "nothing else is generated; None: all are allowed"
-    )
-    logits_processors: tuple[LogitsProcessor, ...] = ruled(
-        (), list_of(Rule(callable, "a function")), "run in the worker, which gets them pickled"
-    )
-    n: int = ruled(1, integer(1, MAX_ANSWERS), "answers; answer i of a seeded request has the seed + i")
-    best_of: int | None = ruled(
-        None, optional(integer(1, MAX_ANSWERS)), "answers to choose the n likeliest from; at least n; None: n"
-    )
-
-    def __post_init__(self) -> None:
-        for name in ("stop", "stop_token_ids", "bad_words", "logits_processors"):
-            object.__setattr__(self, name, _as_tuple(getattr(self, name) or ()))
-        object.__setattr__(self, "allowed_token_ids", _as_tuple(self.allowed_token_ids))
-        if isinstance(self.logit_bias, dict):  # JSON has text as keys
-            bias = {int(k) if isinstance(k, str) and k.isdecimal() else k: v for k, v in self.logit_bias.items()}
-            object.__setattr__(self, "logit_bias", bias)
-        check(self, RequestError)
-        if self.min_tokens > (self.max_tokens or math.inf):
-            raise RequestError("min_tokens", self.min_tokens, f"at most max_tokens, {self.max_tokens}")
-        if self.best_of is not None and self.best_of < self.n:
-            raise RequestError("best_of", self.best_of, f"n to {MAX_ANSWERS}, or null")
-        if len(self.pickled_processors()) > MAX_PROCESSOR_BYTES:
-            allowed = f"at most {MAX_PROCESSOR_BYTES} bytes when pickled"
-            raise RequestError("logits_processors", self.logits_processors, allowed)
-
-    def split(self) -> list[SamplingParams]:
-        """Those of the sequences that are to be generated, each with n = 1."""
-        count = self.best_of or self.n
-        if count == 1:
-            return [self]
-        logprobs = 0 if self.logprobs is None and count > self.n else self.logprobs  # to choose by
-        seeds = [None if self.seed is None else (self.seed + i) % 2**64 for i in range(count)]
-        first = replace(self, n=1, best_of=None, logprobs=logprobs)
-        return [first, *(replace(first, seed=seed, prompt_logprobs=None) for seed in seeds[1:])]
-
-    def pickled_processors(self) -> bytes:
-        """Of `logits_processors`; b"" if there are none. Raises RequestError if one cannot be pickled."""
-        try:
-            return pickle.dumps(self.logits_processors) if self.logits_processors else b""
-        except Exception as error:
-            allowed = f"callables that can be pickled ({error})"
-            raise RequestError("logits_processors", self.logits_processors, allowed) from None
-
-    @property
-    def changes_logits(self) -> bool:
-        """Whether it asks for more than a draw from the logits as they are."""
-        penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty
-        others = self.logit_bias, self.bad_words, self.allowed_token_ids, self.logits_processors
-        return penalties != (0, 0, 1) or any(others)
-
-
-@dataclass(frozen=True, slots=True)
-class BeamSearchParams:
-    """How to search for the likeliest answers. Names, defaults and meanings are those of transformers.
-
-    Raises:
-        RequestError: a value out of range; names field, value and what is allowed.
-    """
-
-    num_beams: int = ruled(4, integer(1, MAX_LOGPROBS // 2), "answers, and candidates for them")
-    max_tokens: int = ruled(16, integer(1), "of an answer")
-    length_penalty: float = ruled(1.0, number(-1e3, 1e3), "scores are log probabilities / length ** length_penalty")
-    early_stopping: bool | str = ruled(
-        False, one_of(False, True, "never"), "True: as soon as there are enough; never: when none can get better"
-    )
-    ignore_eos: bool = ruled(False, TRUE_OR_FALSE, "go on after the model's end tokens")
-
-    def __post_init__(self) -> None:
-        check(self, RequestError)
-
-
-def _as_tuple(value: Any) -> Any:
-    """Text as one of one, lists in it as tuples; what is no collection is left to be refused."""
-    if isinstance(value, str):
-        return (value,)
-    if not isinstance(value, Iterable):
-        return value
-    return tuple(tuple(item) if isinstance(item, list) else item for item in value)
 
 
 class FinishReason(str, Enum):

@@ -79,3 +79,4 @@ def list_of(rule: Rule, least: int = 0, most: float = math.inf) -> Rule:
 
 
 TRUE_OR_FALSE = Rule(lambda value: isinstance(value, bool), "true or false")
+SEED = integer(0, 2**64 - 1)

@@ -6,11 +6,11 @@ import time
 from collections import deque
 from pathlib import Path
 
+from nanopd.checkpoints.model_files import read_model_config
 from nanopd.config import EngineConfig, ModelConfig
-from nanopd.engine import Engine
+from nanopd.engine.engine import Engine
 from nanopd.ipc.shared_memory import Memories
 from nanopd.messages import Peer, SlotExtras, StepBatch, StepResult, TransferAck, TransferPlan
-from nanopd.model_files import read_model_config
 from nanopd.wire import decode, encode, encoded_size
 from nanopd.worker.worker import Worker
 

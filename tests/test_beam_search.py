@@ -12,11 +12,12 @@ from local_worker import local_engine, run_to_end
 from model_zoo import load_hf, make_tiny_model
 from transformers import PreTrainedModel
 
-from nanopd.beam_search import BeamSearch
+from nanopd.checkpoints.model_files import read_model_config
 from nanopd.config import EngineConfig
+from nanopd.engine.beam_search import BeamSearch
 from nanopd.errors import RequestError
-from nanopd.messages import BeamSearchParams, FinishReason, SamplingParams
-from nanopd.model_files import read_model_config
+from nanopd.messages import FinishReason
+from nanopd.request import BeamSearchParams, SamplingParams
 
 MIXED, PREFILL, DECODE = ({"device": "cpu", "role": role} for role in ("mixed", "prefill", "decode"))
 PAIR = {"policy": "disaggregated", "workers": [PREFILL, DECODE]}

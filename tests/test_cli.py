@@ -23,11 +23,12 @@ import pytest
 import nanopd
 from nanopd import cli
 from nanopd.config import load_config
-from nanopd.core.metrics import RequestMetrics
 from nanopd.errors import RequestError, WorkerError
-from nanopd.jsonl import serve_rows
-from nanopd.messages import EventKind, FinishReason, RequestEvent, RequestLog, Role, Route, SamplingParams
-from nanopd.outputs import BlockStats
+from nanopd.frontend.jsonl import serve_rows
+from nanopd.frontend.outputs import BlockStats
+from nanopd.messages import EventKind, FinishReason, RequestEvent, RequestLog, Role, Route
+from nanopd.metrics import RequestMetrics
+from nanopd.request import SamplingParams
 from nanopd.routing.decision import Decision, Prediction
 
 ROOT = Path(__file__).parents[1]

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from nanopd import demo_model
-from nanopd.detokenizer import IncrementalDetokenizer, StoppableText, StopStrings, TokenPieces
+from nanopd.checkpoints import demo_model
+from nanopd.frontend.detokenizer import IncrementalDetokenizer, StoppableText, StopStrings, TokenPieces
 
 CORPUS = [
     "The quick brown fox, the lazy dog.",

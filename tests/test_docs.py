@@ -16,9 +16,10 @@ import yaml
 from tiny_chat_model import make_tiny_chat_model
 
 import nanopd
-from nanopd import LLM, async_llm
+from nanopd import LLM
 from nanopd.config import EngineConfig
-from nanopd.messages import SamplingParams
+from nanopd.frontend import async_llm
+from nanopd.request import SamplingParams
 
 DOCS = Path(__file__).parents[1] / "docs"
 LANGUAGES = ("en", "zh")

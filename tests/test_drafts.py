@@ -21,7 +21,7 @@ from test_engine import TOPOLOGIES, Load, Replacements, assert_caches_are_right,
 
 from nanopd.config import EngineConfig
 from nanopd.core.sequence import Sequence
-from nanopd.messages import SamplingParams
+from nanopd.request import SamplingParams
 
 MIXED, PREFILL, DECODE = ({"device": "cpu", "role": role} for role in ("mixed", "prefill", "decode"))
 

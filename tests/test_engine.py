@@ -22,23 +22,15 @@ from symbolic_worker import (
     symbolic_workers,
 )
 
-from nanopd.beam_search import Beams, BeamSearch
 from nanopd.config import EngineConfig, routes_for_policy
 from nanopd.core.block_manager import extend_keys
-from nanopd.core.metrics import RequestMetrics
 from nanopd.core.sequence import Sequence, SequenceStatus
-from nanopd.engine import MAX_REPLAYS, Engine
+from nanopd.engine.beam_search import Beams, BeamSearch
+from nanopd.engine.engine import MAX_REPLAYS, Engine
 from nanopd.errors import RequestError, WorkerError
-from nanopd.messages import (
-    BeamSearchParams,
-    EventKind,
-    FinishReason,
-    Role,
-    Route,
-    SamplingParams,
-    StepBatch,
-    TransferPlan,
-)
+from nanopd.messages import EventKind, FinishReason, Role, Route, StepBatch, TransferPlan
+from nanopd.metrics import RequestMetrics
+from nanopd.request import BeamSearchParams, SamplingParams
 from nanopd.routing.policy import find_parameters, make_policy
 
 TOPOLOGIES = {

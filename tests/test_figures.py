@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nanopd.config_files import config_dir
+from nanopd.config.files import config_dir
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (config_dir() / "params").glob("*.json"))

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from model_zoo import demo_model_path, make_tiny_model
 
-from nanopd import demo_model
+from nanopd.checkpoints import demo_model
+from nanopd.checkpoints.model_files import load_tokenizer, read_model_config, resolve
 from nanopd.config import RopeScaling
 from nanopd.errors import ConfigError, UnsupportedModelError
-from nanopd.model_files import load_tokenizer, read_model_config, resolve
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nanopd import LLM
 from nanopd.config import EngineConfig
 from nanopd.core.sequence import Sequence
-from nanopd.engine import Engine
-from nanopd.messages import EventKind, SamplingParams
+from nanopd.engine.engine import Engine
+from nanopd.messages import EventKind
+from nanopd.request import SamplingParams
 
 NUM_TOKENS = 20
 BLOCK_SIZE = 16

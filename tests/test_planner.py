@@ -13,10 +13,8 @@ from hypothesis import strategies as st
 
 from nanopd.cli import BAD_USAGE, main
 from nanopd.config import EngineConfig, ModelConfig
-from nanopd.core.metrics import SLO, summarize
-from nanopd.core.workload import FixedLength, synthetic_requests
 from nanopd.errors import ConfigError
-from nanopd.planner import (
+from nanopd.lab.planner import (
     RESOLUTION,
     TARGET,
     Arrangement,
@@ -28,6 +26,8 @@ from nanopd.planner import (
     find_goodput,
     search,
 )
+from nanopd.lab.workload import FixedLength, synthetic_requests
+from nanopd.metrics import SLO, summarize
 from nanopd.routing.policy import find_parameters
 
 MODEL = ModelConfig("qwen3", 1000, 4096, 12288, 36, 32, 8, 128, 8192, 1e-6, 1e6, dtype="bfloat16")

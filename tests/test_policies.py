@@ -15,10 +15,10 @@ from symbolic_worker import generate, model_config, symbolic_workers
 
 from nanopd import LLM, ConfigError, SamplingParams
 from nanopd.config import EngineConfig
-from nanopd.core.metrics import SLO, RequestMetrics
 from nanopd.core.sequence import Sequence
-from nanopd.engine import Engine
+from nanopd.engine.engine import Engine
 from nanopd.messages import EventKind, FinishReason, Role, Route
+from nanopd.metrics import SLO, RequestMetrics
 from nanopd.routing.policy import find_parameters, make_policy
 
 H200 = find_parameters("8xh200")

@@ -11,9 +11,9 @@ from model_zoo import make_tiny_model
 
 from nanopd import LLM, ConfigError, SamplingParams, cli
 from nanopd.config import EngineConfig, ModelConfig
-from nanopd.config_files import config_dir
+from nanopd.config.files import config_dir
+from nanopd.lab.profiler import FITTED, HELD_OUT, Grid, StepShape, step_of, step_shapes, table
 from nanopd.messages import Route, RowFlag
-from nanopd.profiler import FITTED, HELD_OUT, Grid, StepShape, step_of, step_shapes, table
 from nanopd.routing.cost_model import Parameters
 
 

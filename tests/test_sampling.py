@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from nanopd import LLM, RequestError, SamplingParams
 from nanopd.config import EngineConfig
 from nanopd.core.sequence import Sequence, SequenceStatus
-from nanopd.engine import Engine
+from nanopd.engine.engine import Engine
 from nanopd.messages import EventKind
 
 VOCAB_SIZE, NUM_TOKENS, BLOCK_SIZE = 96, 24, 16

@@ -22,9 +22,9 @@ import sweep
 from model_zoo import make_tiny_model
 
 from nanopd import LLM, ConfigError, EngineConfig, Route
-from nanopd.core.metrics import SLO
-from nanopd.core.workload import prompt_token_ids
+from nanopd.lab.workload import prompt_token_ids
 from nanopd.messages import EventKind, FinishReason, RequestEvent, RequestLog, Work
+from nanopd.metrics import SLO
 from nanopd.routing.policy import find_parameters
 
 STALL_S = 0.8

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 from nanopd.config import EngineConfig, ModelConfig, allowed_routes
-from nanopd.config_files import config_dir
-from nanopd.core.metrics import SLO, summarize
+from nanopd.config.files import config_dir
 from nanopd.core.scheduler import Scheduler
-from nanopd.core.workload import MIXED_PROMPTS, FixedLength, LogNormalLength, WorkloadRequest, synthetic_requests
+from nanopd.lab.simulator import simulate
+from nanopd.lab.workload import MIXED_PROMPTS, FixedLength, LogNormalLength, WorkloadRequest, synthetic_requests
 from nanopd.messages import EventKind, RequestLog
+from nanopd.metrics import SLO, summarize
 from nanopd.routing.adaptive import AdaptiveRouter
 from nanopd.routing.closed_form import ClosedFormRouter
 from nanopd.routing.cost_model import CostModel, Parameters, Terms, chunk_pairs
 from nanopd.routing.policy import make_policy
-from nanopd.simulator import simulate
 
 MODEL = ModelConfig("qwen3", 1000, 4096, 12288, 36, 32, 8, 128, 8192, 1e-6, 1e6, dtype="bfloat16")
 H200 = Parameters.load(config_dir() / "params" / "8xh200.json")

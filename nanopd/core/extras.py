@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from nanopd.core.sequence import Sequence
-from nanopd.messages import BIAS, MAX_BAD_WORD_TOKENS, PENALTIES, SamplingParams, SlotExtras
+from nanopd.messages import BIAS, MAX_BAD_WORD_TOKENS, PENALTIES, SlotExtras
+from nanopd.request import SamplingParams
 
 
 def has_extras(seq: Sequence) -> bool:

@@ -17,7 +17,8 @@ from typing import Protocol
 import numpy as np
 
 from nanopd.core.speculation import Drafter
-from nanopd.messages import EventKind, FinishReason, RequestEvent, RequestLog, Route, SamplingParams
+from nanopd.messages import EventKind, FinishReason, RequestEvent, RequestLog, Route
+from nanopd.request import SamplingParams
 
 
 class TextStream(Protocol):

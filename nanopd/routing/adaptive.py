@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nanopd.core.metrics import SLO
 from nanopd.core.sequence import Sequence, SequenceStatus
 from nanopd.messages import Role, Route
+from nanopd.metrics import SLO
 from nanopd.routing.cost_model import CostModel
 from nanopd.routing.decision import Decision, Prediction, WorkerLoad
 from nanopd.routing.length_predictor import LengthPredictor

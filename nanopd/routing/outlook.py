@@ -10,9 +10,9 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from nanopd.core.metrics import SLO
 from nanopd.core.scheduler import Load
 from nanopd.messages import Route
+from nanopd.metrics import SLO
 from nanopd.routing.cost_model import CostModel, chunk_history, chunk_pairs
 from nanopd.routing.decision import Prediction
 from nanopd.routing.split import Split

@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from nanopd.config import PREDICTING, EngineConfig, routes_for_policy
-from nanopd.config_files import config_dir
-from nanopd.core.metrics import SLO
+from nanopd.config.files import config_dir
 from nanopd.errors import ConfigError
+from nanopd.metrics import SLO
 from nanopd.routing.adaptive import AdaptiveRouter
 from nanopd.routing.closed_form import ClosedFormRouter
 from nanopd.routing.cost_model import CostModel, Parameters

@@ -19,11 +19,11 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from nanopd.async_llm import AsyncLLM, AsyncRequest
-from nanopd.detokenizer import TokenPieces
 from nanopd.errors import ConfigError, NanopdError, RequestError
+from nanopd.frontend.async_llm import AsyncLLM, AsyncRequest
+from nanopd.frontend.detokenizer import TokenPieces
+from nanopd.frontend.outputs import RequestOutput, RequestOutputDelta
 from nanopd.messages import FinishReason
-from nanopd.outputs import RequestOutput, RequestOutputDelta
 from nanopd.serve.metrics import CONTENT_TYPE, Metrics
 from nanopd.serve.protocol import ChatBody, CompletionBody, Json, usage
 

@@ -10,9 +10,9 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from nanopd.core.metrics import RequestMetrics
-from nanopd.engine_thread import EngineStats
+from nanopd.frontend.engine_thread import EngineStats
 from nanopd.messages import FinishReason, RequestLog
+from nanopd.metrics import RequestMetrics
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 REQUEST_BOUNDS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)

@@ -16,10 +16,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from nanopd.detokenizer import REPLACEMENT
-from nanopd.llm import LLM, Prompt
-from nanopd.messages import MAX_LOGPROBS, SamplingParams
-from nanopd.outputs import CompletionOutput, RequestOutput, RequestOutputDelta
+from nanopd.frontend.detokenizer import REPLACEMENT
+from nanopd.frontend.llm import LLM, Prompt
+from nanopd.frontend.outputs import CompletionOutput, RequestOutput, RequestOutputDelta
+from nanopd.messages import MAX_LOGPROBS
+from nanopd.request import SamplingParams
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
 NO_EFFECT = {"user", "metadata", "safety_identifier", "prompt_cache_key"}

@@ -8,10 +8,10 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from nanopd.core.metrics import SLO, Percentiles, RequestMetrics, by_route, summarize
-from nanopd.core.tables import format_table
 from nanopd.errors import ConfigError
+from nanopd.lab.tables import format_table
 from nanopd.messages import EventKind, FinishReason, RequestEvent, RequestLog, Route
+from nanopd.metrics import SLO, Percentiles, RequestMetrics, by_route, summarize
 
 
 def make_log(

@@ -9,7 +9,8 @@ from nanopd.config import EngineConfig, ModelConfig
 from nanopd.core.block_manager import BlockManager
 from nanopd.core.scheduler import Scheduler, StepOutcome
 from nanopd.core.sequence import Sequence, SequenceStatus
-from nanopd.messages import Role, Route, RowFlag, SamplingParams, StepBatch, StepResult
+from nanopd.messages import Role, Route, RowFlag, StepBatch, StepResult
+from nanopd.request import SamplingParams
 
 EOS = 2
 MODEL = ModelConfig("llama", 128, 8, 8, 1, 1, 1, 8, 64, 1e-5, 1e4, eos_token_ids=(EOS,))

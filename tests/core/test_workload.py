@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanopd.core.workload import (
+from nanopd.lab.workload import (
     HASH_BLOCK_SIZE,
     LONG_PROMPTS,
     MIXED_PROMPTS,

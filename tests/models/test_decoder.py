@@ -10,7 +10,7 @@ from model_zoo import load_hf, make_tiny_model
 from paged_run import PagedRun, PagedSequence
 from torch import Tensor
 
-from nanopd.model_files import read_model_config
+from nanopd.checkpoints.model_files import read_model_config
 from nanopd.models import Decoder, load_model
 
 # architecture, heads, kv heads, head_dim, tied, rope

@@ -13,8 +13,8 @@ from model_zoo import make_tiny_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nanopd.checkpoints.model_files import read_model_config
 from nanopd.errors import UnsupportedModelError
-from nanopd.model_files import read_model_config
 from nanopd.models import Decoder, load_model
 from nanopd.models.layers import checkpoint_tensors
 

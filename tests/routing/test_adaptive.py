@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanopd.config_files import config_dir
-from nanopd.core.metrics import SLO
+from nanopd.config.files import config_dir
 from nanopd.core.scheduler import Load
 from nanopd.core.sequence import Sequence, SequenceStatus
-from nanopd.messages import Role, Route, SamplingParams
+from nanopd.messages import Role, Route
+from nanopd.metrics import SLO
+from nanopd.request import SamplingParams
 from nanopd.routing.adaptive import AdaptiveRouter
 from nanopd.routing.cost_model import CostModel, Parameters, chunk_pairs
 from nanopd.routing.outlook import EXCESS_STEP, Expected, Outlook, RouteSet

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nanopd.config_files import config_dir
+from nanopd.config.files import config_dir
 from nanopd.messages import Route
 from nanopd.routing.closed_form import ClosedForm
 from nanopd.routing.cost_model import Parameters

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanopd.config_files import config_dir
+from nanopd.config.files import config_dir
 from nanopd.errors import ConfigError
 from nanopd.routing.cost_model import (
     Correction,

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from nanopd.config import EngineConfig, load_config
-from nanopd.config_files import config_dir
-from nanopd.core.metrics import SLO
+from nanopd.config.files import config_dir
 from nanopd.errors import ConfigError
 from nanopd.messages import Route
+from nanopd.metrics import SLO
 from nanopd.routing.adaptive import AdaptiveRouter
 from nanopd.routing.closed_form import ClosedFormRouter
 from nanopd.routing.policy import find_parameters, make_policy

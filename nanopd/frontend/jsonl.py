@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from nanopd.errors import RequestError
-from nanopd.messages import SamplingParams
+from nanopd.request import SamplingParams
 
 if TYPE_CHECKING:
-    from nanopd.llm import LLM, RequestHandle
-    from nanopd.outputs import RequestOutput
+    from nanopd.frontend.llm import LLM, RequestHandle
+    from nanopd.frontend.outputs import RequestOutput
     from nanopd.routing.decision import Prediction
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")

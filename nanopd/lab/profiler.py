@@ -25,7 +25,6 @@ from tqdm import tqdm
 from nanopd.config import EngineConfig, ModelConfig, allowed_routes
 from nanopd.errors import WorkerError
 from nanopd.ipc.doorbell import Doorbell
-from nanopd.links import send_plan
 from nanopd.messages import (
     BLOCK_COPY,
     SLOT_INIT,
@@ -49,7 +48,8 @@ from nanopd.routing.cost_model import (
     fit,
     prediction_errors,
 )
-from nanopd.worker_process import WorkerProcess, WorkerProcesses
+from nanopd.workers.paths import send_plan
+from nanopd.workers.processes import WorkerProcess, WorkerProcesses
 
 REPEATS = 5  # after one that does not count; the best does, as whatever disturbs a measurement makes it longer
 ANSWER_TIMEOUT_S = 120.0

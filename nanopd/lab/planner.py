@@ -16,17 +16,17 @@ from typing import Any
 
 import numpy as np
 
+from nanopd.checkpoints.model_files import read_model_config, resolve
 from nanopd.config import LEVELS, EngineConfig, ModelConfig
-from nanopd.core.metrics import SLO, RequestMetrics
 from nanopd.core.sequence import Sequence as Request
-from nanopd.core.workload import WorkloadRequest
 from nanopd.errors import ConfigError
+from nanopd.lab.simulator import simulate
+from nanopd.lab.workload import WorkloadRequest
 from nanopd.messages import RequestLog, Role
-from nanopd.model_files import read_model_config, resolve
+from nanopd.metrics import SLO, RequestMetrics
 from nanopd.routing.adaptive import AdaptiveRouter
 from nanopd.routing.cost_model import Parameters, chunk_pairs
 from nanopd.routing.policy import make_policy
-from nanopd.simulator import simulate
 
 TARGET = 0.9  # attainment
 STEP = 1.2  # between rates while the goodput is not enclosed

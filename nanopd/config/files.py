@@ -12,7 +12,7 @@ from nanopd.errors import ConfigError
 
 def config_dir() -> Path:
     """The directory of the shipped configurations."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nanopd.core.metrics import RequestMetrics
 from nanopd.messages import Route
+from nanopd.metrics import RequestMetrics
 from nanopd.routing.decision import Decision
 
 

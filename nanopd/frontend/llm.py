@@ -25,17 +25,18 @@ from typing import Any, cast
 from jinja2 import TemplateError  # comes with transformers' chat templates
 from tqdm import tqdm
 
-from nanopd.beam_search import BeamSearch, sampling_params
+from nanopd.checkpoints.model_files import load_tokenizer, read_model_config, resolve
 from nanopd.config import PREDICTING, EngineConfig, ModelConfig, check_devices, load_config
-from nanopd.core.metrics import RequestMetrics
 from nanopd.core.sequence import FINISH_REASONS, Sequence
-from nanopd.detokenizer import StoppableText
-from nanopd.engine_thread import EngineStats, EngineThread, Request, RequestHandle
+from nanopd.engine.beam_search import BeamSearch, sampling_params
 from nanopd.errors import ConfigError, RequestError
-from nanopd.messages import BeamSearchParams, FinishReason, RequestLog, Route, SamplingParams, Work
-from nanopd.model_files import load_tokenizer, read_model_config, resolve
-from nanopd.outputs import CompletionOutput, RequestOutput, RequestOutputDelta
-from nanopd.profiler import cache_file
+from nanopd.frontend.detokenizer import StoppableText
+from nanopd.frontend.engine_thread import EngineStats, EngineThread, Request, RequestHandle
+from nanopd.frontend.outputs import CompletionOutput, RequestOutput, RequestOutputDelta
+from nanopd.lab.profiler import cache_file
+from nanopd.messages import FinishReason, RequestLog, Route, Work
+from nanopd.metrics import RequestMetrics
+from nanopd.request import BeamSearchParams, SamplingParams
 from nanopd.routing.decision import Decision, Policy
 from nanopd.routing.policy import find_parameters, keep_lengths, make_policy
 

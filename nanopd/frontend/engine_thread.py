@@ -19,17 +19,18 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from nanopd.beam_search import BeamSearch
 from nanopd.config import EngineConfig, ModelConfig
 from nanopd.core.sequence import FINISH_REASONS, Sequence, SequenceStatus
-from nanopd.detokenizer import StoppableText, TokenPieces
-from nanopd.engine import Engine, Update
+from nanopd.engine.beam_search import BeamSearch
+from nanopd.engine.engine import Engine, Update
 from nanopd.errors import NanopdError, RequestError, WorkerError
+from nanopd.frontend.detokenizer import StoppableText, TokenPieces
+from nanopd.frontend.outputs import BlockStats, RequestOutput, RequestOutputDelta
 from nanopd.ipc.doorbell import Doorbell
-from nanopd.messages import BeamSearchParams, FinishReason, RequestLog, Role, SamplingParams
-from nanopd.outputs import BlockStats, RequestOutput, RequestOutputDelta
+from nanopd.messages import FinishReason, RequestLog, Role
+from nanopd.request import BeamSearchParams, SamplingParams
 from nanopd.routing.decision import Policy
-from nanopd.worker_process import WorkerProcesses
+from nanopd.workers.processes import WorkerProcesses
 
 MAX_WAIT_S = 1.0
 MAX_COMMANDS_S = 0.002  # between steps: workers go on while thousands of requests come in

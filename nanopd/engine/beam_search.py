@@ -12,17 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from nanopd.core.sequence import FINISH_REASONS, Sequence, SequenceStatus
-from nanopd.engine import Engine
+from nanopd.engine.engine import Engine
 from nanopd.errors import RequestError
-from nanopd.messages import (
-    MAX_LOGPROBS,
-    BeamSearchParams,
-    EventKind,
-    FinishReason,
-    RequestEvent,
-    RequestLog,
-    SamplingParams,
-)
+from nanopd.messages import MAX_LOGPROBS, EventKind, FinishReason, RequestEvent, RequestLog
+from nanopd.request import BeamSearchParams, SamplingParams
 
 
 @dataclass(slots=True)

@@ -27,12 +27,10 @@ from nanopd.core.sequence import Chooser, Sequence, SequenceStatus, TextStream
 from nanopd.core.speculation import Drafter
 from nanopd.core.watchdog import Watchdog
 from nanopd.errors import RequestError, WorkerError
-from nanopd.links import send_plan
 from nanopd.messages import (
     EventKind,
     Role,
     Route,
-    SamplingParams,
     SlotExtras,
     StepBatch,
     StepResult,
@@ -41,10 +39,12 @@ from nanopd.messages import (
     TransferPlan,
     Work,
 )
+from nanopd.request import SamplingParams
 from nanopd.routing.cost_model import CostModel, chunk_pairs
 from nanopd.routing.decision import Decision, Policy
 from nanopd.routing.feedback import Feedback
 from nanopd.routing.policy import make_policy
+from nanopd.workers.paths import send_plan
 
 MAX_REPLAYS = 2  # of a request that was being computed when a worker died
 HOST_BYTES_PER_MS = 25e6  # to and from host memory; an H200 does 55e6, older buses half of that

@@ -21,13 +21,12 @@ import numpy as np
 from nanopd.config import EngineConfig, ModelConfig
 from nanopd.core.block_manager import BlockManager
 from nanopd.core.scheduler import Load, Scheduler
-from nanopd.core.workload import WorkloadRequest, prompt_token_ids
-from nanopd.engine import Engine
+from nanopd.engine.engine import Engine
+from nanopd.lab.workload import WorkloadRequest, prompt_token_ids
 from nanopd.messages import (
     RequestLog,
     Role,
     RowFlag,
-    SamplingParams,
     SlotExtras,
     StepBatch,
     StepResult,
@@ -35,6 +34,7 @@ from nanopd.messages import (
     TransferPath,
     TransferPlan,
 )
+from nanopd.request import SamplingParams
 from nanopd.routing.cost_model import Parameters, rows_of
 from nanopd.routing.decision import Policy
 from nanopd.routing.policy import make_policy

@@ -10,9 +10,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanopd import demo_model
+from nanopd.checkpoints import demo_model
 from nanopd.config import DTYPES, ModelConfig, RopeScaling
-from nanopd.config_files import config_dir
+from nanopd.config.files import config_dir
 from nanopd.errors import ConfigError, UnsupportedModelError
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from collections.abc import AsyncIterator, Callable, Generator
 from functools import partial
 from typing import Any
 
-from nanopd.engine_thread import EngineStats
-from nanopd.llm import LLM, Prompt
-from nanopd.messages import SamplingParams
-from nanopd.outputs import RequestOutput, RequestOutputDelta
+from nanopd.frontend.engine_thread import EngineStats
+from nanopd.frontend.llm import LLM, Prompt
+from nanopd.frontend.outputs import RequestOutput, RequestOutputDelta
+from nanopd.request import SamplingParams
 
 
 class AsyncRequest:

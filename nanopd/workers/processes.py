@@ -27,7 +27,6 @@ from nanopd.ipc.doorbell import Doorbell, HasFileno, Waiter
 from nanopd.ipc.process import die_with_parent
 from nanopd.ipc.ring import RingFull
 from nanopd.ipc.shared_memory import Memories
-from nanopd.links import measure
 from nanopd.messages import (
     BLOCK_COPY,
     MAX_BAD_WORD_TOKENS,
@@ -51,6 +50,7 @@ from nanopd.messages import (
     TransferPlan,
 )
 from nanopd.wire import decode, encode, encoded_size
+from nanopd.workers.paths import measure
 
 WORKER_ENTRY = "nanopd.worker.main"  # a module with a function main
 SHUTDOWN_TIMEOUT_S = 5.0

@@ -1,0 +1,1 @@
+"""Model directories: configuration, tokenizer, the demo model."""

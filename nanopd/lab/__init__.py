@@ -1,0 +1,1 @@
+"""What is measured and simulated: profile, simulation, plan, workloads."""
