@@ -141,7 +141,7 @@ def measure_prefix(block_size: int, num_repeats: int) -> Row:
         found = manager.find(keys)
         times_us.append((1e6 * (hashed - start), 1e6 * (time.perf_counter() - hashed)))
         if not found:
-            manager.make_findable(table, keys)
+            manager.publish(table, keys)
     hash_us, find_us = np.median(times_us, axis=0).round(1)
     row = {"prompt_len": PREFIX_LEN, "block_size": block_size, "hash_us": hash_us, "find_us": find_us}
     return {**row, "bar_us": PREFIX_BARS_US[block_size]}

@@ -1,4 +1,7 @@
-"""What is asked of the engine: how to choose tokens, checked when it is made. Parent process only."""
+"""What is asked of the engine: `Request` and how to choose its tokens, both checked when they are made.
+
+Parent process only. Knows no model: what depends on the model, `Engine.check` looks at.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Any
 
 from nanopd.errors import RequestError
 from nanopd.messages import (
+    Route,
     MAX_ANSWERS,
     MAX_BAD_WORD_TOKENS,
     MAX_BAD_WORDS,
@@ -48,6 +52,12 @@ TOKEN_ID = integer(0)
 BIAS_VALUE = number(-100, 100)
 LOGPROBS = integer(0, MAX_LOGPROBS)
 BAD_WORD = Rule(_is_word, f"text, or 1 to {MAX_BAD_WORD_TOKENS} token ids")
+REQUEST_RULES = {
+    "arrival_s": number(-math.inf),
+    "deadline_s": optional(positive()),
+    "queue_timeout_s": optional(positive()),
+    "priority": integer(-(2**63), 2**63 - 1),
+}
 BIASES = Rule(_is_bias, f"a mapping of token ids, each to {BIAS_VALUE.text}")
 
 
@@ -160,3 +170,41 @@ def _as_tuple(value: Any) -> Any:
     if not isinstance(value, Iterable):
         return value
     return tuple(tuple(item) if isinstance(item, list) else item for item in value)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request as the caller made it. Each sequence that is generated for it holds it.
+
+    Raises:
+        RequestError: a number that is out of range; names field, value and what is allowed.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]  # must not be changed
+    params: SamplingParams
+    arrival_s: float = 0.0  # of the engine's clock, when the request was due
+    prompt: str | None = None  # None where token ids were given
+    is_streamed: bool = False  # each token is delivered as it comes
+    deadline_s: float | None = None  # after arrival, when the request is aborted
+    queue_timeout_s: float | None = None  # after arrival, when the request is aborted if its prefill has not started
+    priority: int = 0  # lower goes first and is preempted last; among equals, who was submitted first
+    route: Route | None = None  # asked for in place of one of the policy's
+    beams: BeamSearchParams | None = None  # None: sample; else `params` are those of the search's sequences
+
+    def __post_init__(self) -> None:
+        for name, rule in REQUEST_RULES.items():
+            if not rule.allows(value := getattr(self, name)):
+                raise RequestError(name, value, rule.text)
+
+    @property
+    def limits_s(self) -> dict[str, float]:
+        """The time limits that the request has, by the names of their fields."""
+        limits = {"deadline_s": self.deadline_s, "queue_timeout_s": self.queue_timeout_s}
+        return {name: limit_s for name, limit_s in limits.items() if limit_s is not None}
+
+    @property
+    def max_num_tokens(self) -> int | None:
+        """Prompt and answer together; None: as many as the engine allows."""
+        max_tokens = self.params.max_tokens
+        return None if max_tokens is None else len(self.prompt_token_ids) + max_tokens

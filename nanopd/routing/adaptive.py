@@ -80,7 +80,7 @@ class AdaptiveRouter:
             self._feasible = RouteSet(feasible)
         taken, best_other = outlook.best(self._feasible)
         roles: Changes = ()
-        if seq.fixed_route is None:
+        if seq.request.route is None:
             roles = self._keeper.changes(self._feasible, taken, lambda routes: outlook.best(routes)[0], workers)
         is_hopeless = self._is_hopeless(taken)
         if self.admission == "reject" and seq.decision is None and is_hopeless:
