@@ -41,9 +41,9 @@ from nanopd.messages import (
 )
 from nanopd.request import SamplingParams
 from nanopd.routing.cost_model import CostModel, chunk_pairs
-from nanopd.routing.decision import Decision, Policy
+from nanopd.routing.factory import make_policy
 from nanopd.routing.feedback import Feedback
-from nanopd.routing.policy import make_policy
+from nanopd.routing.policy import Decision, Policy
 from nanopd.workers.paths import send_plan
 
 MAX_REPLAYS = 2  # of a request that was being computed when a worker died
