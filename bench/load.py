@@ -46,7 +46,7 @@ from nanopd.lab.workload import (
 from nanopd.messages import FinishReason, RequestLog, Work
 from nanopd.metrics import SLO, Percentiles, RequestMetrics, summarize
 from nanopd.routing.cost_model import Parameters
-from nanopd.routing.policy import make_policy
+from nanopd.routing.factory import make_policy
 
 PROMPTS: dict[str, LengthDistribution] = {"short": SHORT_PROMPTS, "long": LONG_PROMPTS, "mixed": MIXED_PROMPTS}
 NATURAL = "natural"

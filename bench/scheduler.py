@@ -33,7 +33,7 @@ from nanopd.lab.simulator import simulate
 from nanopd.lab.workload import FixedLength, MixedLength, synthetic_requests
 from nanopd.messages import EventKind, RowFlag, StepBatch, StepResult, TransferAck, TransferPlan
 from nanopd.request import SamplingParams
-from nanopd.routing.policy import find_parameters
+from nanopd.routing.factory import find_parameters
 from nanopd.wire import decode, encode, encoded_size
 
 MAX_LEN = 4096

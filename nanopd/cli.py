@@ -174,7 +174,7 @@ def _profile(config: EngineConfig, target: Path | None) -> int:
 
 def _plan(args: argparse.Namespace, config: EngineConfig) -> int:
     from nanopd.lab import planner
-    from nanopd.routing.policy import find_parameters
+    from nanopd.routing.factory import find_parameters
 
     if args.figure and find_spec("matplotlib") is None:
         raise NanopdError("--figure needs more packages: pip install nanopd[plot]")

@@ -13,7 +13,6 @@ from typing import Any
 
 from nanopd.errors import RequestError
 from nanopd.messages import (
-    Route,
     MAX_ANSWERS,
     MAX_BAD_WORD_TOKENS,
     MAX_BAD_WORDS,
@@ -21,6 +20,7 @@ from nanopd.messages import (
     MAX_PROCESSOR_BYTES,
     MAX_STOP_TOKEN_IDS,
     LogitsProcessor,
+    Route,
 )
 from nanopd.rules import (
     SEED,

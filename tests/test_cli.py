@@ -29,7 +29,7 @@ from nanopd.frontend.outputs import BlockStats
 from nanopd.messages import EventKind, FinishReason, RequestEvent, RequestLog, Role, Route
 from nanopd.metrics import RequestMetrics
 from nanopd.request import SamplingParams
-from nanopd.routing.decision import Decision, Prediction
+from nanopd.routing.policy import Decision, Prediction
 
 ROOT = Path(__file__).parents[1]
 EXPLAINED = Decision(

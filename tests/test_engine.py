@@ -31,7 +31,7 @@ from nanopd.errors import RequestError, WorkerError
 from nanopd.messages import EventKind, FinishReason, Role, Route, StepBatch, TransferPlan
 from nanopd.metrics import RequestMetrics
 from nanopd.request import BeamSearchParams, SamplingParams
-from nanopd.routing.policy import find_parameters, make_policy
+from nanopd.routing.factory import find_parameters, make_policy
 
 TOPOLOGIES = {
     "mixed": ["mixed"],

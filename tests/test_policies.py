@@ -19,7 +19,7 @@ from nanopd.core.sequence import Sequence
 from nanopd.engine.engine import Engine
 from nanopd.messages import EventKind, FinishReason, Role, Route
 from nanopd.metrics import SLO, RequestMetrics
-from nanopd.routing.policy import find_parameters, make_policy
+from nanopd.routing.factory import find_parameters, make_policy
 
 H200 = find_parameters("8xh200")
 LEVELS = {"ttft_ms": 50, "tpot_ms": 10, "first_gap_ms": 30}

@@ -14,10 +14,10 @@ from nanopd.lab.simulator import simulate
 from nanopd.lab.workload import MIXED_PROMPTS, FixedLength, LogNormalLength, WorkloadRequest, synthetic_requests
 from nanopd.messages import EventKind, RequestLog
 from nanopd.metrics import SLO, summarize
-from nanopd.routing.adaptive import AdaptiveRouter
-from nanopd.routing.closed_form import ClosedFormRouter
+from nanopd.routing.adaptive import AdaptivePolicy
+from nanopd.routing.closed_form import ClosedFormPolicy
 from nanopd.routing.cost_model import CostModel, Parameters, Terms, chunk_pairs
-from nanopd.routing.policy import make_policy
+from nanopd.routing.factory import make_policy
 
 MODEL = ModelConfig("qwen3", 1000, 4096, 12288, 36, 32, 8, 128, 8192, 1e-6, 1e6, dtype="bfloat16")
 H200 = Parameters.load(config_dir() / "params" / "8xh200.json")
@@ -85,8 +85,8 @@ def test_jumps_change_nothing(roles: str, policy: str) -> None:
         routes = allowed_routes(settings.roles)
         router = {
             "fixed": None,
-            "closed_form": ClosedFormRouter(routes, small),
-            "adaptive": AdaptiveRouter(routes, len(settings.roles), CostModel(small), 2048, SLO(200, 10, 50)),
+            "closed_form": ClosedFormPolicy(routes, small),
+            "adaptive": AdaptivePolicy(routes, len(settings.roles), CostModel(small), 2048, SLO(200, 10, 50)),
         }[policy]
         outcomes.append(run(ROLES[roles], fixed, requests, parameters=small, router=router, may_jump=may_jump))
     for stepped, jumped in zip(*(sorted(o.items()) for o in outcomes), strict=True):

@@ -15,7 +15,7 @@ from nanopd.core.sequence import Sequence
 from nanopd.engine.fleet import Fleet
 from nanopd.engine.roles import Roles
 from nanopd.messages import EventKind, Role, Route
-from nanopd.routing.decision import Decision, Policy
+from nanopd.routing.policy import Decision, Policy
 
 
 class Dispatcher:

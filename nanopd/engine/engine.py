@@ -33,8 +33,8 @@ from nanopd.errors import RequestError, WorkerError
 from nanopd.messages import EventKind, Role, StepBatch, StepResult, TransferAck, TransferPlan, Work
 from nanopd.request import Request
 from nanopd.routing.cost_model import CostModel, MoveSample, StepSample, chunk_pairs, rows_of
-from nanopd.routing.decision import Policy
-from nanopd.routing.policy import make_policy
+from nanopd.routing.factory import make_policy
+from nanopd.routing.policy import Policy
 from nanopd.workers.client import WorkerClient
 
 MAX_REPLAYS = 2  # of a request that was being computed when a worker died

@@ -11,7 +11,7 @@ from nanopd.engine.fleet import Fleet
 from nanopd.errors import RequestError
 from nanopd.messages import Role, Route
 from nanopd.request import Request
-from nanopd.routing.decision import Policy
+from nanopd.routing.policy import Policy
 
 
 class Roles:

@@ -29,7 +29,7 @@ from nanopd.frontend.outputs import BlockStats, RequestOutput, RequestOutputDelt
 from nanopd.ipc.doorbell import Doorbell
 from nanopd.messages import FinishReason, RequestLog, Role
 from nanopd.request import BeamSearchParams, SamplingParams
-from nanopd.routing.decision import Policy
+from nanopd.routing.policy import Policy
 from nanopd.workers.processes import WorkerProcesses
 
 MAX_WAIT_S = 1.0

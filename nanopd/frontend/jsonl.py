@@ -24,7 +24,7 @@ from nanopd.request import SamplingParams
 if TYPE_CHECKING:
     from nanopd.frontend.llm import LLM, RequestHandle
     from nanopd.frontend.outputs import RequestOutput
-    from nanopd.routing.decision import Prediction
+    from nanopd.routing.policy import Prediction
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
 SAMPLING_KEYS = tuple(f.name for f in fields(SamplingParams) if f.name != "logits_processors")

@@ -37,8 +37,8 @@ from nanopd.lab.profiler import cache_file
 from nanopd.messages import FinishReason, RequestLog, Route, Work
 from nanopd.metrics import RequestMetrics
 from nanopd.request import BeamSearchParams, SamplingParams
-from nanopd.routing.decision import Decision, Policy
-from nanopd.routing.policy import find_parameters, keep_lengths, make_policy
+from nanopd.routing.factory import find_parameters, keep_lengths, make_policy
+from nanopd.routing.policy import Decision, Policy
 
 Prompt = str | list[int]
 

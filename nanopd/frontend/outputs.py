@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from nanopd.messages import Route
 from nanopd.metrics import RequestMetrics
-from nanopd.routing.decision import Decision
+from nanopd.routing.policy import Decision
 
 
 @dataclass(slots=True)

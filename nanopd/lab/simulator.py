@@ -36,8 +36,8 @@ from nanopd.messages import (
 )
 from nanopd.request import SamplingParams
 from nanopd.routing.cost_model import Parameters, rows_of
-from nanopd.routing.decision import Policy
-from nanopd.routing.policy import make_policy
+from nanopd.routing.factory import make_policy
+from nanopd.routing.policy import Policy
 
 MIN_JUMP = 3  # steps that are worth a jump
 NEVER_S = 1e12
