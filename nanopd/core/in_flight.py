@@ -22,7 +22,7 @@ class WorkerLedger:
     """What one worker has to answer. A ledger of a worker that is replaced starts anew with `forget`."""
 
     def __init__(self) -> None:
-        self.busy_us = 0  # spent on steps, until `Ledger.take_busy_us`
+        self.busy_us = 0  # spent on steps, since `reset_busy`
         self._steps: deque[StepBatch] = deque()
         self._plans: dict[int, TransferPlan] = {}
         self._steps_since_s = self._plans_since_s = math.inf  # the oldest unanswered one's time; inf: nothing is out
@@ -63,9 +63,8 @@ class WorkerLedger:
         if self._plans:
             self._plans_since_s = now_s
 
-    def take_busy_us(self) -> int:
-        busy_us, self.busy_us = self.busy_us, 0
-        return busy_us
+    def reset_busy(self) -> None:
+        self.busy_us = 0
 
     @property
     def since_s(self) -> float:

@@ -1,4 +1,4 @@
-"""Gives sequences to workers: chooses a route by the policy, or lets a sequence wait for a worker or for another sequence.
+"""Gives sequences to workers: chooses a route by the policy, or lets a sequence wait for a worker or another sequence.
 
 Engine's thread. Ends no sequence: those that cannot be served are returned, with the reason.
 """

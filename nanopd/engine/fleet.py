@@ -7,11 +7,12 @@ engine's to decide.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from nanopd.config import EngineConfig, ModelConfig
 from nanopd.core.in_flight import Ledger, WorkerLedger
 from nanopd.core.scheduler import Scheduled, Scheduler
+from nanopd.core.sequence import Sequence
 from nanopd.errors import WorkerError
 from nanopd.messages import Role, TransferPlan
 from nanopd.workers.client import WorkerClient
@@ -36,7 +37,7 @@ class Fleet:
         self.schedulers: list[Scheduler] = []
         self.errors: dict[int, WorkerError] = {}  # of dead workers
         self.ledger = Ledger(len(clients), config.step_timeout_s)
-        self.peak_blocks = [0] * len(clients)  # in use, since `take_peaks`
+        self.peak_blocks = [0] * len(clients)  # in use, since `reset_statistics`
         self._returning: set[int] = set()  # dead workers that are being replaced
         self._config, self._model, self._clock, self._replace = config, model, clock, replace
         for worker, role in enumerate(config.roles):
@@ -83,7 +84,7 @@ class Fleet:
 
     # ------------------------------------------------------------------------------------------- lives and deaths
 
-    def bury(self, worker: int, error: WorkerError) -> Sequence:
+    def bury(self, worker: int, error: WorkerError) -> list[Sequence]:
         """A worker is gone. Returns the sequences that it was computing something of."""
         logger.error("%s", str(error))  # the record must not keep the traceback and all that it refers to
         self.errors[worker] = error
@@ -114,7 +115,8 @@ class Fleet:
         blocks = self.schedulers[worker].residency.blocks
         self.peak_blocks[worker] = max(self.peak_blocks[worker], blocks.num_usable - blocks.num_free)
 
-    def take_peaks(self) -> list[int]:
-        """The most blocks that each worker had in use since the last call."""
-        peaks, self.peak_blocks = self.peak_blocks, [0] * len(self.clients)
-        return peaks
+    def reset_statistics(self) -> None:
+        """Forget peaks and busy times so far."""
+        self.peak_blocks = [0] * len(self.clients)
+        for ledger in self.ledger.of_worker:
+            ledger.reset_busy()

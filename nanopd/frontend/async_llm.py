@@ -13,9 +13,8 @@ from collections.abc import AsyncIterator, Callable, Generator
 from functools import partial
 from typing import Any
 
-from nanopd.frontend.engine_thread import EngineStats
 from nanopd.frontend.llm import LLM, Prompt
-from nanopd.frontend.outputs import RequestOutput, RequestOutputDelta
+from nanopd.frontend.outputs import EngineStats, RequestOutput, RequestOutputDelta
 from nanopd.request import SamplingParams
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nanopd.messages import Route
+from nanopd.messages import RequestLog, Role, Route
 from nanopd.metrics import RequestMetrics
 from nanopd.routing.policy import Decision
 
@@ -60,3 +60,18 @@ class BlockStats:
     used: int
     peak: int
     total: int
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Of an engine since it started, or where it says so since `LLM.stats(reset=True)`."""
+
+    blocks: list[BlockStats]  # per worker; peaks since the reset
+    logs: list[RequestLog]  # of requests finished since the reset, the latest 100,000; 1,000 with `LLM.observe_logs`
+    busy_s: list[float]  # per worker, spent on steps since the reset
+    roles: list[Role]  # per worker, now
+    drift: dict[str, float]  # measured over predicted, by kind of work; empty where the policy does not correct itself
+    num_preemptions: int
+    num_restarts: list[int]  # per worker, begun after it died
+    num_running: int  # sequences: answers of requests
+    num_waiting: int  # sequences, for a first or, preempted, another turn

@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from nanopd.frontend.engine_thread import EngineStats
+from nanopd.frontend.outputs import EngineStats
 from nanopd.messages import FinishReason, RequestLog
 from nanopd.metrics import RequestMetrics
 
