@@ -135,10 +135,10 @@ class TransferPath(str, Enum):
 class Ready:
     """Worker to parent: weights loaded, KV cache allocated."""
 
-    num_blocks: int
-    pid: int
-    kv_handle: object = None  # what a peer needs to open the cache on a GPU; None: nothing more than it has
-    paths: dict[int, TransferPath] = field(default_factory=dict)  # by source: how this worker gets blocks
+    num_blocks: int  # of the KV cache
+    num_host_blocks: int  # of the host memory for sequences that are swapped out
+    paths: dict[int, TransferPath]  # by source: how this worker gets blocks
+    kv_handle: object  # what a peer needs to open the cache on a GPU; None: nothing more than it has
 
 
 @dataclass(frozen=True, slots=True)

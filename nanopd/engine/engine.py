@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 from nanopd.config import EngineConfig, ModelConfig, allowed_routes, routes_for_policy
 from nanopd.core.block_manager import BlockManager
@@ -31,11 +30,8 @@ from nanopd.messages import (
     EventKind,
     Role,
     Route,
-    SlotExtras,
-    StepBatch,
     StepResult,
     TransferAck,
-    TransferPath,
     TransferPlan,
     Work,
 )
@@ -44,25 +40,13 @@ from nanopd.routing.cost_model import CostModel, chunk_pairs
 from nanopd.routing.decision import Decision, Policy
 from nanopd.routing.feedback import Feedback
 from nanopd.routing.policy import make_policy
+from nanopd.workers.client import WorkerClient
 from nanopd.workers.paths import send_plan
 
 MAX_REPLAYS = 2  # of a request that was being computed when a worker died
 HOST_BYTES_PER_MS = 25e6  # to and from host memory; an H200 does 55e6, older buses half of that
 
 logger = logging.getLogger(__name__)
-
-
-class WorkerClient(Protocol):
-    """A worker as the engine sees it."""
-
-    num_blocks: int
-    paths: dict[int, TransferPath]  # by source: how blocks get to this worker
-
-    def send(self, message: SlotExtras | StepBatch | TransferPlan) -> None:
-        """Give the worker something to do; steps are done in order. Never waits and never fails."""
-
-    def poll(self) -> list[StepResult | TransferAck]:
-        """What it has done since the last call; never waits. Raises WorkerError when the worker is gone."""
 
 
 @dataclass(slots=True)

@@ -70,9 +70,9 @@ class _Run:
 class SimulatedWorker:
     """A WorkerClient that answers when a real worker would have."""
 
-    def __init__(self, parameters: Parameters, clock: VirtualClock, block_size: int) -> None:
+    def __init__(self, parameters: Parameters, clock: VirtualClock, block_size: int, num_host_blocks: int) -> None:
         self.paths: dict[int, TransferPath] = {}  # the destination alone acts
-        self.num_blocks = parameters.num_kv_tokens // block_size + 1
+        self.num_blocks, self.num_host_blocks = parameters.num_kv_tokens // block_size + 1, num_host_blocks
         self.scheduler: _JumpingScheduler | None = None  # that sends the steps; None: nothing is jumped over
         self._parameters, self._clock, self._block_size = parameters, clock, block_size
         self._pair_terms = parameters.pair_terms()
@@ -279,7 +279,8 @@ def simulate(
         The engine as it is then, and what happened to each request, in the order in which they ended.
     """
     clock = VirtualClock()
-    workers = [SimulatedWorker(parameters, clock, config.block_size) for _ in config.workers]
+    num_host_blocks = config.num_host_blocks(model)
+    workers = [SimulatedWorker(parameters, clock, config.block_size, num_host_blocks) for _ in config.workers]
     policy = policy or make_policy(config, parameters)
     # who does not answer for long has many steps to jump over; and there is no text to find drafts in
     config = config.replace(step_timeout_s=NEVER_S, num_speculative_tokens=0)

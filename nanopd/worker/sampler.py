@@ -13,7 +13,6 @@ of `nanopd.cuda.sampling` are the same rule.
 
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import NamedTuple
 
 import numpy as np
@@ -91,7 +90,7 @@ class Sampler:
 
     def take_extras(self, extras: SlotExtras) -> None:
         """They hold from when a sequence enters their slot, which is in the next step."""
-        self._arrived[extras.slot] = deepcopy(extras)  # the message's memory is used again
+        self._arrived[extras.slot] = extras
 
     def apply(
         self,
@@ -102,7 +101,7 @@ class Sampler:
         self._slots[slot_inits["slot"]] = slot_inits
         ends = np.cumsum(slot_inits["num_stop_ids"])
         for slot, ids in zip(slot_inits["slot"].tolist(), np.split(stop_ids, ends[:-1]), strict=False):
-            self._stop_ids[slot] = ids.copy()  # the message's memory is used again
+            self._stop_ids[slot] = ids
             extras = self._arrived.pop(slot, None)
             self._adjustments.enter(slot, extras)
             self._prompts.pop(slot, None)

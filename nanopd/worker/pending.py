@@ -1,4 +1,4 @@
-"""What a worker has begun and its loop asks after."""
+"""Work that a worker has begun, whose loop asks whether it is done."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from typing import Protocol
 from nanopd.messages import StepResult, TransferAck
 
 
-class Launched(Protocol):
-    """Something under way. Asked again and again, it may use that to go on."""
+class Pending(Protocol):
+    """Work under way."""
 
-    def is_done(self) -> bool: ...
+    def is_done(self) -> bool:
+        """Asked again and again until it is true. The work may use each call to go on."""
 
     def result(self) -> StepResult | TransferAck | None:
-        """To be called once, when it is done; None: nothing to tell."""
+        """To be called once, when the work is done; None: the parent need not be told."""
 
 
 class Done:
-    """Something that was done at once."""
+    """Work that was done at once."""
 
     def __init__(self, result: StepResult | TransferAck | None) -> None:
         self._result = result
