@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 
@@ -293,3 +293,7 @@ class TransferAck:
     plan_id: int
     duration_us: int
     num_bytes: int  # 0: given up, as the source is dead
+
+
+ToWorker: TypeAlias = StepBatch | TransferPlan | SlotExtras
+FromWorker: TypeAlias = StepResult | TransferAck

@@ -15,9 +15,9 @@ from typing import TypeAlias, get_args, get_type_hints
 import numpy as np
 
 from nanopd.errors import NanopdError
-from nanopd.messages import SlotExtras, StepBatch, StepResult, TransferAck, TransferPlan
+from nanopd.messages import FromWorker, ToWorker
 
-Message: TypeAlias = StepBatch | TransferPlan | StepResult | TransferAck | SlotExtras
+Message: TypeAlias = ToWorker | FromWorker
 
 KINDS: dict[type, int] = {cls: kind for kind, cls in enumerate(get_args(Message), 1)}
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Protocol
 
 from nanopd.ipc.doorbell import Doorbell
-from nanopd.ipc.ring import RingReader, RingWriter, ring_memory
+from nanopd.ipc.ring import RingFull, RingReader, RingWriter, ring_memory
 from nanopd.ipc.shared_memory import SharedMemory
 
 
 class Endpoint(Protocol):
     """One end of a channel: whole messages, in order. Nothing here waits; a `Waiter` does, for its descriptor."""
 
+    has_backlog: bool  # whether there is no room yet for some of what was sent
+
     def send(self, message: bytes) -> None:
-        """Give the other side a message and wake it. Raises ring.ChannelFull: not now."""
+        """Give the other side a message and wake it. Never fails: what there is no room for goes at a later call."""
 
     def receive(self) -> bytes | None:
-        """The next message from the other side; None: there is none yet."""
+        """The next message from the other side, after another try with the backlog; None: there is none yet."""
 
     def fileno(self) -> int:
         """The descriptor to wait for: readable since something came. Who is woken receives until there is nothing."""
@@ -31,12 +34,16 @@ class RingEndpoint:
         self._parts = outgoing, outgoing_bell, incoming, bell
         self._writer, self._reader = RingWriter(outgoing), RingReader(incoming)
         self._outgoing_bell, self._bell = outgoing_bell, bell
+        self._backlog: deque[bytes] = deque()
+        self.has_backlog = False
 
     def send(self, message: bytes) -> None:
-        self._writer.write(message)
-        self._outgoing_bell.ring()
+        self._backlog.append(message)
+        self._flush()
 
     def receive(self) -> bytes | None:
+        if self.has_backlog:
+            self._flush()
         return self._reader.read()
 
     def fileno(self) -> int:
@@ -48,6 +55,16 @@ class RingEndpoint:
 
     def __reduce__(self) -> tuple:
         return type(self), self._parts
+
+    def _flush(self) -> None:
+        try:
+            while self._backlog:
+                self._writer.write(self._backlog[0])
+                self._backlog.popleft()
+                self._outgoing_bell.ring()
+        except RingFull:
+            pass
+        self.has_backlog = bool(self._backlog)
 
 
 def channel(max_message_nbytes: int, num_messages: int) -> tuple[Endpoint, Endpoint]:

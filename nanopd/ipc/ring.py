@@ -14,8 +14,8 @@ from nanopd.ipc.control import CONTROL_NBYTES, HEAD, TAIL, WORD, Control
 from nanopd.ipc.shared_memory import SharedMemory
 
 
-class ChannelFull(Exception):
-    """There is no room until the other side has read; try again later."""
+class RingFull(Exception):
+    """There is no room until the reader has read; try again later."""
 
 
 def ring_memory(max_message_nbytes: int, num_messages: int, name: str = "ring") -> SharedMemory:
@@ -35,7 +35,7 @@ class RingWriter:
         """Put a message behind those before.
 
         Raises:
-            ChannelFull: the reader is behind.
+            RingFull: the reader is behind.
             ValueError: the message is too large for the ring, however empty.
         """
         nbytes, capacity, tail = len(message), len(self._data), self._tail
@@ -43,7 +43,7 @@ class RingWriter:
         if end - tail > capacity:
             raise ValueError(f"a message of {nbytes} bytes; this ring takes up to {capacity - WORD} bytes")
         if end - self._words[HEAD] > capacity:
-            raise ChannelFull(f"no room for {nbytes} bytes: {tail - self._words[HEAD]} of {capacity} are unread")
+            raise RingFull(f"no room for {nbytes} bytes: {tail - self._words[HEAD]} of {capacity} are unread")
         self._lengths[tail % capacity // WORD] = nbytes
         start = (tail + WORD) % capacity
         if start + nbytes <= capacity:

@@ -23,19 +23,8 @@ from nanopd import cpu
 from nanopd.config import EngineConfig, ModelConfig
 from nanopd.ipc.channel import Endpoint
 from nanopd.ipc.doorbell import Waiter
-from nanopd.ipc.ring import ChannelFull
 from nanopd.ipc.shared_memory import Memories
-from nanopd.messages import (
-    Failed,
-    Progress,
-    Ready,
-    Shutdown,
-    SlotExtras,
-    StepBatch,
-    StepResult,
-    TransferAck,
-    TransferPlan,
-)
+from nanopd.messages import Failed, Progress, Ready, Shutdown, ToWorker, TransferPlan
 from nanopd.wire import decode, encode
 from nanopd.worker.kv_transfer import Pair
 from nanopd.worker.pending import Pending
@@ -45,7 +34,7 @@ IDLE_WAIT_S = 10.0
 CPU_POLL_INTERVAL_S = 0.001  # while a CPU worker waits for the other side of a relay
 GPU_SPIN_S = 0.1  # of a GPU's worker before it sleeps: sequences that are handed over to it should find it awake
 CONTROL_INTERVAL_S = 0.01
-CHANNEL_FULL_WAIT_S = 0.001
+BACKLOG_WAIT_S = 0.001  # while the parent is behind with reading
 
 
 def main(
@@ -117,7 +106,7 @@ class _Server:
         data = self._endpoint.receive()
         if data is None:
             return False
-        message = cast("SlotExtras | StepBatch | TransferPlan", decode(data))
+        message = cast("ToWorker", decode(data))
         lane = (message.src_worker, message.dst_worker) if isinstance(message, TransferPlan) else None
         while isinstance(message, TransferPlan) and not self._worker.knows(message):
             self._obey()
@@ -132,12 +121,14 @@ class _Server:
                 result = queue.popleft().result()
                 num_done += 1
                 if result is not None:
-                    _reply(self._endpoint, result)
+                    self._endpoint.send(encode(result))
         return num_done > 0
 
     def _wait_s(self) -> float:
         """How long to sleep if nothing happens: not at all while a device may finish something."""
-        return self._poll_interval_s if any(self._under_way.values()) else IDLE_WAIT_S
+        if any(self._under_way.values()):
+            return self._poll_interval_s
+        return BACKLOG_WAIT_S if self._endpoint.has_backlog else IDLE_WAIT_S
 
     def _obey(self) -> None:
         command = self._control.recv()
@@ -146,13 +137,3 @@ class _Server:
             return
         for worker, peer in command.peers.items():
             self._worker.connect(worker, peer)
-
-
-def _reply(endpoint: Endpoint, result: StepResult | TransferAck) -> None:
-    message = encode(result)
-    while True:
-        try:
-            endpoint.send(message)
-            return
-        except ChannelFull:  # the parent is behind
-            time.sleep(CHANNEL_FULL_WAIT_S)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanopd.config import MAX_STEPS_IN_FLIGHT, EngineConfig, ModelConfig
+from nanopd.config import EngineConfig, ModelConfig
 from nanopd.messages import SlotExtras, StepBatch, StepResult
 from nanopd.models.batch import InputBatch, PrefillRow
 from nanopd.models.decoder import Decoder
@@ -73,7 +73,7 @@ class ModelRunner:
         self._tables = torch.from_numpy(self._host_tables).to(kv.device)  # on the CPU, the same memory
         self._last_tokens = torch.zeros(num_slots, dtype=torch.int64, device=kv.device)
         self._sampler = Sampler(num_slots, model.vocab_size, kv.device)
-        self._upload = Uploader(kv.device, MAX_STEPS_IN_FLIGHT + 1)
+        self._upload = Uploader(kv.device)
         self._graphs: DecodeGraphs | None = None
         with torch.inference_mode():
             self._sampler.warm_up(self._warm_up(2))

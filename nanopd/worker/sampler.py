@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanopd.config import MAX_STEPS_IN_FLIGHT
 from nanopd.messages import MAX_LOGPROBS, SLOT_INIT, SlotExtras
 from nanopd.worker.adjustments import Adjustments
 from nanopd.worker.upload import Uploader
@@ -81,7 +80,7 @@ class Sampler:
 
     def __init__(self, max_slots: int, vocab_size: int, device: torch.device) -> None:
         self.vocab_size = vocab_size
-        self._upload = Uploader(device, MAX_STEPS_IN_FLIGHT + 1)
+        self._upload = Uploader(device)
         self._slots = np.zeros(max_slots, SLOT_INIT)  # row s: the record that last entered slot s
         self._stop_ids = [np.empty(0, np.int32)] * max_slots
         self._adjustments = Adjustments(max_slots, vocab_size, device)

@@ -16,7 +16,7 @@ from torch import Tensor
 from nanopd.config import EngineConfig, ModelConfig
 from nanopd.cpu import ops
 from nanopd.ipc.shared_memory import Memories
-from nanopd.messages import Peer, SlotExtras, StepBatch, TransferPath, TransferPlan
+from nanopd.messages import Peer, StepBatch, ToWorker, TransferPath, TransferPlan
 from nanopd.models.loader import load_model
 from nanopd.worker.decode_graphs import ladder
 from nanopd.worker.kv_cache import allocate_kv, derive_num_blocks, export_kv, open_kv
@@ -98,7 +98,7 @@ class Worker:
         if self._runner is not None:
             self._runner.decoder.between_layers = function
 
-    def launch(self, message: SlotExtras | StepBatch | TransferPlan) -> Pending:
+    def launch(self, message: ToWorker) -> Pending:
         """Begin what a message says: steps in the order of calls, plans beside them; on the CPU steps are done at once.
 
         Plans of one pair of workers are to be polled one after the other, in the order of calls.

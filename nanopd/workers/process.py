@@ -12,7 +12,6 @@ import importlib
 import os
 import signal
 import time
-from collections import deque
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -24,7 +23,6 @@ from nanopd.ipc.channel import channel
 from nanopd.ipc.descriptor import Descriptor
 from nanopd.ipc.doorbell import HasFileno, Waiter
 from nanopd.ipc.process import die_with_parent
-from nanopd.ipc.ring import ChannelFull
 from nanopd.ipc.shared_memory import Memories
 from nanopd.messages import (
     BLOCK_COPY,
@@ -36,17 +34,14 @@ from nanopd.messages import (
     SLOT_INIT,
     TABLE_UPDATE,
     Failed,
+    FromWorker,
     Peer,
     Peers,
     Progress,
     Ready,
     Shutdown,
-    SlotExtras,
-    StepBatch,
-    StepResult,
-    TransferAck,
+    ToWorker,
     TransferPath,
-    TransferPlan,
 )
 from nanopd.wire import decode, encode
 
@@ -85,7 +80,6 @@ class WorkerProcess:
         self.num_blocks = self.num_host_blocks = 0  # these and the following two are known once the worker is ready
         self.paths: dict[int, TransferPath] = {}
         self.kv_handle: object = None
-        self._backlog: deque[bytes] = deque()  # messages for which the channel has had no room yet
         self._endpoint, theirs = channel(_max_message_nbytes(config, model), NUM_MESSAGES)
         import torch.multiprocessing  # not at the top, where the child would import it before `die_with_parent`
 
@@ -112,11 +106,10 @@ class WorkerProcess:
         with contextlib.suppress(OSError):  # the process has ended, which will be noticed
             self._control.send(message)
 
-    def send(self, message: SlotExtras | StepBatch | TransferPlan) -> None:
-        self._backlog.append(encode(message))
-        self._flush()
+    def send(self, message: ToWorker) -> None:
+        self._endpoint.send(encode(message))
 
-    def poll(self) -> list[StepResult | TransferAck]:
+    def poll(self) -> list[FromWorker]:
         """Results since the last call.
 
         Raises:
@@ -124,13 +117,11 @@ class WorkerProcess:
                 traceback that the worker left, if any.
         """
         has_news = bool(self._news.wait(0.0))  # asked before reading, so that nothing said before the end is missed
-        results: list[StepResult | TransferAck] = []
+        results: list[FromWorker] = []
         while (message := self._endpoint.receive()) is not None:
-            results.append(cast("StepResult | TransferAck", decode(message)))
+            results.append(cast("FromWorker", decode(message)))
         if has_news and not results:
             self.receive()
-        if self._backlog:
-            self._flush()
         return results
 
     def receive(self) -> Progress | Ready | None:
@@ -188,12 +179,6 @@ class WorkerProcess:
         except (EOFError, OSError):  # The process is about to end. The end of a pipe would be news for ever.
             self._unwatch(self._control)
         return None
-
-    def _flush(self) -> None:
-        with contextlib.suppress(ChannelFull):  # then the next poll tries again
-            while self._backlog:
-                self._endpoint.send(self._backlog[0])
-                self._backlog.popleft()
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from nanopd.ipc.channel import Endpoint, channel
 from nanopd.ipc.control import CONTROL_NBYTES, WORD
 from nanopd.ipc.doorbell import Doorbell, Waiter
-from nanopd.ipc.ring import ChannelFull, RingReader, RingWriter, ring_memory
+from nanopd.ipc.ring import RingFull, RingReader, RingWriter, ring_memory
 from nanopd.ipc.shared_memory import SharedMemory
 
 TIMEOUT_S = 30.0
@@ -47,7 +47,7 @@ def test_ring_against_deque(operations: list[bytes | None], capacity: int) -> No
                 writer.write(message)
                 assert not is_full
                 unread.append(message)
-            except ChannelFull:
+            except RingFull:
                 assert is_full
     while (message := reader.read()) is not None:
         assert message == unread.popleft()
@@ -73,7 +73,7 @@ def test_full_then_read() -> None:
     writer, reader = make_ring(512)
     for _ in range(4):
         writer.write(b"x" * 120)
-    with pytest.raises(ChannelFull, match="64 bytes: 512 of 512 are unread"):
+    with pytest.raises(RingFull, match="64 bytes: 512 of 512 are unread"):
         writer.write(bytes(64))
     assert reader.read() == b"x" * 120
     writer.write(b"y" * 64)
@@ -120,7 +120,7 @@ def send_checksummed(memory: SharedMemory, written: Doorbell, read: Doorbell, co
             try:
                 writer.write(message)
                 break
-            except ChannelFull:
+            except RingFull:
                 assert waiter.wait(TIMEOUT_S)
         written.ring()
 
@@ -177,10 +177,15 @@ def test_channel_between_two_processes() -> None:
 
 
 def test_full_channel() -> None:
+    """What there is no room for waits, and goes in its order when this side receives."""
     here, there = channel(100, 2)
-    here.send(bytes(100))
-    here.send(bytes(100))
-    with pytest.raises(ChannelFull):
-        here.send(b"")
-    assert there.receive() == bytes(100)
-    here.send(b"")
+    messages = [bytes([number]) * 100 for number in range(5)]
+    for message in messages:
+        here.send(message)
+    assert here.has_backlog and not there.has_backlog
+    received = []
+    while len(received) < 5:
+        received += iter(there.receive, None)
+        assert here.receive() is None
+    assert received == messages
+    assert not here.has_backlog
