@@ -40,7 +40,7 @@ from nanopd.core.sequence import SequenceStatus
 from nanopd.engine.engine import Engine
 from nanopd.messages import EventKind, FinishReason, RequestLog
 from nanopd.metrics import Percentiles
-from nanopd.workers.processes import WorkerProcess
+from nanopd.workers.process import WorkerProcess
 
 SECTIONS = ("start", "hops", "feed", "kill", "transfer")
 MAX_IDLE = 5.0  # %

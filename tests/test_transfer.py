@@ -111,7 +111,7 @@ def nothing_is_left(engine: Engine) -> None:
     for scheduler, worker in zip(engine.schedulers, engine.workers, strict=True):
         assert scheduler.blocks.num_free == scheduler.blocks.num_usable
         assert worker.poll() == []
-        assert not worker._backlog
+        assert not worker._endpoint.has_backlog
         assert worker._endpoint.writer._tail == worker._endpoint.writer._control[16], "a message was not released"
 
 

@@ -30,7 +30,7 @@ from nanopd.ipc.doorbell import Doorbell
 from nanopd.messages import FinishReason, RequestLog
 from nanopd.request import SamplingParams
 from nanopd.routing.policy import Policy
-from nanopd.workers.processes import WorkerProcesses
+from nanopd.workers.supervisor import WorkerSupervisor
 
 MAX_WAIT_S = 1.0
 MAX_COMMANDS_S = 0.002  # between steps: workers go on while thousands of requests come in
@@ -59,7 +59,7 @@ class EngineThread(threading.Thread):
         self._config, self._model, self._tokenizer = config, model, tokenizer
         self._policy, self._on_progress = policy, on_progress
         self._bell = Doorbell()
-        self._processes = WorkerProcesses(config, model, path, self._bell)
+        self._processes = WorkerSupervisor(config, model, path, self._bell)
         self._lock = threading.Lock()  # of the following three
         self._commands: deque[tuple[Callable[[Engine], Any], Future | None]] = deque()
         self._handles: dict[str, RequestHandle] = {}  # of unfinished requests

@@ -49,7 +49,8 @@ from nanopd.routing.cost_model import (
     prediction_errors,
 )
 from nanopd.workers.paths import send_plan
-from nanopd.workers.processes import WorkerProcess, WorkerProcesses
+from nanopd.workers.process import WorkerProcess
+from nanopd.workers.supervisor import WorkerSupervisor
 
 REPEATS = 5  # after one that does not count; the best does, as whatever disturbs a measurement makes it longer
 ANSWER_TIMEOUT_S = 120.0
@@ -151,7 +152,7 @@ def profile(config: EngineConfig, model: ModelConfig, path: Path, show_progress:
     Raises:
         WorkerError: one failed, or does not answer.
     """
-    with closing(WorkerProcesses(config, model, path, Doorbell())) as processes:
+    with closing(WorkerSupervisor(config, model, path, Doorbell())) as processes:
         workers = processes.start()
         steps, moves = _measure(workers, FITTED, config, model, show_progress)
         held_steps, held_moves = _measure(workers, HELD_OUT, config, model, show_progress)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanopd.config import MAX_STEPS_IN_FLIGHT, EngineConfig, ModelConfig
+from nanopd.config import EngineConfig, ModelConfig
 from nanopd.messages import SlotExtras, StepBatch, StepResult
 from nanopd.models.batch import InputBatch, PrefillRow
 from nanopd.models.decoder import Decoder
@@ -64,15 +64,16 @@ class ModelRunner:
     def __init__(self, decoder: Decoder, kv: Tensor, config: EngineConfig, model: ModelConfig) -> None:
         max_len = config.max_len_of(model)
         num_slots = config.num_slots + 1  # the last one is for rows that only fill up a graph
-        self._decoder = decoder
+        self.decoder = decoder
         self._kv = kv  # [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]
         self._host_kv = allocate_host_kv(kv, config, model)
+        self.num_host_blocks = len(self._host_kv)
         self._block_size = config.block_size
         self._host_tables = np.zeros((num_slots, -(-max_len // config.block_size)), np.int32)
         self._tables = torch.from_numpy(self._host_tables).to(kv.device)  # on the CPU, the same memory
         self._last_tokens = torch.zeros(num_slots, dtype=torch.int64, device=kv.device)
         self._sampler = Sampler(num_slots, model.vocab_size, kv.device)
-        self._upload = Uploader(kv.device, MAX_STEPS_IN_FLIGHT + 1)
+        self._upload = Uploader(kv.device)
         self._graphs: DecodeGraphs | None = None
         with torch.inference_mode():
             self._sampler.warm_up(self._warm_up(2))
@@ -135,7 +136,7 @@ class ModelRunner:
         order, counts = np.argsort(kinds, kind="stable"), np.bincount(kinds, minlength=3).tolist()
         uploaded = self._upload([np.abs(src_ids[order]), np.abs(dst_ids[order])])
         within, out, back = zip(*(ids.split(counts) for ids in uploaded), strict=True)
-        self._decoder.ops.copy_blocks(self._kv, *within)
+        self.decoder.ops.copy_blocks(self._kv, *within)
         copy_blocks(self._kv, out[0], self._host_kv, out[1])
         copy_blocks(self._host_kv, back[0], self._kv, back[1])
 
@@ -155,8 +156,8 @@ class ModelRunner:
             prefill_rows=tuple(map(self._prefill_row, inputs.chunks)),
             logit_indices=logit_indices,
         )
-        x = self._decoder.hidden(batch, self._kv)  # [T, hidden]
-        return self._decoder.logits(x.index_select(0, logit_indices)), self._prompt_logprobs(inputs, x)
+        x = self.decoder.hidden(batch, self._kv)  # [T, hidden]
+        return self.decoder.logits(x.index_select(0, logit_indices)), self._prompt_logprobs(inputs, x)
 
     def _prompt_logprobs(self, inputs: StepInputs, x: Tensor) -> list[TokenLogprobs]:
         """Of the prompts whose sequences ask for it, a piece at a time: the logits of a whole prompt are large."""
@@ -168,7 +169,7 @@ class ModelRunner:
         for start in range(0, len(rows), PROMPT_PIECE):
             piece = slice(start, start + PROMPT_PIECE)
             indices, token_ids, wanted = (column[piece] for column in columns)
-            logits = self._decoder.logits(x.index_select(0, indices))
+            logits = self.decoder.logits(x.index_select(0, indices))
             parts.append(TokenLogprobs(rows[piece], *token_logprobs(logits, token_ids, wanted, num_best)))
         return parts
 

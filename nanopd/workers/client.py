@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from nanopd.messages import SlotExtras, StepBatch, StepResult, TransferAck, TransferPath, TransferPlan
+from nanopd.messages import FromWorker, ToWorker, TransferPath
 
 
 class WorkerClient(Protocol):
@@ -18,8 +18,8 @@ class WorkerClient(Protocol):
     num_host_blocks: int  # of its host memory for sequences that are swapped out, the null block included
     paths: dict[int, TransferPath]  # by source worker: how KV blocks get from there to this worker
 
-    def send(self, message: SlotExtras | StepBatch | TransferPlan) -> None:
+    def send(self, message: ToWorker) -> None:
         """Give the worker something to do. It does steps in the order of the calls. Never waits and never fails."""
 
-    def poll(self) -> list[StepResult | TransferAck]:
+    def poll(self) -> list[FromWorker]:
         """What the worker has done since the last call. Never waits. Raises WorkerError when the worker is gone."""
