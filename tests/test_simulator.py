@@ -114,7 +114,7 @@ def test_the_cost_model_follows_workers_that_are_slower_than_its_file() -> None:
     for machine, factor in ((H200, 1.0), (slow, 1.3)):
         engine, logs = simulate(settings, MODEL, machine, requests, make_policy(settings, H200))
         assert len(logs) == len(requests)
-        drift = engine.router.costs.drift
+        drift = engine.policy.costs.drift
         assert drift["step"] == pytest.approx(factor, rel=0.01)
         assert drift["prefill"] == pytest.approx(factor, rel=0.02)
         assert drift["move"] == pytest.approx(factor, rel=0.02)
