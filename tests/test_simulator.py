@@ -9,7 +9,7 @@ import pytest
 
 from nanopd.config import EngineConfig, ModelConfig, allowed_routes
 from nanopd.config.files import config_dir
-from nanopd.core.scheduler import Scheduler
+from nanopd.core.queues import Queues
 from nanopd.lab.simulator import simulate
 from nanopd.lab.workload import MIXED_PROMPTS, FixedLength, LogNormalLength, WorkloadRequest, synthetic_requests
 from nanopd.messages import EventKind, RequestLog
@@ -154,14 +154,14 @@ def test_two_adaptive_workers_serve_more_than_either_arrangement(num_output: int
 
 def test_who_waits_for_room_asks_again_only_when_something_got_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """A decode worker that is far too small: a crowd waits behind it for most of the run."""
-    num_asked, reserve = 0, Scheduler.reserve
+    num_asked, reserve = 0, Queues.reserve
 
-    def count(self: Scheduler, num_tokens: int, block_keys: list[bytes]) -> tuple[list[int], int] | None:
+    def count(self: Queues, num_tokens: int, block_keys: list[bytes]) -> tuple[list[int], int] | None:
         nonlocal num_asked
         num_asked += 1
         return reserve(self, num_tokens, block_keys)
 
-    monkeypatch.setattr(Scheduler, "reserve", count)
+    monkeypatch.setattr(Queues, "reserve", count)
     requests = synthetic_requests(150, FixedLength(1000), FixedLength(200), 100.0, seed=4)
     small = replace(H200, num_kv_tokens=60_000)
     keys = {"parameters": small, "handover_timeout_s": 0.1, "may_jump": False}
