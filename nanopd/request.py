@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from nanopd.errors import RequestError
@@ -131,6 +131,10 @@ class SamplingParams:
         penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty
         others = self.logit_bias, self.bad_words, self.allowed_token_ids, self.logits_processors
         return penalties != (0, 0, 1) or any(others)
+
+
+# what rows of JSONL, bodies of HTTP requests and the command line can ask for: all but functions
+PLAIN_FIELDS = {f.name: f for f in fields(SamplingParams) if f.name != "logits_processors"}
 
 
 @dataclass(frozen=True, slots=True)

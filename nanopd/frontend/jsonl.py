@@ -13,13 +13,13 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from nanopd.errors import RequestError
-from nanopd.request import SamplingParams
+from nanopd.request import PLAIN_FIELDS, SamplingParams
 
 if TYPE_CHECKING:
     from nanopd.frontend.llm import LLM, RequestHandle
@@ -27,8 +27,7 @@ if TYPE_CHECKING:
     from nanopd.routing.decision import Prediction
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
-SAMPLING_KEYS = tuple(f.name for f in fields(SamplingParams) if f.name != "logits_processors")
-ROW_KEYS = (*PROMPT_KEYS, "request_id", *SAMPLING_KEYS)
+ROW_KEYS = (*PROMPT_KEYS, "request_id", *PLAIN_FIELDS)
 METRIC_KEYS = (
     "queue_ms",
     "ttft_ms",
@@ -136,7 +135,7 @@ def _submit(llm: LLM, number: int, line: str | bytes, sampling: Mapping[str, Any
     job = _Job(number, {})
     try:
         job.row = parse_row(line)
-        params = SamplingParams(**{**sampling, **{key: job.row[key] for key in SAMPLING_KEYS if key in job.row}})
+        params = SamplingParams(**{**sampling, **{key: job.row[key] for key in PLAIN_FIELDS if key in job.row}})
         prompt: Any = job.row.get("prompt", job.row.get("prompt_token_ids"))
         if "messages" in job.row:
             prompt = llm.encode_chat(job.row["messages"])

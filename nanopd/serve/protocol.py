@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import fields
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, model_validator
 
 from nanopd.frontend.detokenizer import REPLACEMENT
 from nanopd.frontend.llm import LLM, Prompt
 from nanopd.frontend.outputs import CompletionOutput, RequestOutput, RequestOutputDelta
 from nanopd.messages import MAX_LOGPROBS
-from nanopd.request import SamplingParams
+from nanopd.request import PLAIN_FIELDS, SamplingParams
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
 NO_EFFECT = {"user", "metadata", "safety_identifier", "prompt_cache_key"}
@@ -43,6 +42,18 @@ TokenText = Callable[[int], str]
 Piece = CompletionOutput | RequestOutputDelta
 
 
+# sampling parameters whose types JSON does not have
+JSON_TYPES: dict[str, tuple[Any, Any]] = {
+    "stop": (Text | list[Text], []),
+    "stop_token_ids": (list[int], []),
+    "logit_bias": (dict[str, float] | None, None),
+    "bad_words": (list[Text | list[int]], []),
+    "allowed_token_ids": (list[int] | None, None),
+}
+# sampling parameters that the API has in another form for each kind of request, or not at all
+API_FIELDS = {"max_tokens", "logprobs", "prompt_logprobs"}
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -58,34 +69,27 @@ class _Strict(BaseModel):
         }
 
 
+def _sampling_fields() -> dict[str, Any]:
+    """(type, default) of the fields that a body has in common with `SamplingParams`."""
+    types = get_type_hints(SamplingParams)
+    found = {name: (types[name], field.default) for name, field in PLAIN_FIELDS.items() if name not in API_FIELDS}
+    return found | JSON_TYPES
+
+
 class StreamOptions(_Strict):
     include_usage: bool = False
 
 
-class _Body(_Strict):
-    """What both kinds of requests have in common."""
+_Sampling: Any = create_model("_Sampling", __base__=_Strict, **_sampling_fields())
+
+
+class _Body(_Sampling):
+    """What both kinds of requests have in common: the sampling parameters, and what is no matter of sampling."""
 
     model: str | None = None
-    n: int = 1
-    best_of: int | None = None
     priority: int = 0
     stream: bool = False
     stream_options: StreamOptions | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int | None = None
-    min_tokens: int = 0
-    stop: Text | list[Text] = []
-    stop_token_ids: list[int] = []
-    ignore_eos: bool = False
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: dict[str, float] | None = None
-    bad_words: list[Text | list[int]] = []
-    allowed_token_ids: list[int] | None = None
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> _Body:
@@ -98,7 +102,7 @@ class _Body(_Strict):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def _params(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        others = self.model_dump(include={field.name for field in fields(SamplingParams)} - {"max_tokens", "logprobs"})
+        others = self.model_dump(include=PLAIN_FIELDS.keys() - API_FIELDS)
         return SamplingParams(**others, max_tokens=max_tokens, logprobs=logprobs)
 
 
