@@ -95,7 +95,7 @@ class SamplingParams:
         for name in ("stop", "stop_token_ids", "bad_words", "logits_processors"):
             object.__setattr__(self, name, _as_tuple(getattr(self, name) or ()))
         object.__setattr__(self, "allowed_token_ids", _as_tuple(self.allowed_token_ids))
-        if isinstance(self.logit_bias, dict):  # JSON has text as keys
+        if isinstance(self.logit_bias, dict):  # the keys of a JSON object are text
             bias = {int(k) if isinstance(k, str) and k.isdecimal() else k: v for k, v in self.logit_bias.items()}
             object.__setattr__(self, "logit_bias", bias)
         check(self, RequestError)
@@ -108,17 +108,17 @@ class SamplingParams:
             raise RequestError("logits_processors", self.logits_processors, allowed)
 
     def split(self) -> list[SamplingParams]:
-        """Those of the sequences that are to be generated, each with n = 1."""
+        """The parameters of each sequence that is to be generated for these, all with n = 1."""
         count = self.best_of or self.n
         if count == 1:
             return [self]
-        logprobs = 0 if self.logprobs is None and count > self.n else self.logprobs  # to choose by
+        logprobs = 0 if self.logprobs is None and count > self.n else self.logprobs  # `best_of` chooses by them
         seeds = [None if self.seed is None else (self.seed + i) % 2**64 for i in range(count)]
         first = replace(self, n=1, best_of=None, logprobs=logprobs)
         return [first, *(replace(first, seed=seed, prompt_logprobs=None) for seed in seeds[1:])]
 
     def pickled_processors(self) -> bytes:
-        """Of `logits_processors`; b"" if there are none. Raises RequestError if one cannot be pickled."""
+        """`logits_processors` pickled; b"" if there are none. Raises RequestError if one cannot be pickled."""
         try:
             return pickle.dumps(self.logits_processors) if self.logits_processors else b""
         except Exception as error:
@@ -127,13 +127,14 @@ class SamplingParams:
 
     @property
     def changes_logits(self) -> bool:
-        """Whether it asks for more than a draw from the logits as they are."""
+        """Whether the logits are changed before a token is drawn from them."""
         penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty
         others = self.logit_bias, self.bad_words, self.allowed_token_ids, self.logits_processors
         return penalties != (0, 0, 1) or any(others)
 
 
-# what rows of JSONL, bodies of HTTP requests and the command line can ask for: all but functions
+# The sampling parameters that are plain data. Rows of JSONL, bodies of HTTP requests and the options of the command are
+# made of them.
 PLAIN_FIELDS = {f.name: f for f in fields(SamplingParams) if f.name != "logits_processors"}
 
 
@@ -158,7 +159,10 @@ class BeamSearchParams:
 
 
 def _as_tuple(value: Any) -> Any:
-    """Text as one of one, lists in it as tuples; what is no collection is left to be refused."""
+    """A tuple of the values of a list, or of one text; lists among the values become tuples too.
+
+    What is no collection is returned as it is, and refused by the field's rule.
+    """
     if isinstance(value, str):
         return (value,)
     if not isinstance(value, Iterable):

@@ -1,8 +1,8 @@
 """Rows of JSON through an `LLM`: one line is one request, and one line of answer, in the same order.
 
-A row holds one of `prompt`, `prompt_token_ids` and `messages`, any field of `SamplingParams`, and a `request_id` if
-wanted. A row that cannot be served becomes an answer with `error`; the others are served. Input may be endless: a
-bounded number of rows is on its way, submitted by the caller's thread, waited for and written by one of its own.
+A row holds one of `prompt`, `prompt_token_ids` and `messages`, any field of `SamplingParams` but functions, and perhaps
+a `request_id`. A row that cannot be served becomes an answer with `error`; the others are served. Input may be endless:
+the caller's thread submits a bounded number of rows, and a second thread waits for the answers and writes them.
 Knows the public face of the library, but imports none of it: the `LLM` is given.
 """
 
@@ -53,8 +53,8 @@ def serve_rows(
 ) -> int:
     """Serve every line and `write` its answer, in order; returns how many failed.
 
-    `sampling` holds for rows that do not say otherwise. At most `window` rows are submitted and not yet written. When
-    interrupted, what runs is aborted, written as far as it got, and the interruption goes on.
+    `sampling` holds for rows that do not say otherwise. At most `window` rows are submitted and not yet written. On an
+    exception the running requests are aborted, their answers are written as far as they got, and it is raised again.
     """
     total = len(lines) if isinstance(lines, list) else None
     num_failed, under_way = 0, deque[tuple[_Job, Future[bool]]]()
@@ -64,11 +64,11 @@ def serve_rows(
     ):
 
         def finish(job: _Job, before: Future[bool] | None) -> bool:
-            """Whether the row has failed."""
+            """Write the answer; returns whether the row has failed."""
             row = job.answer()
             progress.update()
             if before is not None:
-                before.result()  # nothing is written behind a row that could not be
+                before.result()  # raises if the row before could not be written; then no later one is
             write(row)
             return "error" in row
 
@@ -92,7 +92,7 @@ def parse_row(line: str | bytes) -> Row:
     """The JSON object of a line, with only known keys and one prompt. Raises RequestError."""
     try:
         row = json.loads(line)
-        json.dumps(row, ensure_ascii=False).encode()  # an escaped lone surrogate is no text
+        json.dumps(row, ensure_ascii=False).encode()  # fails for an escaped lone surrogate, which is no text
     except ValueError as error:
         raise RequestError("row", line[:60], f"a JSON object in UTF-8 ({error})") from None
     if not isinstance(row, dict):
@@ -116,15 +116,15 @@ def _check_types(row: Row) -> None:
 
 @dataclass(slots=True)
 class _Job:
-    """A row on its way: submitted, or refused with an error."""
+    """A row that was submitted, or refused with an error, and whose answer is not written yet."""
 
-    line: int  # from 1
+    line: int  # the number of its line, from 1
     row: Row
     handle: RequestHandle | None = None
     error: str | None = None
 
     def answer(self) -> Row:
-        """Wait for the result."""
+        """Wait for the result, and return the row of the answer."""
         echo = {"line": self.line} | {key: self.row[key] for key in ("request_id", *PROMPT_KEYS) if key in self.row}
         if self.handle is None:
             return echo | {"error": self.error}
@@ -147,7 +147,7 @@ def _submit(llm: LLM, number: int, line: str | bytes, sampling: Mapping[str, Any
 
 
 def _answer(output: RequestOutput) -> Row:
-    """What became of a request; with an error comes whatever was generated before it."""
+    """The result of a request as a row; beside an error stands the text that was generated before it."""
     completion = output.outputs[0]
     row: Row = {
         "request_id": output.request_id,
