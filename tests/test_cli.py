@@ -23,7 +23,7 @@ import pytest
 import nanopd
 from nanopd import cli
 from nanopd.commands.chat import chat
-from nanopd.commands.run import DEMO_PROMPTS
+from nanopd.commands.run import DEMO_PROMPTS, SAMPLING_OPTIONS
 from nanopd.config import load_config
 from nanopd.errors import RequestError, WorkerError
 from nanopd.frontend.jsonl import serve_rows
@@ -404,6 +404,12 @@ def test_serving_needs_the_extra(capsys: pytest.CaptureFixture[str], monkeypatch
     assert "pip install nanopd[serve]" in capsys.readouterr().err
 
 
+def test_sampling_options_are_fields_of_sampling_params() -> None:
+    args = vars(cli.parse_args(["--config", "cpu-demo", "--top-k", "7", "--seed", "3", "--min-p", "0.5"]))
+    params = SamplingParams(**{name: args[name] for name in SAMPLING_OPTIONS})
+    assert params == SamplingParams(max_tokens=128, temperature=0.0, top_k=7, seed=3, min_p=0.5)
+
+
 @pytest.mark.parametrize("option", ["--input", "--output", "--prompt"])
 def test_serving_goes_with_no_rows(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
@@ -417,8 +423,6 @@ import sys
 sys.path.insert(0, {tests!r})
 import nanopd, test_cli
 from nanopd import cli
-from nanopd.commands.chat import chat
-from nanopd.commands.run import DEMO_PROMPTS
 nanopd.LLM = lambda **_: test_cli.EchoLLM(endless=True)
 sys.exit(cli.main(["--config", "cpu-demo", "--input", "-"]))
 """
