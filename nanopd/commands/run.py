@@ -89,12 +89,10 @@ def _open(path: str | None, mode: str, standard: IO[Any]) -> contextlib.Abstract
 def _own_rows(args: argparse.Namespace, llm: LLM) -> list[str]:
     """Rows of --prompt, or of the demo: chats if the model knows chats, token ids if it has no tokenizer."""
     rows: list[Row]
-    if args.prompt:
-        rows = [{"prompt": text} for text in args.prompt]
+    if args.prompt or (llm.tokenizer is not None and llm.tokenizer.chat_template is None):
+        rows = [{"prompt": text} for text in args.prompt or DEMO_PROMPTS]
     elif llm.tokenizer is None:
         rows = [{"prompt_token_ids": list(range(1, 8 + n))} for n in range(len(DEMO_PROMPTS))]
-    elif llm.tokenizer.chat_template is None:
-        rows = [{"prompt": text} for text in DEMO_PROMPTS]
     else:
         rows = [{"messages": [{"role": "user", "content": text}]} for text in DEMO_PROMPTS]
     return [json.dumps(row) for row in rows]

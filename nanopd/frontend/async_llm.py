@@ -75,12 +75,7 @@ class AsyncLLM:
         self._mailbox: _Mailbox | None = None  # to the loop that submitted last
 
     def generate(
-        self,
-        prompt: Prompt,
-        sampling_params: SamplingParams | None = None,
-        *,
-        stream: bool = True,
-        **submit_args: Any,
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, stream: bool = True, **submit_args: Any
     ) -> AsyncRequest:
         """Queue one request and return at once; to be called in a running event loop.
 

@@ -28,28 +28,15 @@ if TYPE_CHECKING:
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
 ROW_KEYS = (*PROMPT_KEYS, "request_id", *PLAIN_FIELDS)
-METRIC_KEYS = (
-    "queue_ms",
-    "ttft_ms",
-    "first_gap_ms",
-    "tpot_ms",
-    "e2e_ms",
-    "num_prompt_tokens",
-    "num_cached_tokens",
-    "num_output_tokens",
-    "num_preemptions",
-)
 PREDICTED_KEYS = ("ttft_ms", "first_gap_ms", "tpot_ms")
+COUNT_KEYS = ("num_prompt_tokens", "num_cached_tokens", "num_output_tokens", "num_preemptions")
+METRIC_KEYS = ("queue_ms", *PREDICTED_KEYS, "e2e_ms", *COUNT_KEYS)
 
 Row = dict[str, Any]
 
 
 def serve_rows(
-    llm: LLM,
-    lines: Iterable[str | bytes],
-    sampling: Mapping[str, Any],
-    write: Callable[[Row], None],
-    window: int,
+    llm: LLM, lines: Iterable[str | bytes], sampling: Mapping[str, Any], write: Callable[[Row], None], window: int
 ) -> int:
     """Serve every line and `write` its answer, in order; returns how many failed.
 
