@@ -95,9 +95,9 @@ class EngineConfig:
     dtype: str = ruled("auto", one_of("auto", *DTYPES), "auto: the checkpoint's on a GPU, float32 on a CPU")
     load_format: str = ruled("auto", one_of("auto", "safetensors", "dummy"), "dummy: random weights")
     policy: str = ruled("collocated", one_of(*POLICIES), "how a request's route is chosen")
-    params: str | None = ruled(None, optional(text("a shipped file's name, a path")), "of the cost model")
-    answer_lengths: str | None = ruled(None, optional(text("a path")), "keeps what is learned of them between runs")
-    slo: Mapping[str, float] | None = ruled(None, optional(LIMITS), "what the policy adaptive tries to keep")
+    params: str | None = ruled(None, optional(text("a shipped file's name, a path")), "parameters of the cost model")
+    answer_lengths: str | None = ruled(None, optional(text("a path")), "file that keeps their lengths between runs")
+    slo: Mapping[str, float] | None = ruled(None, optional(LIMITS), "limits that the policy adaptive tries to keep")
     admission: str = ruled("queue", one_of("queue", "reject"), "of requests that no route serves within slo")
     workers: tuple[WorkerConfig, ...] = ruled((WorkerConfig(),), WORKERS, "one process each")
     block_size: int = ruled(16, integer(1), "tokens per KV block")
@@ -109,8 +109,8 @@ class EngineConfig:
     max_num_batched_tokens: int = ruled(2048, integer(1), "tokens that a worker computes in a step, decode rows first")
     gpu_memory_utilization: float = ruled(0.9, positive(1), "share of a GPU that its workers may fill together")
     transfer: str = ruled("auto", one_of("auto", *TransferPath), "how KV blocks get from worker to worker")
-    verify_transfers: bool = ruled(False, TRUE_OR_FALSE, "compare digests of moved blocks")
-    steps_in_flight: int = ruled(2, integer(1, MAX_STEPS_IN_FLIGHT), "steps of a worker that are out at once")
+    verify_transfers: bool = ruled(False, TRUE_OR_FALSE, "digests of moved blocks are compared")
+    steps_in_flight: int = ruled(2, integer(1, MAX_STEPS_IN_FLIGHT), "steps of a worker that are in flight at once")
     num_speculative_tokens: int = ruled(
         0, integer(0, MAX_SPECULATIVE_TOKENS), "drafts of a sequence that a step may verify; 0: none"
     )
@@ -122,7 +122,7 @@ class EngineConfig:
         300.0, positive(), "how long a step or a transfer may take before its worker counts as hung"
     )
     max_restarts: int = ruled(3, integer(0), "how often each worker is replaced after it has died; 0: never")
-    seed: int = ruled(0, SEED, "what the seeds of requests without their own are mixed from")
+    seed: int = ruled(0, SEED, "what the seeds of requests without one are derived from")
 
     def __post_init__(self) -> None:
         for name in ("model", "tokenizer", "params", "answer_lengths"):
