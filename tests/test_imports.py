@@ -17,7 +17,8 @@ PACKAGE = ROOT / "nanopd"
 # room (a package, or a module of the top level) -> rooms that it may import; all but the last three also `errors`
 ALLOWED = {
     "__init__": {"config", "frontend", "messages", "request"},
-    "cli": {"__init__", "config", "frontend", "lab", "messages", "metrics", "request", "routing", "serve"},
+    "cli": {"commands", "config"},
+    "commands": {"__init__", "config", "frontend", "lab", "metrics", "request", "routing", "serve"},
     "serve": {"frontend", "messages", "metrics", "request"},
     "frontend": {
         "checkpoints",
