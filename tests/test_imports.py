@@ -49,7 +49,9 @@ ALLOWED = {
     "routing": {"config", "core", "messages", "metrics"},
     "core": {"config", "messages", "request"},
     "worker": {"config", "cpu", "cuda", "ipc", "messages", "models", "wire"},
-    "models": {"config", "cpu", "cuda"},
+    "cpu": {"models"},
+    "cuda": {"config", "models"},
+    "models": {"config"},
     "checkpoints": {"config"},
     "metrics": {"messages"},
     "wire": {"messages"},
@@ -58,8 +60,6 @@ ALLOWED = {
     "messages": set(),
     "rules": set(),
     "errors": set(),
-    "cpu": set(),
-    "cuda": set(),
     "ipc": set(),
 }
 WITHOUT_ERRORS = {"cpu", "cuda", "ipc"}

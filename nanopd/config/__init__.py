@@ -13,15 +13,18 @@ from nanopd.config.engine_config import (
     load_config,
     routes_for_policy,
 )
-from nanopd.config.model_config import ModelConfig, RopeScaling
+from nanopd.config.kv_layout import KVLayout
+from nanopd.config.model_config import ITEMSIZES, ModelConfig, RopeScaling
 
 __all__ = [
     "DTYPES",
+    "ITEMSIZES",
     "LEVELS",
     "MAX_STEPS_IN_FLIGHT",
     "POLICIES",
     "PREDICTING",
     "EngineConfig",
+    "KVLayout",
     "ModelConfig",
     "RopeScaling",
     "WorkerConfig",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,7 +15,7 @@ from nanopd.config import EngineConfig, ModelConfig
 from nanopd.cpu import ops
 from nanopd.ipc.shared_memory import Memories
 from nanopd.messages import Peer, SlotExtras, StepBatch, TransferPath, TransferPlan
-from nanopd.models.loader import load_model
+from nanopd.models import Operations, load_model
 from nanopd.worker.decode_graphs import ladder
 from nanopd.worker.kv_cache import allocate_kv, derive_num_blocks, export_kv, open_kv
 from nanopd.worker.kv_transfer import KVTransfer, path_between
@@ -41,7 +40,7 @@ class Worker:
         Raises:
             ConfigError: not enough memory, or blocks cannot get here as the configuration says.
         """
-        self._config, self._model, self._index, self._memories = config, model, index, memories
+        self._index, self._memories = index, memories
         max_len = config.max_len_of(model)
         device = torch.device(config.workers[index].device)
         if device.type == "cuda":
@@ -49,13 +48,16 @@ class Worker:
         self.paths = {
             peer: path_between(peer, index, config) for peer in range(len(config.workers)) if peer != index
         }  # by source: how blocks get here
-        decoder = load_model(model, path, device, config.load_format, max_len, config.seed, on_progress)
-        if device.type == "cuda":
-            decoder.ops = cuda_operations(config, model, device)
+        self._layout = config.kv_layout(model)
+        operations = cuda_operations(config, model, device) if device.type == "cuda" else ops
+        decoder = load_model(
+            model, self._layout, operations, path, device, config.load_format, max_len, config.seed, on_progress
+        )
         self.num_blocks = derive_num_blocks(decoder, config, model)
-        kv = allocate_kv(memories.caches[index], self.num_blocks, device, config, model)
+        kv = allocate_kv(memories.caches[index], self.num_blocks, self._layout, device)
         self.kv_handle = export_kv(kv) if TransferPath.IPC in self.paths.values() else None
-        self._decoder, self._runner = decoder, ModelRunner(decoder, kv, config, model)
+        self._runner = ModelRunner(decoder, kv, config, model)
+        self._between_layers: Callable[[], object] = lambda: None
         self._transfer = KVTransfer(index, kv, memories.relays, config.verify_transfers)
 
     def connect(self, worker: int, peer: Peer | None) -> None:
@@ -63,7 +65,7 @@ class Worker:
         self._transfer.disconnect(worker)  # before a cache is opened that may need the memory of the old one
         if peer is not None and worker != self._index:
             path, shared = self.paths[worker], self._memories.caches[worker]
-            cache = open_kv(path, shared, peer, self._config, self._model)
+            cache = open_kv(path, shared, peer, self._layout)
             self._transfer.connect(worker, peer.generation, cache)
 
     def knows(self, plan: TransferPlan) -> bool:
@@ -71,8 +73,11 @@ class Worker:
         return self._transfer.knows(plan)
 
     def call_between_layers(self, function: Callable[[], object]) -> None:
-        """Have it called while steps are launched, so that what is done meanwhile does not wait for their end."""
-        self._decoder.between_layers = function
+        """Has `function` called between the layers of steps that are launched from now on, a captured graph's aside.
+
+        Launching a long prompt takes the host a while, and what else is done meanwhile should not wait for its end.
+        """
+        self._between_layers = function
 
     def launch(self, message: SlotExtras | StepBatch | TransferPlan) -> Launched:
         """Begin what a message says: steps in the order of calls, plans beside them; on the CPU steps are done at once.
@@ -83,20 +88,19 @@ class Worker:
             self._runner.take_extras(message)
             return Done(None)
         if isinstance(message, StepBatch):
-            return self._runner.launch(message)
+            return self._runner.launch(message, self._between_layers)
         return self._transfer.launch(message)
 
 
-def cuda_operations(config: EngineConfig, model: ModelConfig, device: torch.device) -> Any:
+def cuda_operations(config: EngineConfig, model: ModelConfig, device: torch.device) -> Operations:
     """The decoder's `ops` for a GPU."""
     from nanopd.cuda import operations, prefill  # not at the top: numba's CUDA side is needed by GPU workers only
 
     dtype, sizes = getattr(torch, model.dtype), (model.head_dim, config.block_size)
     decode_attention = prefill_attention = None
     if operations.has_kernels(dtype, *sizes, model.hidden_size, model.intermediate_size):
-        heads = model.num_heads, model.num_kv_heads, *sizes
-        max_rows = ladder(config.max_decode_rows)[-1]
-        decode_attention = operations.PagedDecodeAttention(max_rows, *heads, dtype, device)
+        max_rows, layout = ladder(config.max_decode_rows)[-1], config.kv_layout(model)
+        decode_attention = operations.PagedDecodeAttention(max_rows, model.num_heads, layout, dtype, device)
     if prefill.has_flash_attention(dtype, model.head_dim):
         prefill_attention = prefill.PrefillAttention(config.max_num_batched_tokens)
-    return operations.Operations(ops, decode_attention, prefill_attention)
+    return operations.CudaOperations(ops, decode_attention, prefill_attention)

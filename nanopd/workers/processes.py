@@ -245,7 +245,7 @@ class WorkerProcesses:
                 on_progress(1 - sum(1 - process.share_loaded for process in loading) / num_workers)
         workers = [self._serving[worker] for worker in range(num_workers)]
         max_blocks = -(-self._config.max_len_of(self._model) // self._config.block_size)
-        block_bytes = self._config.block_size * self._model.kv_bytes_per_token()
+        block_bytes = self._config.kv_layout(self._model).bytes_per_block
         measure(workers, routes_for_policy(self._config.policy, self._config.roles), block_bytes, max_blocks)
         return workers
 

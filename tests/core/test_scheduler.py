@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nanopd.config import EngineConfig, ModelConfig
+from nanopd.config import EngineConfig, KVLayout, ModelConfig
 from nanopd.core.block_manager import BlockManager
 from nanopd.core.scheduler import Scheduler, StepOutcome
 from nanopd.core.sequence import Sequence, SequenceStatus
@@ -17,7 +17,7 @@ MODEL = ModelConfig("llama", 128, 8, 8, 1, 1, 1, 8, 64, 1e-5, 1e4, eos_token_ids
 
 
 def make_scheduler(num_blocks: int = 100, role: str = "mixed", num_host_blocks: int = 0, **keys) -> Scheduler:
-    swap_space_gb = (num_host_blocks + 0.5) * 4 * MODEL.kv_bytes_per_token() / 1e9
+    swap_space_gb = (num_host_blocks + 0.5) * KVLayout.of(MODEL, 4).bytes_per_block / 1e9
     config = EngineConfig(model="none", block_size=4, swap_space_gb=swap_space_gb, **{"max_num_seqs": 8, **keys})
     return Scheduler(0, Role(role), config, BlockManager(num_blocks, 4), MODEL, 64)
 
