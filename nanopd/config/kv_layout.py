@@ -39,31 +39,22 @@ class KVLayout:
         return elements.view(self.shape(-1))
 
     @cached_property
-    def head_bytes(self) -> int:
-        """From a KV head of a block to the next head."""
-        return self.block_size * self.head_dim * ITEMSIZES[self.dtype]
-
-    @cached_property
-    def value_bytes(self) -> int:
-        """From the K of a layer of a block to its V."""
-        return self.num_kv_heads * self.head_bytes
+    def strides(self) -> tuple[int, int, int]:
+        """Bytes to the next block, to the next KV head, and from K to V, as the CUDA kernels take them."""
+        head = self.block_size * self.head_dim * ITEMSIZES[self.dtype]
+        return 2 * self.num_layers * self.num_kv_heads * head, head, self.num_kv_heads * head
 
     @cached_property
     def layer_bytes(self) -> int:
-        """From a layer of a block to the next layer."""
-        return 2 * self.value_bytes
+        """K and V of a block's tokens in one layer; also the distance from a layer of a block to the next."""
+        return self.bytes_per_block // self.num_layers
 
-    @cached_property
+    @property
     def bytes_per_block(self) -> int:
-        """K and V of a block's tokens over all layers; also the distance from a block to the next."""
-        return self.num_layers * self.layer_bytes
+        """K and V of a block's tokens over all layers."""
+        return self.strides[0]
 
-    @cached_property
+    @property
     def bytes_per_token(self) -> int:
         """K and V of one token over all layers."""
         return self.bytes_per_block // self.block_size
-
-    @cached_property
-    def strides(self) -> tuple[int, int, int]:
-        """Bytes to the next block, to the next KV head, and from K to V, as the CUDA kernels take them."""
-        return self.bytes_per_block, self.head_bytes, self.value_bytes

@@ -107,18 +107,8 @@ def rotary_and_store(
     if not _has_kernels(qkv):
         return portable.rotary_and_store(qkv, positions, slot_mapping, kv, layer, spec, q_norm, k_norm, eps)
     q = qkv.new_empty(qkv.shape[0], qkv.shape[1] // head_dim - 2 * num_kv_heads, head_dim)
-    kernels.rotary_and_store(
-        qkv.numpy(),
-        positions.numpy(),
-        slot_mapping.numpy(),
-        spec.cos_sin.numpy(),
-        kv.numpy(),
-        layer,
-        _numpy(q_norm),
-        _numpy(k_norm),
-        np.float32(eps),
-        q.numpy(),
-    )
+    inputs = qkv.numpy(), positions.numpy(), slot_mapping.numpy(), spec.cos_sin.numpy(), kv.numpy(), layer
+    kernels.rotary_and_store(*inputs, _numpy(q_norm), _numpy(k_norm), np.float32(eps), q.numpy())
     return q
 
 

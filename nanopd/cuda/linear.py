@@ -286,13 +286,7 @@ PRODUCTS: dict[str, Callable[..., Tensor]] = {PLAIN.name: plain_product}  # of m
 
 
 def _skinny(
-    y: Tensor,
-    x: Tensor,
-    linear: Linear,
-    result: int,
-    overlap: bool,
-    norm: Tensor | None = None,
-    eps: float = 0.0,
+    y: Tensor, x: Tensor, linear: Linear, result: int, overlap: bool, norm: Tensor | None = None, eps: float = 0.0
 ) -> None:
     weight = linear.weight
     num_tiles, row_bytes = weight.shape[0] // TILE_ROWS, 2 * weight.shape[1]

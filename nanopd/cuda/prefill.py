@@ -21,6 +21,8 @@ from torch import Tensor
 from nanopd.models.batch import PrefillRow
 from nanopd.models.operations import AttentionSpec
 
+Rows = Sequence[PrefillRow]
+
 LONG = 1024  # tokens of a first chunk from which on its head is worth a call of its own
 GRAIN = 256
 REPEATS = 3
@@ -60,7 +62,7 @@ class Plan:
 @dataclass(frozen=True, slots=True)
 class Backends:
     packed: Callable[[Tensor, Tensor, Tensor, Packed, float], Tensor]  # as `flash_attention`
-    dense: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None  # as `cudnn_attention`; None: no faster than packed
+    dense: Callable[..., Tensor] | None  # as `cudnn_attention`; None: no faster than packed
 
 
 class PrefillAttention:
@@ -83,7 +85,7 @@ class PrefillAttention:
         kv: Tensor,
         layer: int,
         spec: AttentionSpec,
-        rows: Sequence[PrefillRow],  # the same in each layer, in the order of their tokens, the last ones of the step
+        rows: Rows,  # the same in each layer, in the order of their tokens, the last ones of the step
     ) -> Tensor:
         """Causal attention of the rows over their histories and themselves, all already stored in the cache.
 
@@ -98,7 +100,7 @@ class PrefillAttention:
             self._plan = make_plan(rows, self._slot_mapping, spec.layout.block_size, has_dense, self._is_frequent(rows))
         return attend(q, gather(kv, layer, self._plan), self._plan, self._backends, spec.scale)
 
-    def _is_frequent(self, rows: Sequence[PrefillRow]) -> bool:
+    def _is_frequent(self, rows: Rows) -> bool:
         """Whether the rows are of equal length, and as many of it have come together before."""
         length, *others = {row.end - row.start for row in rows}
         if others:
@@ -116,9 +118,7 @@ class PrefillAttention:
             attend(queries, context, plan, backends, spec.scale)
 
 
-def make_plan(
-    rows: Sequence[PrefillRow], slot_mapping: Tensor, block_size: int, has_dense: bool, share_call: bool
-) -> Plan:
+def make_plan(rows: Rows, slot_mapping: Tensor, block_size: int, has_dense: bool, share_call: bool) -> Plan:
     """Decides which tokens go where; `share_call`: rows of equal length may share a call of the dense backend."""
     lengths = [row.end - row.start for row in rows]
     is_fresh = [has_dense and not row.num_cached for row in rows]
@@ -172,8 +172,7 @@ def attend(q: Tensor, context: Tensor, plan: Plan, backends: Backends, scale: fl
         size = part.count * part.length
         tokens, places = slice(part.start, part.start + size), slice(part.context, part.context + size)
         batch = (x.unflatten(0, (part.count, part.length)) for x in (q[tokens], keys[places], values[places]))
-        q_part, k_part, v_part = (x.transpose(1, 2) for x in batch)
-        y = backends.dense(q_part, k_part, v_part, scale).transpose(1, 2).flatten(0, 1)
+        y = backends.dense(*(x.transpose(1, 2) for x in batch), scale).transpose(1, 2).flatten(0, 1)
         if size == len(q):
             return y
         out = torch.empty_like(q) if out is None else out

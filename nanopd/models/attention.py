@@ -32,19 +32,12 @@ class Attention:
     @classmethod
     def allocate(cls, config: ModelConfig, index: int, spec: AttentionSpec, device: torch.device) -> Attention:
         """Uninitialised weights."""
-        scheme, dtype, head_dim = SCHEMES[config.scheme], getattr(torch, config.dtype), config.head_dim
-        q_size, qkv_size = config.num_heads * head_dim, (config.num_heads + 2 * config.num_kv_heads) * head_dim
-        input_norm = torch.empty(config.hidden_size, dtype=dtype, device=device)
-        return cls(
-            index=index,
-            spec=spec,
-            eps=config.rms_norm_eps,
-            input_norm=input_norm,
-            qkv=scheme.allocate(qkv_size, config.hidden_size, config.qkv_bias, dtype, device),
-            q_norm=input_norm.new_empty(head_dim) if config.qk_norm else None,
-            k_norm=input_norm.new_empty(head_dim) if config.qk_norm else None,
-            o_proj=scheme.allocate(config.hidden_size, q_size, False, dtype, device),
-        )
+        scheme, hidden, head_dim = SCHEMES[config.scheme], config.hidden_size, config.head_dim
+        q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
+        norm = torch.empty(hidden, dtype=getattr(torch, config.dtype), device=device)
+        q_norm, k_norm = (norm.new_empty(head_dim) if config.qk_norm else None for _ in range(2))
+        qkv = scheme.allocate(q_size + 2 * kv_size, hidden, norm, config.qkv_bias)
+        return cls(index, spec, config.rms_norm_eps, norm, qkv, q_norm, k_norm, scheme.allocate(hidden, q_size, norm))
 
     def parts(self, config: ModelConfig) -> Parts:
         """Names are those of a checkpoint below the layer's own."""

@@ -41,14 +41,10 @@ class GatedMlp:
 
     @classmethod
     def allocate(cls, config: ModelConfig, device: torch.device) -> GatedMlp:
-        scheme, dtype = SCHEMES[config.scheme], getattr(torch, config.dtype)
-        hidden, intermediate = config.hidden_size, config.intermediate_size
-        return cls(
-            eps=config.rms_norm_eps,
-            norm=torch.empty(hidden, dtype=dtype, device=device),
-            gate_up=scheme.allocate(2 * intermediate, hidden, False, dtype, device),
-            down=scheme.allocate(hidden, intermediate, False, dtype, device),
-        )
+        scheme, hidden, size = SCHEMES[config.scheme], config.hidden_size, config.intermediate_size
+        norm = torch.empty(hidden, dtype=getattr(torch, config.dtype), device=device)
+        gate_up, down = scheme.allocate(2 * size, hidden, norm), scheme.allocate(hidden, size, norm)
+        return cls(config.rms_norm_eps, norm, gate_up, down)
 
     def parts(self, config: ModelConfig) -> Parts:
         rows = dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), config.intermediate_size)

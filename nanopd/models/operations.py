@@ -45,19 +45,14 @@ class Operations(Protocol):
         """residual [T, out] += x [T, in] through the projection."""
 
     def rotary_and_store(
-        self,
-        qkv: Tensor,  # [T, (num_heads + 2 * num_kv_heads) * head_dim]
-        positions: Tensor,  # [T] int64
-        slot_mapping: Tensor,  # [T] int64
-        kv: Tensor,
-        layer: int,
-        spec: AttentionSpec,
-        q_norm: Tensor | None,  # [head_dim], RMS norm of each query head before it is rotated
-        k_norm: Tensor | None,  # [head_dim]
-        eps: float,
-        /,
-    ) -> Tensor:
-        """Rotates Q and K, stores K and V in their slots, and returns Q [T, num_heads, head_dim]."""
+        self, qkv: Tensor, positions: Tensor, slot_mapping: Tensor, kv: Tensor, layer: int, spec: AttentionSpec,
+        q_norm: Tensor | None, k_norm: Tensor | None, eps: float, /,
+    ) -> Tensor:  # fmt: skip
+        """Rotates Q and K, stores K and V in their slots, and returns Q [T, num_heads, head_dim].
+
+        qkv [T, (num_heads + 2 * num_kv_heads) * head_dim]; positions and slot_mapping [T] int64. q_norm and k_norm
+        [head_dim] are weights of an RMS norm of each head before it is rotated.
+        """
 
     def prefill_attention(
         self, q: Tensor, kv: Tensor, layer: int, spec: AttentionSpec, rows: Sequence[PrefillRow], /
@@ -69,17 +64,14 @@ class Operations(Protocol):
         """
 
     def paged_decode_attention(
-        self,
-        q: Tensor,  # [num_rows, num_heads, head_dim], one token of each sequence
-        kv: Tensor,
-        layer: int,
-        spec: AttentionSpec,
-        block_tables: Tensor,  # [num_rows, max_blocks] int32
-        seq_lens: Tensor,  # [num_rows] int32, context length including the token itself
-        out: Tensor,  # [num_rows, num_heads, head_dim]
-        /,
-    ) -> None:
-        """Attention of one token per sequence over its cached K and V, its own included."""
+        self, q: Tensor, kv: Tensor, layer: int, spec: AttentionSpec, block_tables: Tensor, seq_lens: Tensor,
+        out: Tensor, /,
+    ) -> None:  # fmt: skip
+        """Attention of one token per sequence over its cached K and V, its own included.
+
+        q and out [num_rows, num_heads, head_dim]; block_tables [num_rows, max_blocks] int32; seq_lens [num_rows]
+        int32, context lengths including the token itself.
+        """
 
     def copy_blocks(self, kv: Tensor, src_ids: Tensor, dst_ids: Tensor, /) -> None:
         """Copies whole blocks `src_ids[i]` to `dst_ids[i]`, [n] int64; all are read before any is written."""

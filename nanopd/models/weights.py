@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -43,39 +42,28 @@ class Linear:
     """A projection: y = x @ weight.T + bias. A scheme with more tensors than these has a subclass with more fields."""
 
     weight: Tensor  # as the scheme stores it
-    bias: Tensor | None  # [out_features], the model's dtype
+    bias: Tensor | None  # [out_features], the type of activations
     scheme: Scheme
 
 
-class Scheme(Protocol):
-    """A way to store the weight of a projection."""
+class Scheme:
+    """A way to store projections. This one is the plain way: the weight is [out_features, in_features].
 
-    name: str  # under which SCHEMES and the tables of products have it
+    Others derive from it, and override what is different.
+    """
 
-    def allocate(
-        self, out_features: int, in_features: int, has_bias: bool, dtype: torch.dtype, device: torch.device
-    ) -> Linear:
-        """An uninitialised projection [T, in_features] -> [T, out_features] of activations of `dtype`."""
+    name = "plain"  # under which SCHEMES and the tables of products have the scheme
+
+    def allocate(self, out_features: int, in_features: int, like: Tensor, has_bias: bool = False) -> Linear:
+        """An uninitialised projection [T, in_features] -> [T, out_features], for activations of the type of `like`."""
+        bias = like.new_empty(out_features) if has_bias else None
+        return Linear(like.new_empty(out_features, in_features), bias, self)
 
     def parts(self, linear: Linear, rows: dict[str, int]) -> Parts:
         """The parts of a projection that holds several of a checkpoint's, which lie one after the other.
 
         `rows` has the number of output features of each, by its name in the checkpoint.
         """
-
-
-class Plain:
-    """The weight is [out_features, in_features] in the model's dtype."""
-
-    name = "plain"
-
-    def allocate(
-        self, out_features: int, in_features: int, has_bias: bool, dtype: torch.dtype, device: torch.device
-    ) -> Linear:
-        weight = torch.empty(out_features, in_features, dtype=dtype, device=device)
-        return Linear(weight, weight.new_empty(out_features) if has_bias else None, self)
-
-    def parts(self, linear: Linear, rows: dict[str, int]) -> Parts:
         yield from split_rows(linear.weight, rows, "weight")
         if linear.bias is not None:
             yield from split_rows(linear.bias, rows, "bias")
@@ -87,5 +75,5 @@ def split_rows(tensor: Tensor, rows: dict[str, int], suffix: str) -> Parts:
         yield f"{name}.{suffix}", Part(part)
 
 
-PLAIN = Plain()
+PLAIN = Scheme()
 SCHEMES: dict[str, Scheme] = {PLAIN.name: PLAIN}
