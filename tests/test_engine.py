@@ -23,7 +23,7 @@ from symbolic_worker import (
     symbolic_workers,
 )
 
-from nanopd.config import EngineConfig, routes_for_policy
+from nanopd.config import EngineConfig, KVLayout, routes_for_policy
 from nanopd.core.block_manager import extend_keys
 from nanopd.core.sequence import Sequence, SequenceStatus
 from nanopd.engine.beam_search import Beams, BeamSearch
@@ -110,7 +110,7 @@ def make_engine(
 
 
 def swap_space_gb(num_blocks: int, block_size: int) -> float:
-    return (num_blocks + 0.5) * block_size * model_config().kv_bytes_per_token() / 1e9
+    return (num_blocks + 0.5) * KVLayout.of(model_config(), block_size).bytes_per_block / 1e9
 
 
 def drain(engine: Engine, clock: Clock, replacements: Replacements | None = None, max_steps: int = 60_000) -> None:

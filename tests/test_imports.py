@@ -50,7 +50,9 @@ ALLOWED = {
     "routing": {"config", "core", "messages", "metrics"},
     "core": {"config", "messages", "request"},
     "worker": {"config", "cpu", "cuda", "ipc", "messages", "models", "wire"},
-    "models": {"config", "cpu", "cuda"},
+    "cpu": {"models"},
+    "cuda": {"config", "models"},
+    "models": {"config"},
     "checkpoints": {"config"},
     "metrics": {"messages"},
     "wire": {"messages"},
@@ -59,8 +61,6 @@ ALLOWED = {
     "messages": set(),
     "rules": set(),
     "errors": set(),
-    "cpu": set(),
-    "cuda": set(),
     "ipc": set(),
 }
 WITHOUT_ERRORS = {"cpu", "cuda", "ipc"}

@@ -17,14 +17,15 @@ from typing import Any
 import yaml
 
 from nanopd.config.files import find_config
-from nanopd.config.model_config import ModelConfig
+from nanopd.config.kv_layout import KVLayout
+from nanopd.config.model_config import ITEMSIZES, ModelConfig
 from nanopd.errors import ConfigError
 from nanopd.messages import Role, Route, TransferPath
 from nanopd.rules import SEED, TRUE_OR_FALSE, Rule, check, integer, number, one_of, optional, positive, ruled, text
 
 PREDICTING = ("closed_form", "adaptive")  # the policies that need the parameters of a cost model
 POLICIES = ("collocated", "disaggregated", "round_robin", *PREDICTING)
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = tuple(ITEMSIZES)
 LEVELS = ("ttft_ms", "tpot_ms", "first_gap_ms")
 MAX_STEPS_IN_FLIGHT = 4
 MAX_SPECULATIVE_TOKENS = 15
@@ -159,9 +160,13 @@ class EngineConfig:
         """The most tokens of a sequence, prompt and output: the configured limit, or else the model's own."""
         return self.max_model_len or model.max_position_embeddings
 
+    def kv_layout(self, model: ModelConfig) -> KVLayout:
+        """Of the caches of all workers, and of what is swapped out of them."""
+        return KVLayout.of(model, self.block_size)
+
     def num_host_blocks(self, model: ModelConfig) -> int:
         """KV blocks in a worker's host memory: as many as `swap_space_gb` holds, and a null block."""
-        return 1 + int(self.swap_space_gb * 1e9 // (model.kv_bytes_per_token() * self.block_size))
+        return 1 + int(self.swap_space_gb * 1e9 // self.kv_layout(model).bytes_per_block)
 
     @property
     def num_slots(self) -> int:

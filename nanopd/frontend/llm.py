@@ -415,7 +415,7 @@ def _policy(config: EngineConfig, model: ModelConfig) -> Policy:
     if config.policy not in PREDICTING:
         return make_policy(config)
     parameters = find_parameters(config.params, cache_file(config, model))
-    num_bytes = model.kv_bytes_per_token()
+    num_bytes = config.kv_layout(model).bytes_per_token
     if parameters.kv_bytes_per_token != num_bytes:
         what = f"{config.params}: {parameters.model}, {parameters.kv_bytes_per_token} bytes per token"
         raise ConfigError("params", what, f"those of a model with {num_bytes} bytes of KV cache per token")
