@@ -8,8 +8,9 @@ from collections import deque
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 
 from nanopd.ipc.doorbell import Doorbell, Waiter
 from nanopd.ipc.ring import CONTROL_NBYTES, LINE, RingFull, RingReader, RingWriter, ring_memory
@@ -42,7 +43,7 @@ OPERATIONS = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@examples(2)
 @given(OPERATIONS, st.integers(4, 40), st.randoms(use_true_random=False))
 def test_ring_against_deque(operations: list[tuple[str, int]], lines: int, rng: random.Random) -> None:
     """What is read is what was written, in order, and it stays unchanged until it is released."""
@@ -81,7 +82,6 @@ def test_ring_against_deque(operations: list[tuple[str, int]], lines: int, rng: 
     assert reader.read() == largest_payload
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.integers(0, 1000), st.integers(1, 6), st.data())
 def test_ring_memory_holds_what_it_promises(max_nbytes: int, num_messages: int, data: st.DataObject) -> None:
     memory = ring_memory(max_nbytes, num_messages)

@@ -22,13 +22,15 @@ from tiny_chat_model import make_tiny_chat_model
 
 from nanopd import AsyncLLM, SamplingParams, cli
 
+pytestmark = pytest.mark.process
+
 fastapi, uvicorn, httpx, openai = (
     pytest.importorskip(package, reason="needs the extras serve and test")
     for package in ("fastapi", "uvicorn", "httpx", "openai")
 )
 app = importlib.import_module("nanopd.serve.app")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WAIT_S = 30.0
 KEY = "sk-test"
 SEEDED = {"temperature": 1.0, "seed": 7, "max_tokens": 24}
