@@ -207,9 +207,7 @@ class Engine:
     def next_wakeup_s(self) -> float:
         """When, on the engine's clock, `step` has something to do even if no worker answers; inf: never."""
         held_s = [self.fleet.ledger_of(w).next_step_s for w in self.fleet.live_workers if self._may_hold(w)]
-        return min(
-            self._deadlines.next_s(), self.handovers.next_due_s(), self.fleet.ledger.next_due_s(), *held_s
-        )
+        return min(self._deadlines.next_s(), self.handovers.next_due_s(), self.fleet.ledger.next_due_s(), *held_s)
 
     def step(self) -> list[Update]:
         """Do what can be done now; returns what callers should hear. Never waits."""
@@ -258,11 +256,11 @@ class Engine:
                     self._heed(outcome, now_s)
 
     def _heed(self, outcome: StepOutcome, now_s: float) -> None:
-        for seq in outcome.watched:
-            if seq.chooser is not None:
-                seq.chooser.sampled(seq)
-            elif self._answers.push(seq):
-                self._finish(seq, SequenceStatus.FINISHED_STOPPED)
+        for seq in self._answers.push(outcome.watched):
+            self._finish(seq, SequenceStatus.FINISHED_STOPPED)
+        for seq in outcome.proposed:
+            assert seq.chooser is not None
+            seq.chooser.sampled(seq)
         for seq, num_computed in outcome.advanced:
             self.handovers.advance(seq, num_computed)
         for seq, status in outcome.finished:
