@@ -22,7 +22,7 @@ from nanopd.models.weights import Linear
 
 
 def prepare_thread() -> None:
-    """Gives the kernels launched from this thread as many threads as torch has. numba keeps the number per thread."""
+    """Gives kernels launched from this thread as many threads as torch has; numba keeps that number for each thread."""
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
 
 
