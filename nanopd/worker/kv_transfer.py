@@ -1,9 +1,9 @@
-"""Moves KV blocks between workers: this worker's part in the plans that name it.
+"""Moves KV blocks between workers: carries out this worker's part in the plans that name it.
 
-Where the destination can read the source's cache (shared memory; the memory of a GPU, through CUDA IPC) it pulls,
-alone: one copy, on a stream of its own, that no step waits for and that waits for no step. That needs no event of the
-source: a plan is sent when the parent has seen the end of the step that wrote the blocks, and nobody reads the
-destination's blocks before the acknowledgement. Elsewhere both take part, by way of the relay.
+Where the destination can read the source's cache (in shared memory, or in the memory of a GPU through CUDA IPC) it
+pulls the blocks alone: in one copy, on a stream of its own, that no step waits for and that waits for no step. The copy
+needs no event of the source: the parent sends a plan when it has seen the end of the step that wrote the blocks, and
+nobody reads the destination's blocks before the acknowledgement. Elsewhere both workers take part, through the relay.
 
 A peer is known by its generation. When it is dead or replaced, plans that wait for it are given up; copies from its
 memory, which its death leaves mapped and readable, are finished first.
@@ -30,10 +30,10 @@ Pair = tuple[int, int]  # source, destination
 
 
 def path_between(src: int, dst: int, config: EngineConfig) -> TransferPath:
-    """How blocks get from worker `src` to worker `dst`. To be asked on a machine that has the GPUs of the two.
+    """How blocks get from worker `src` to worker `dst`. The GPUs of both must be in the machine that this runs on.
 
     Raises:
-        ConfigError: not as `transfer` says.
+        ConfigError: blocks cannot get there as `transfer` says.
     """
     src_gpu, dst_gpu = config.workers[src].cuda_index, config.workers[dst].cuda_index
     if config.transfer == TransferPath.RELAY or (src_gpu is None) != (dst_gpu is None):
@@ -50,7 +50,7 @@ def path_between(src: int, dst: int, config: EngineConfig) -> TransferPath:
 @dataclass(slots=True, eq=False)
 class _Peer:
     generation: int
-    cache: Any  # what `Mover.pull` reads; None: the relay is the way, or the peer is gone
+    cache: Any  # what `Mover.pull` reads; None where the relay is the way, or the peer is gone
     is_gone: bool = False
     links: dict[Pair, RelayLink[Any]] = field(default_factory=dict)
 
@@ -61,7 +61,7 @@ class _Pull:
     def __init__(self, plan: TransferPlan, cache: Any, mover: Mover, num_bytes: int, verify: bool) -> None:
         self._plan_id, self._src_worker = plan.plan_id, plan.src_worker
         self._num_bytes, self._verify = num_bytes, verify
-        self._mover, self._cache = mover, cache  # which stays open until this is done, whatever becomes of the peer
+        self._mover, self._cache = mover, cache  # the cache stays open until this is done
         self._src_ids, self._dst_ids = mover.ids(plan.src_blocks, plan.dst_blocks)
         self._start = mover.mark()
         mover.pull(cache, self._src_ids, self._dst_ids)
@@ -81,22 +81,22 @@ class KVTransfer:
     """Carries out the plans that have this worker as their destination, or as the source of a relay."""
 
     def __init__(self, worker: int, kv: Tensor, relays: dict[Pair, SharedMemory], verify: bool) -> None:
-        """kv [num_blocks, ...], contiguous. Raises DigestMismatch while plans are polled, with `verify`."""
+        """kv [num_blocks, ...] is contiguous. With `verify`, polling a plan may raise DigestMismatch."""
         self._worker = worker
         self._kv = kv
-        self._block_bytes = kv[0].numel() * kv.element_size()
+        self._block_bytes = kv[0].nbytes
         self._verify = verify
-        self._incoming, self._outgoing = mover_for(kv), mover_for(kv)  # two streams: a link carries both directions
+        self._incoming, self._outgoing = mover_for(kv), mover_for(kv)  # two streams, as links are duplex
         self._relays, self._relay_memories = relays, dict[Pair, RelayMemory]()
         self._peers: dict[int, _Peer] = {}
 
     def connect(self, worker: int, generation: int, cache: Any) -> None:
-        """A peer lives: what `Mover.pull` reads of its cache, or None, where the relay is the way."""
+        """Takes note of a living peer. `cache` is what `Mover.pull` reads, or None where the relay is the way."""
         self.disconnect(worker)
         self._peers[worker] = _Peer(generation, cache)
 
     def disconnect(self, worker: int) -> None:
-        """A peer is dead, or about to be replaced."""
+        """Takes note that a peer is dead, or about to be replaced."""
         if peer := self._peers.get(worker):
             peer.is_gone, peer.cache = True, None
             for link in peer.links.values():
@@ -108,7 +108,7 @@ class KVTransfer:
         return worker in self._peers and self._peers[worker].generation >= generation
 
     def launch(self, plan: TransferPlan) -> Launched:
-        """Begin a plan; those from one worker to another are to be polled one after the other."""
+        """Begins a plan. Plans from one worker to another must be polled one after the other."""
         worker, generation = self._peer_of(plan)
         peer, is_source = self._peers[worker], plan.src_worker == self._worker
         if peer.is_gone or peer.generation != generation:

@@ -1,4 +1,4 @@
-"""A worker: one model, one KV cache, on one device; does what messages say.
+"""A worker: one model and one KV cache on one device, which does what messages say.
 
 `Worker` is the part without processes, so that a test can hold one in its own. Never imports `core`: which request a
 slot or a block belongs to is the parent's to know.
@@ -24,7 +24,7 @@ from nanopd.worker.model_runner import ModelRunner
 
 
 class Worker:
-    """Loads on construction."""
+    """Loads its model and allocates its cache on construction."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Worker:
             torch.cuda.set_device(device)
         self.paths = {
             peer: path_between(peer, index, config) for peer in range(len(config.workers)) if peer != index
-        }  # by source: how blocks get here
+        }  # by source, how blocks get here
         self._layout = config.kv_layout(model)
         operations = cuda_operations(config, model, device) if device.type == "cuda" else ops
         decoder = load_model(
@@ -61,8 +61,8 @@ class Worker:
         self._transfer = KVTransfer(index, kv, memories.relays, config.verify_transfers)
 
     def connect(self, worker: int, peer: Peer | None) -> None:
-        """Open the KV cache of another worker, in place of an older one of it; None: it is dead, close that."""
-        self._transfer.disconnect(worker)  # before a cache is opened that may need the memory of the old one
+        """Opens the KV cache of another worker in place of its older one; None only closes that."""
+        self._transfer.disconnect(worker)  # first, as the new cache may need the memory of the old one
         if peer is not None and worker != self._index:
             path, shared = self.paths[worker], self._memories.caches[worker]
             cache = open_kv(path, shared, peer, self._layout)
@@ -80,9 +80,9 @@ class Worker:
         self._between_layers = function
 
     def launch(self, message: SlotExtras | StepBatch | TransferPlan) -> Launched:
-        """Begin what a message says: steps in the order of calls, plans beside them; on the CPU steps are done at once.
+        """Begins what a message says: steps in the order of calls, plans beside them; on the CPU steps are done at once.
 
-        Plans of one pair of workers are to be polled one after the other, in the order of calls.
+        Plans of one pair of workers must be polled one after the other, in the order of calls.
         """
         if isinstance(message, SlotExtras):
             self._runner.take_extras(message)
@@ -93,8 +93,8 @@ class Worker:
 
 
 def cuda_operations(config: EngineConfig, model: ModelConfig, device: torch.device) -> Operations:
-    """The decoder's `ops` for a GPU."""
-    from nanopd.cuda import operations, prefill  # not at the top: numba's CUDA side is needed by GPU workers only
+    """The operations of a GPU for this model."""
+    from nanopd.cuda import operations, prefill  # imported here, as CPU workers load nothing of CUDA
 
     dtype, sizes = getattr(torch, model.dtype), (model.head_dim, config.block_size)
     decode_attention = prefill_attention = None
