@@ -80,7 +80,7 @@ class Worker:
         self._between_layers = function
 
     def launch(self, message: SlotExtras | StepBatch | TransferPlan) -> Launched:
-        """Begins what a message says: steps in the order of calls, plans beside them; on the CPU steps are done at once.
+        """Begins what a message says: steps in the order of calls, plans beside them; on the CPU a step is done at once.
 
         Plans of one pair of workers must be polled one after the other, in the order of calls.
         """
