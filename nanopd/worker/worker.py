@@ -73,14 +73,14 @@ class Worker:
         return self._transfer.knows(plan)
 
     def call_between_layers(self, function: Callable[[], object]) -> None:
-        """Has `function` called between the layers of steps that are launched from now on, a captured graph's aside.
+        """Has `function` called between the layers of steps that are launched from now on, but of captured graphs.
 
         Launching a long prompt takes the host a while, and what else is done meanwhile should not wait for its end.
         """
         self._between_layers = function
 
     def launch(self, message: SlotExtras | StepBatch | TransferPlan) -> Launched:
-        """Begins what a message says: steps in the order of calls, plans beside them; on the CPU a step is done at once.
+        """Begins what a message says: steps in the order of calls, plans beside them. On the CPU a step is done here.
 
         Plans of one pair of workers must be polled one after the other, in the order of calls.
         """
