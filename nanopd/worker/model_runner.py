@@ -24,8 +24,8 @@ from nanopd.worker.sampler import Sampler, TokenLogprobs, joined, token_logprobs
 from nanopd.worker.step_inputs import FROM_SLOT, ChunkInputs, StepInputs, step_inputs
 from nanopd.worker.upload import Uploader
 
-WARM_UP_RATIO = 1.25  # of one length to the next
-PROMPT_PIECE = 256  # tokens of prompts whose logits are there at a time
+WARM_UP_RATIO = 1.25  # of the length of one warm-up chunk to the next
+PROMPT_PIECE = 256  # prompt tokens whose logits are in memory at a time
 
 
 class LaunchedStep:
@@ -39,7 +39,7 @@ class LaunchedStep:
             self._events[0].record()
 
     def set_outputs(self, tokens: Tensor, logprobs: TokenLogprobs, errors: np.ndarray) -> None:
-        """Everything has been queued; tokens [num_samples] on the device."""
+        """To be called when all of the step has been queued; tokens [num_samples] on the device."""
         self._logprob_rows, self._errors = logprobs.rows, errors
         self._outputs = [_to_host(t) for t in (tokens.int(), logprobs.ids, logprobs.values)]
         if self._events:
@@ -63,14 +63,14 @@ class ModelRunner:
 
     def __init__(self, decoder: Decoder, kv: Tensor, config: EngineConfig, model: ModelConfig) -> None:
         max_len = config.max_len_of(model)
-        num_slots = config.num_slots + 1  # the last one is for rows that only fill up a graph
+        num_slots = config.num_slots + 1  # the last slot is for rows that only fill up a graph
         self.decoder = decoder
         self._kv = kv  # [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]
         self._host_kv = allocate_host_kv(kv, config, model)
         self.num_host_blocks = len(self._host_kv)
         self._block_size = config.block_size
         self._host_tables = np.zeros((num_slots, -(-max_len // config.block_size)), np.int32)
-        self._tables = torch.from_numpy(self._host_tables).to(kv.device)  # on the CPU, the same memory
+        self._tables = torch.from_numpy(self._host_tables).to(kv.device)  # on the CPU both are the same memory
         self._last_tokens = torch.zeros(num_slots, dtype=torch.int64, device=kv.device)
         self._sampler = Sampler(num_slots, model.vocab_size, kv.device)
         self._upload = Uploader(kv.device)
@@ -83,9 +83,9 @@ class ModelRunner:
                 self._graphs = DecodeGraphs(decoder, kv, self._tables, self._last_tokens, config.max_decode_rows)
 
     def _warm_up(self, num_tokens: int) -> Tensor:
-        """Logits of a decode row, beside a chunk in blocks that nobody has yet.
+        """Logits of a decode row, computed beside a chunk in blocks that no sequence has yet.
 
-        Kernels are compiled, loaded and chosen now, and memory is taken, rather than at the first requests.
+        Has kernels compiled, loaded and chosen, and memory taken, now rather than at the first requests.
         """
         zeros = np.zeros(1 + num_tokens, np.int64)
         positions = np.concatenate([zeros[:1], np.arange(num_tokens)])
@@ -94,7 +94,7 @@ class ModelRunner:
         return self._run(inputs)[0]
 
     def take_extras(self, extras: SlotExtras) -> None:
-        """Of a sequence that enters a slot in the next step."""
+        """Keep the extras of a sequence that enters a slot in the next step."""
         self._sampler.take_extras(extras)
 
     @torch.inference_mode()
@@ -102,7 +102,7 @@ class ModelRunner:
         """Queue a step on the device; on the CPU, execute it."""
         self._apply_changes(batch)
         inputs = step_inputs(batch, self._host_tables, self._block_size)
-        step = LaunchedStep(batch.step_id, self._kv.device)  # its time begins when its work is there to be started
+        step = LaunchedStep(batch.step_id, self._kv.device)  # the step's time begins when the device can start it
         of_prompts: list[TokenLogprobs] = []
         if self._graphs is not None and self._graphs.can_run(inputs):
             logits, tokens = self._graphs.run(inputs, self._upload)
@@ -160,7 +160,7 @@ class ModelRunner:
         return self.decoder.logits(x.index_select(0, logit_indices)), self._prompt_logprobs(inputs, x)
 
     def _prompt_logprobs(self, inputs: StepInputs, x: Tensor) -> list[TokenLogprobs]:
-        """Of the prompts whose sequences ask for it, a piece at a time: the logits of a whole prompt are large."""
+        """Logprobs of the prompts whose sequences ask for them, in pieces, as the logits of a prompt are large."""
         targets = self._sampler.prompt_targets(inputs.token_slots, inputs.positions)
         if targets is None:
             return []
@@ -180,12 +180,12 @@ class ModelRunner:
 
 
 def warm_up_lengths(most: int) -> list[int]:
-    """Of chunks, the longest first: what is chosen by shape changes between them, if anywhere."""
+    """Lengths of warm-up chunks, the longest first; the choice of kernels by shape changes between two, if anywhere."""
     return [round(most / WARM_UP_RATIO**i) for i in range(1 + int(math.log(most / 2, WARM_UP_RATIO)))]
 
 
 def _to_host(tensor: Tensor) -> Tensor:
-    """A copy that is there when the step is done."""
+    """A copy on the host that is complete when the step is done."""
     if not tensor.is_cuda:
         return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
