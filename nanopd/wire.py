@@ -26,7 +26,7 @@ PADDING = [bytes(-nbytes % ALIGNMENT) for nbytes in range(ALIGNMENT)]  # by byte
 
 
 class WireError(NanopdError, ValueError):
-    """Bytes that are no message, or arrays that do not fit their section."""
+    """Raised for bytes that are no message, and for arrays that do not fit their section."""
 
 
 def encode(message: Message) -> bytes:
@@ -54,18 +54,19 @@ def decode(data: memoryview | bytes) -> Message:
         raise WireError(f"{layout.cls.__name__}: {view.nbytes} bytes, its header alone has {layout.prefix.size}")
     _, *words = layout.prefix.unpack_from(view)
     counts = words[layout.num_header :]
-    _check_size(layout, counts, view.nbytes)
-    arrays = []
-    offset = layout.prefix.size
+    offsets = [layout.prefix.size]
     for count, dtype in zip(counts, layout.dtypes):
-        arrays.append(np.frombuffer(view, dtype, count, offset))
-        offset = _padded(offset + count * dtype.itemsize)
+        offsets.append(offsets[-1] + _padded(count * dtype.itemsize))
+    if offsets[-1] != view.nbytes or min(counts, default=0) < 0:
+        sizes = f"{view.nbytes} bytes, but section lengths {counts} make {offsets[-1]}"
+        raise WireError(f"{layout.cls.__name__}: {sizes}")
+    arrays = [np.frombuffer(view, *section) for section in zip(layout.dtypes, counts, offsets)]
     return layout.cls(*words[: layout.num_header], *arrays)
 
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """What the codec needs of one class, worked out once."""
+    """What the codec needs to know of one class of messages, worked out once."""
 
     cls: type
     kind: int
@@ -93,14 +94,6 @@ def _layout(kind: int | None) -> _Layout:
             return _Layout(cls, number, num_header, prefix, tuple(arrays.values()), attrgetter(*names))
     known = ", ".join(f"{number} ({cls.__name__})" for cls, number in KINDS.items())
     raise WireError(f"message kind {kind!r} is unknown; known: {known}")
-
-
-def _check_size(layout: _Layout, counts: list[int], nbytes: int) -> None:
-    expected = layout.prefix.size
-    for count, dtype in zip(counts, layout.dtypes):
-        expected += _padded(count * dtype.itemsize)
-    if expected != nbytes or (counts and min(counts) < 0):
-        raise WireError(f"{layout.cls.__name__}: {nbytes} bytes, but section lengths {counts} make {expected}")
 
 
 def _padded(nbytes: int) -> int:

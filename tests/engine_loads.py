@@ -259,7 +259,7 @@ def assert_caches_are_right(engine: Engine, seqs: list[Sequence]) -> None:
         tokens_of = {}
         for seq in seqs:
             keys: list[bytes] = []
-            extend_keys(keys, seq.token_ids, block_size, engine._root_key)
+            extend_keys(keys, seq.token_ids, block_size, engine._sequences._root_key)
             for i, key in enumerate(keys):
                 tokens_of[key] = seq.token_ids[i * block_size : (i + 1) * block_size]
         for key, tokens in tokens_of.items():

@@ -139,16 +139,20 @@ class Decodes:
         """Give each slot in `full` blocks to write to; returns the slots of `ready` that can run."""
         t, blocks = self._residency.slots, self._residency.blocks
         is_tight = blocks.num_free < len(full)
+        block_size, updates, seqs = blocks.block_size, batch.table_updates, t.seqs
         columns = (column[full].tolist() for column in (t.num_computed, t.num_drafts, t.is_entered))
         for slot, start, num_drafts, is_entered in zip(full.tolist(), *columns, strict=True):
             if is_tight and not find_block(slot):
                 continue
-            table, last = self._residency.seq(slot).block_table, (start + num_drafts) // blocks.block_size
+            seq, last = seqs[slot], (start + num_drafts) // block_size
+            assert seq is not None
+            table = seq.block_table
             for copy in blocks.append(table, start, start + num_drafts + 1):
                 batch.copies += copy
             if is_entered:  # else the whole table will be sent
-                batch.add_blocks(slot, start // blocks.block_size, table[start // blocks.block_size : last + 1])
-            t.writable_len[slot] = (last + 1) * blocks.block_size
+                for index in range(start // block_size, last + 1):
+                    updates += (slot, index, table[index])
+            t.writable_len[slot] = (last + 1) * block_size
         return ready[t.is_active[ready] & (t.num_computed[ready] < t.writable_len[ready])] if is_tight else ready
 
     # -------------------------------------------------------------------------------------------------- results

@@ -26,6 +26,7 @@ class StepOutcome:
     advanced: list[tuple[Sequence, int]] = field(default_factory=list)  # prefilling ones, tokens computed so far
     prefilled: list[Sequence] = field(default_factory=list)  # have their first token and leave for their decode worker
     watched: list[Sequence] = field(default_factory=list)  # got a token that the engine wants to look at
+    proposed: list[Sequence] = field(default_factory=list)  # got a token that their chooser wants to look at
     finished: list[tuple[Sequence, SequenceStatus]] = field(default_factory=list)  # to be ended by the engine
 
 
@@ -67,47 +68,51 @@ class Results:
 
     def _append(self, slots: np.ndarray, result: StepResult, now_s: float) -> StepOutcome:
         """A token for each of `slots`; those of sequences that have left since the step was built are dropped."""
-        tokens = result.token_ids
+        t, tokens = self._slots, result.token_ids
         if len(result.logprob_rows):
             self._append_logprobs(slots, result)
-        wanted = self._slots.is_active[slots]
+        wanted = t.is_active[slots]
         if not wanted.all():
             slots, tokens = slots[wanted], tokens[wanted]
-        num_tokens = self._slots.append(slots, tokens, now_s)
-        is_full = num_tokens >= self._slots.end_len[slots]
-        is_eos = self._is_eos[tokens] & self._slots.stops_at_eos[slots]
-        is_noted = is_full | self._slots.is_watched[slots] | is_eos
-        outcome = StepOutcome()
-        if is_noted.any():
-            noted = zip(slots[is_noted].tolist(), tokens[is_noted].tolist(), is_full[is_noted].tolist(), strict=True)
-            for slot, token, is_at_end in noted:
-                self._note(outcome, slot, token, is_at_end, now_s, result.errors)
-        return outcome
+        num_tokens = t.append(slots, tokens, now_s)
+        is_full = num_tokens >= t.end_len[slots]
+        is_noted = is_full | t.is_watched[slots] | (self._is_eos[tokens] & t.stops_at_eos[slots])
+        if not is_noted.any():
+            return StepOutcome()
+        return self._outcome_of(slots[is_noted], tokens[is_noted], is_full[is_noted], now_s, result.errors)
 
-    def _note(
-        self, outcome: StepOutcome, slot: int, token: int, is_at_end: bool, now_s: float, errors: np.ndarray
-    ) -> None:
-        """Add to `outcome` what the new token of a slot means for its sequence."""
-        t, seq = self._slots, self._residency.seq(slot)
-        if token < 0:
-            t.num_tokens[slot] -= 1
-            seq.error = bytes(errors).decode()
-            outcome.finished.append((seq, SequenceStatus.FINISHED_ERROR))
-            return
-        if seq.is_watched:  # the sequence's own list is always up to date
-            seq.token_ids.append(token)
-            seq.token_times_s.append(now_s)
-            t.is_awaited[slot] = seq.awaits_choice = seq.chooser is not None
-            if seq.drafter is not None:
-                self._decodes.observe(seq, slot, token)
-            outcome.watched.append(seq)
-        else:
-            t.sync(seq)
-        if token in seq.stop_ids:
-            seq.stop_reason = token if token in seq.params.stop_token_ids else None
-            outcome.finished.append((seq, SequenceStatus.FINISHED_STOPPED))
-        elif is_at_end:
-            outcome.finished.append((seq, SequenceStatus.FINISHED_LENGTH))
+    def _outcome_of(
+        self, slots: np.ndarray, tokens: np.ndarray, is_full: np.ndarray, now_s: float, errors: np.ndarray
+    ) -> StepOutcome:
+        """What the new token of each slot means for its sequence."""
+        t, outcome = self._slots, StepOutcome()
+        for slot, token, is_at_end in zip(slots.tolist(), tokens.tolist(), is_full.tolist(), strict=True):
+            seq = t.seqs[slot]
+            assert seq is not None
+            if token < 0:
+                t.num_tokens[slot] -= 1
+                seq.error = bytes(errors).decode()
+                outcome.finished.append((seq, SequenceStatus.FINISHED_ERROR))
+                continue
+            if seq.is_watched:  # the sequence's own list is always up to date
+                seq.token_ids.append(token)
+                seq.token_times_s.append(now_s)
+                if seq.drafter is not None:
+                    self._decodes.observe(seq, slot, token)
+                if seq.chooser is not None:
+                    t.is_awaited[slot] = seq.awaits_choice = True
+                    outcome.proposed.append(seq)
+                else:
+                    t.is_awaited[slot] = False
+                    outcome.watched.append(seq)
+            else:
+                t.sync(seq)
+            if token in seq.stop_ids:
+                seq.stop_reason = token if token in seq.params.stop_token_ids else None
+                outcome.finished.append((seq, SequenceStatus.FINISHED_STOPPED))
+            elif is_at_end:
+                outcome.finished.append((seq, SequenceStatus.FINISHED_LENGTH))
+        return outcome
 
     def _advance(self, outcome: StepOutcome, chunks: list[Chunk]) -> None:
         """What the step's chunks mean for others of the same prefix, and for sequences that leave."""

@@ -22,7 +22,7 @@ from nanopd.models.weights import Linear
 
 
 def prepare_thread() -> None:
-    """Gives the kernels launched from this thread as many threads as torch has. numba keeps the number per thread."""
+    """Gives kernels launched from this thread as many threads as torch has; numba keeps that number for each thread."""
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
 
 
@@ -36,14 +36,8 @@ def embedding(token_ids: Tensor, weight: Tensor) -> Tensor:
     return weight.index_select(0, token_ids)
 
 
-def multiply(x: Tensor, linear: Linear) -> Tensor:
-    """x [T, in] through a projection -> [T, out]."""
-    return PRODUCTS[linear.scheme.name](x, linear)
-
-
-def plain_product(x: Tensor, linear: Linear) -> Tensor:
-    """x [T, in] -> [T, out] with weights [out, in] of x's dtype; out is at least 4."""
-    weight, bias = linear.weight, linear.bias
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, in], weight [out, in], bias [out], all of one type -> [T, out]; out is at least 4."""
     if not _has_kernels(x):
         return torch.nn.functional.linear(x, weight, bias)
     assert weight.shape[0] >= kernels.ROWS, weight.shape
@@ -52,7 +46,10 @@ def plain_product(x: Tensor, linear: Linear) -> Tensor:
     return out
 
 
-PRODUCTS: dict[str, Callable[[Tensor, Linear], Tensor]] = {"plain": plain_product}  # by the name of a scheme
+# By the name of a scheme: x [T, in] through a projection -> [T, out].
+PRODUCTS: dict[str, Callable[[Tensor, Linear], Tensor]] = {
+    "plain": lambda x, projection: linear(x, projection.weight, projection.bias)
+}
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -73,19 +70,19 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     return out
 
 
-def norm_linear(x: Tensor, norm: Tensor, eps: float, linear: Linear) -> Tensor:
+def norm_linear(x: Tensor, norm: Tensor, eps: float, projection: Linear) -> Tensor:
     """RMS norm of x [T, in] with weights norm [in], through the projection -> [T, out]."""
-    return multiply(rms_norm(x, norm, eps), linear)
+    return PRODUCTS[projection.scheme.name](rms_norm(x, norm, eps), projection)
 
 
 def norm_gated_linear(x: Tensor, norm: Tensor, eps: float, gate_up: Linear) -> Tensor:
     """RMS norm of x [T, in], through the projection [T, 2 * size]: silu(gate) * up [T, size]."""
-    return silu_and_mul(multiply(rms_norm(x, norm, eps), gate_up))
+    return silu_and_mul(PRODUCTS[gate_up.scheme.name](rms_norm(x, norm, eps), gate_up))
 
 
-def add_linear(x: Tensor, linear: Linear, residual: Tensor) -> None:
+def add_linear(x: Tensor, projection: Linear, residual: Tensor) -> None:
     """residual [T, out] += x [T, in] through the projection."""
-    residual.add_(multiply(x, linear))
+    residual.add_(PRODUCTS[projection.scheme.name](x, projection))
 
 
 def rotary_and_store(

@@ -1,6 +1,6 @@
 """The operations in torch, for any device and type: right, not fast. Their signatures are those of `nanopd.cpu.ops`.
 
-Sums, norms, rotation and softmax are computed in float32 and rounded once. Nothing waits for a GPU.
+Sums, norms, rotation and softmax are computed in float32 and rounded once. No function waits for a GPU.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def rotary_and_store(
 
 
 def _rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """x [T, heads, head_dim], angles [T, head_dim] (cosines, sines of half the size each)."""
+    """x [T, heads, head_dim], rotated by angles [T, head_dim], which are cosines, then sines, of half the size each."""
     cos, sin = angles.unsqueeze(1).chunk(2, dim=2)
     first, second = x.float().chunk(2, dim=2)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=2).to(x.dtype)

@@ -41,17 +41,19 @@ class Answers:
         if (request.is_streamed or seq.params.stop) and self._make_text is not None:
             seq.text = self._make_text(request.prompt_token_ids, seq.params.stop)
 
-    def push(self, seq: Sequence) -> bool:
-        """Take the newest token of a watched sequence; whether a stop string has been found."""
-        new, stream, text = seq.token_ids[-1:], seq.text, ""
-        if stream is not None and new[0] not in seq.stop_ids:  # a stop token is not part of the text
-            text = stream.push(new, len(seq.token_ids) >= seq.min_len)
-        if seq.request.is_streamed:
-            self._updates.append(Update(seq, new, text, False))
-        if stream is None or stream.stopped_by is None:
-            return False
-        seq.stop_reason = stream.stopped_by
-        return True
+    def push(self, seqs: list[Sequence]) -> list[Sequence]:
+        """Take the newest token of each of these watched sequences; returns those with a stop string in their text."""
+        stopped = []
+        for seq in seqs:
+            new, stream, text = seq.token_ids[-1:], seq.text, ""
+            if stream is not None and new[0] not in seq.stop_ids:  # a stop token is not part of the text
+                text = stream.push(new, len(seq.token_ids) >= seq.min_len)
+            if seq.request.is_streamed:
+                self._updates.append(Update(seq, new, text, False))
+            if stream is not None and stream.stopped_by is not None:
+                seq.stop_reason = stream.stopped_by
+                stopped.append(seq)
+        return stopped
 
     def end(self, seq: Sequence) -> None:
         """A sequence has finished."""

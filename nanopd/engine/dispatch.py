@@ -79,7 +79,7 @@ class Dispatcher:
         stranded, self._stranded = self._stranded, []
         return self.route(stranded)
 
-    def reroute_waiting(self) -> list[Sequence]:
+    def _reroute_waiting(self) -> list[Sequence]:
         """Sequences that wait for a route which is not allowed any more take another one. Returns as `route` does."""
         refused = []
         for worker in self._fleet.live_workers:
@@ -90,6 +90,14 @@ class Dispatcher:
                     scheduler.remove(seq)
                     refused += self.route([seq])
         return refused
+
+    def change_role(self, worker: int, role: Role) -> list[Sequence]:
+        """Give a worker another role, and what it may not serve any more to others. Returns as `route` does."""
+        self._roles.change(worker, role)
+        refused = self._reroute_waiting()
+        if not (role.may_decode or self._fleet.schedulers[worker].is_dead):
+            self._handovers.vacate(worker, self._clock())
+        return refused + self.route_stranded()
 
     def take_role_changes(self) -> list[tuple[int, Role]]:
         """Changes that the policy has asked for since the last call."""

@@ -14,31 +14,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import replace as replaced
-from functools import partial
 
 from nanopd.config import EngineConfig, ModelConfig
 from nanopd.core.handover import Handovers
 from nanopd.core.results import StepOutcome
-from nanopd.core.scheduler import Scheduler
 from nanopd.core.sequence import Chooser, Sequence, SequenceStatus
-from nanopd.core.speculation import Drafter
 from nanopd.engine.answers import Answers, MakeText, Update
 from nanopd.engine.deadlines import Deadlines
 from nanopd.engine.dispatch import Dispatcher
 from nanopd.engine.fleet import Fleet
 from nanopd.engine.roles import Roles
+from nanopd.engine.sequences import Sequences
 from nanopd.engine.validation import check_request
 from nanopd.errors import RequestError, WorkerError
-from nanopd.messages import EventKind, Role, StepBatch, StepResult, TransferAck, TransferPlan, Work
+from nanopd.messages import EventKind, Role, TransferAck
 from nanopd.request import Request
-from nanopd.routing.cost_model import CostModel, MoveSample, StepSample, chunk_pairs, rows_of
 from nanopd.routing.factory import make_policy
 from nanopd.routing.policy import Policy
 from nanopd.workers.client import WorkerClient
 
 MAX_REPLAYS = 2  # of a request that was being computed when a worker died
-HOST_BYTES_PER_MS = 25e6  # to and from host memory; an H200 does 55e6, older buses half of that
 
 logger = logging.getLogger(__name__)
 
@@ -67,22 +62,16 @@ class Engine:
         """
         self.max_model_len = config.max_len_of(model)
         self.config, self.model, self.clock = config.replace(max_model_len=self.max_model_len), model, clock
-        self.seqs: dict[str, Sequence] = {}  # unfinished, by request_id
-        self.fleet = Fleet(self.config, model, workers, clock, replace)
-        self.workers, self.schedulers = self.fleet.clients, self.fleet.schedulers  # the fleet's own lists
+        self._sequences = Sequences(self.config, model)
+        self.seqs = self._sequences.unfinished  # by request_id
         self.policy = policy or make_policy(config)
-        self._costs = self.policy.costs
-        if self._costs is not None:
-            for scheduler in self.schedulers:
-                scheduler.swap_where(partial(_swap_pays, self._costs))
+        self.fleet = Fleet(self.config, model, workers, clock, replace, self.policy.costs)
+        self.workers, self.schedulers = self.fleet.clients, self.fleet.schedulers  # the fleet's own lists
         self.roles = Roles(self.fleet, config.policy, self.policy)
         self.handovers = Handovers(self.schedulers, self.fleet.send_plan, config.handover_timeout_s)
         self.dispatcher = Dispatcher(config, self.fleet, self.roles, self.policy, self.handovers, clock)
         self._answers = Answers(make_text)
         self._deadlines = Deadlines()
-        self._num_submitted = 0
-        self._root_key = repr((config.model, model)).encode()
-        self._on_work: Callable[[Work], None] | None = None
 
     # ------------------------------------------------------------------------------------------------ requests
 
@@ -108,7 +97,8 @@ class Engine:
             self.roles.check(request, self.max_model_len)
         else:
             self.check(request)
-        seq = self._new_sequence(request, chooser)
+        seq = self._sequences.new(request, chooser)
+        self._answers.begin(seq)
         self._deadlines.add(seq)
         self._follow(seq, parent)
         return seq
@@ -123,23 +113,6 @@ class Engine:
         check_request(request, self.model, self.max_model_len, self._answers.have_text)
         self.roles.check(request, self.max_model_len)
 
-    def _new_sequence(self, request: Request, chooser: Chooser | None) -> Sequence:
-        seq = Sequence(
-            self._num_submitted,
-            request,
-            max_model_len=self.max_model_len,
-            eos_token_ids=self.model.eos_token_ids,
-            seed=_mix(self.config.seed, self._num_submitted),
-            root_key=self._root_key,
-            chooser=chooser,
-        )
-        if self.config.num_speculative_tokens and chooser is None and not seq.params.changes_logits:
-            seq.drafter, seq.is_watched = Drafter(seq.token_ids), True
-        self._answers.begin(seq)
-        self._num_submitted += 1
-        self.seqs[seq.request_id] = seq
-        return seq
-
     def abort(self, request_id: str) -> None:
         """End a request with what it has so far; one that is unknown or finished is left alone."""
         seq = self.seqs.get(request_id)
@@ -148,10 +121,7 @@ class Engine:
 
     def fork(self, parent: Sequence, request_id: str, token_ids: list[int]) -> Sequence:
         """A request that goes on from `token_ids`: all but the last are tokens of `parent`, whose blocks it shares."""
-        child = self._new_sequence(replaced(parent.request, request_id=request_id), parent.chooser)
-        child.token_ids = token_ids
-        child.token_times_s = parent.token_times_s[: len(token_ids) - parent.num_prompt_tokens]
-        child.rank = (*parent.rank[:2], child.seq_id)
+        child = self._sequences.fork(parent, request_id, token_ids)
         self._follow(child, parent)
         return child
 
@@ -207,9 +177,7 @@ class Engine:
     def next_wakeup_s(self) -> float:
         """When, on the engine's clock, `step` has something to do even if no worker answers; inf: never."""
         held_s = [self.fleet.ledger_of(w).next_step_s for w in self.fleet.live_workers if self._may_hold(w)]
-        return min(
-            self._deadlines.next_s(), self.handovers.next_due_s(), self.fleet.ledger.next_due_s(), *held_s
-        )
+        return min(self._deadlines.next_s(), self.handovers.next_due_s(), self.fleet.ledger.next_due_s(), *held_s)
 
     def step(self) -> list[Update]:
         """Do what can be done now; returns what callers should hear. Never waits."""
@@ -246,11 +214,7 @@ class Engine:
             self._bury(worker, error)
             return
         for message in messages:
-            sent = self.fleet.ledger_of(worker).answered(message, now_s)
-            if self._costs is not None:
-                _observe(self._costs, sent, message)
-            if self._on_work is not None:
-                self._on_work(_work(scheduler, message, now_s))
+            self.fleet.answered(worker, message, now_s)
             if isinstance(message, TransferAck):
                 self.handovers.acknowledge(message, now_s)
             else:
@@ -258,11 +222,11 @@ class Engine:
                     self._heed(outcome, now_s)
 
     def _heed(self, outcome: StepOutcome, now_s: float) -> None:
-        for seq in outcome.watched:
-            if seq.chooser is not None:
-                seq.chooser.sampled(seq)
-            elif self._answers.push(seq):
-                self._finish(seq, SequenceStatus.FINISHED_STOPPED)
+        for seq in self._answers.push(outcome.watched):
+            self._finish(seq, SequenceStatus.FINISHED_STOPPED)
+        for seq in outcome.proposed:
+            assert seq.chooser is not None
+            seq.chooser.sampled(seq)
         for seq, num_computed in outcome.advanced:
             self.handovers.advance(seq, num_computed)
         for seq, status in outcome.finished:
@@ -370,66 +334,21 @@ class Engine:
         possible = [r.value for r in Role if self.roles.can_change(worker, r, self._longest)]
         if role not in possible:
             raise RequestError("role", role.value, possible)
-        self.roles.change(worker, role)
-        self._refuse(self.dispatcher.reroute_waiting())
-        if not (role.may_decode or self.schedulers[worker].is_dead):
-            self.handovers.vacate(worker, self.clock())
-        self._refuse(self.dispatcher.route_stranded())
+        self._refuse(self.dispatcher.change_role(worker, role))
 
     def _change_roles(self) -> None:
         """As the policy asked, where the requests under way allow it."""
         for worker, role in self.dispatcher.take_role_changes():
             if self.roles.can_change(worker, role, self._longest):
                 logger.info("worker %d: %s", worker, role.value)
-                self.set_role(worker, role)
+                self._refuse(self.dispatcher.change_role(worker, role))
 
     @property
     def _longest(self) -> int:
         """Tokens that an unfinished sequence may come to, at most."""
         return max((seq.end_len for seq in self.seqs.values()), default=0)
 
-    # --------------------------------------------------------------------------------------------- observation
-
-    def observe(self, on_work: Callable[[Work], None] | None) -> None:
-        """Call `on_work` with each step and each move that is done from now on."""
-        self._on_work = on_work
-
     def check_integrity(self) -> None:
         """Raise AssertionError if a block or a slot of a live worker was lost."""
         for worker in self.fleet.live_workers:
             self.schedulers[worker].check_integrity(self.handovers.tables(worker), self.handovers.pinned(worker))
-
-
-def _observe(costs: CostModel, sent: StepBatch | TransferPlan | None, answer: StepResult | TransferAck) -> None:
-    """Correct the cost model by how long the worker took for what it was sent."""
-    ms = answer.duration_us / 1e3
-    if isinstance(sent, StepBatch):
-        costs.observe(StepSample(*rows_of(sent), ms))
-    elif sent is not None and isinstance(answer, TransferAck) and answer.num_bytes:  # else the plan was given up
-        costs.observe(MoveSample(answer.num_bytes, ms), (sent.src_worker, sent.dst_worker))
-
-
-def _work(scheduler: Scheduler, message: StepResult | TransferAck, now_s: float) -> Work:
-    work = Work(scheduler.worker, now_s, message.duration_us / 1e6)
-    if isinstance(message, TransferAck):
-        work.num_moved_bytes = message.num_bytes
-    else:
-        step = scheduler.in_flight[0]
-        work.num_prompt_tokens = step.num_prompt_tokens
-        work.num_decoding = len(step.row_slots) - len(step.chunks)
-    return work
-
-
-def _swap_pays(costs: CostModel, num_tokens: int) -> bool:
-    """Whether the way of so many tokens out to host memory and back takes less time than to compute them again."""
-    swap_ms = 2 * num_tokens * costs.parameters.kv_bytes_per_token / HOST_BYTES_PER_MS
-    return swap_ms < costs.mixed_ms(0, 0, num_tokens, chunk_pairs(num_tokens, 0))
-
-
-def _mix(seed: int, number: int) -> int:
-    """A 64-bit seed for request `number` of an engine (the finaliser of splitmix64, Steele et al. 2014)."""
-    mask = 2**64 - 1
-    x = (seed + (number + 1) * 0x9E3779B97F4A7C15) & mask
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & mask
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & mask
-    return x ^ (x >> 31)

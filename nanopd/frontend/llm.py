@@ -232,7 +232,7 @@ class LLM:
 
     def observe(self, on_work: Callable[[Work], None] | None) -> None:
         """Call `on_work`, which must neither wait nor raise, in the engine's thread with all that workers have done."""
-        self._thread.call(lambda engine: engine.observe(on_work))
+        self._thread.call(lambda engine: engine.fleet.observe(on_work))
 
     def observe_logs(self, on_log: Callable[[RequestLog], None]) -> None:
         """Likewise, with the log of each request that ends from now on; `stats` then keeps the latest 1,000 only."""

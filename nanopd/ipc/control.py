@@ -22,7 +22,7 @@ class Control:
 
     def __init__(self, memory: SharedMemory) -> None:
         self.words = memory.map()[:CONTROL_NBYTES].cast("q")  # each assignment is one store of 8 bytes
-        self._needs_fence = platform.machine() != "x86_64"
+        self.needs_fence = platform.machine() != "x86_64"  # where False, `fence` does nothing
         self._lock = threading.Lock()
         self._lock.acquire()
 
@@ -32,6 +32,6 @@ class Control:
         x86-64 keeps loads in order, stores in order, and stores behind earlier loads: all that a ring needs. arm64
         does not. Python has no fence, but the release of a lock and an acquire behind it are one there (stlr, ldar).
         """
-        if self._needs_fence:
+        if self.needs_fence:
             self._lock.release()
             self._lock.acquire()

@@ -28,7 +28,7 @@ class RingWriter:
 
     def __init__(self, memory: SharedMemory) -> None:
         self._control, self._data = Control(memory), _data_of(memory)
-        self._words, self._lengths = self._control.words, self._data.cast("q")
+        self._words, self._lengths, self._capacity = self._control.words, self._data.cast("q"), len(self._data)
         self._tail: int = self._words[TAIL]
 
     def write(self, message: bytes | memoryview) -> None:
@@ -38,11 +38,11 @@ class RingWriter:
             RingFull: the reader is behind.
             ValueError: the message is too large for the ring, however empty.
         """
-        nbytes, capacity, tail = len(message), len(self._data), self._tail
+        nbytes, capacity, tail = len(message), self._capacity, self._tail
         end = tail + _footprint(nbytes)
-        if end - tail > capacity:
-            raise ValueError(f"a message of {nbytes} bytes; this ring takes up to {capacity - WORD} bytes")
         if end - self._words[HEAD] > capacity:
+            if end - tail > capacity:
+                raise ValueError(f"a message of {nbytes} bytes; this ring takes up to {capacity - WORD} bytes")
             raise RingFull(f"no room for {nbytes} bytes: {tail - self._words[HEAD]} of {capacity} are unread")
         self._lengths[tail % capacity // WORD] = nbytes
         start = (tail + WORD) % capacity
@@ -51,7 +51,8 @@ class RingWriter:
         else:
             self._data[start:] = message[: capacity - start]
             self._data[: start + nbytes - capacity] = message[capacity - start :]
-        self._control.fence()  # the message is there before the tail that publishes it
+        if self._control.needs_fence:
+            self._control.fence()  # the message is there before the tail that publishes it
         self._words[TAIL] = self._tail = end
 
 
@@ -60,23 +61,25 @@ class RingReader:
 
     def __init__(self, memory: SharedMemory) -> None:
         self._control, self._data = Control(memory), _data_of(memory)
-        self._words, self._lengths = self._control.words, self._data.cast("q")
+        self._words, self._lengths, self._capacity = self._control.words, self._data.cast("q"), len(self._data)
         self._head: int = self._words[HEAD]
 
     def read(self) -> bytes | None:
         """The next message; None: there is none yet."""
-        capacity, head = len(self._data), self._head
+        head = self._head
         if head == self._words[TAIL]:
             return None
-        self._control.fence()  # the tail is read before what it publishes
-        nbytes = self._lengths[head % capacity // WORD]
-        start = (head + WORD) % capacity
-        message = bytes(self._data[start : start + nbytes])
+        if self._control.needs_fence:
+            self._control.fence()  # the tail is read before what it publishes
+        nbytes = self._lengths[head % self._capacity // WORD]
+        start = (head + WORD) % self._capacity
+        message = self._data[start : start + nbytes].tobytes()
         if len(message) < nbytes:
             message += self._data[: nbytes - len(message)]
-        self._head = head + _footprint(nbytes)
-        self._control.fence()  # the message has been copied before the head that lets it be overwritten
-        self._words[HEAD] = self._head
+        self._head = head = head + _footprint(nbytes)
+        if self._control.needs_fence:
+            self._control.fence()  # the message has been copied before the head that lets it be overwritten
+        self._words[HEAD] = head
         return message
 
 
@@ -89,4 +92,4 @@ def _data_of(memory: SharedMemory) -> memoryview:
 
 def _footprint(nbytes: int) -> int:
     """Bytes that a message of `nbytes` takes in the ring: the word of its length, and those of its payload."""
-    return WORD + (nbytes + WORD - 1) // WORD * WORD
+    return (nbytes + 2 * WORD - 1) & -WORD

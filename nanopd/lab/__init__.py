@@ -1,1 +1,1 @@
-"""What is measured and simulated: profile, simulation, plan, workloads."""
+"""The laboratory: measures a machine, makes workloads, simulates runs and plans arrangements of workers."""

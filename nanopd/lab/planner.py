@@ -1,8 +1,9 @@
 """What a machine serves with its workers arranged in one way or another, found in simulation.
 
-An arrangement is a split of the workers into prefill, decode and mixed ones, a chunk budget and the policy that chooses
-routes. Its goodput is the highest rate of arrivals at which 90 % of all requests keep the service levels, as DistServe
-(Zhong et al. 2024) has it. Knows no devices: a parameter file stands for the machine.
+An `Arrangement` is a split of the workers into prefill, decode and mixed ones, a chunk budget and the policy that
+chooses routes; benches write theirs in the same way. Its goodput is the highest rate of arrivals at which 90 % of all
+requests keep the SLO, as DistServe (Zhong et al. 2024) has it. Knows no devices: a parameter file stands for the
+machine.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from nanopd.checkpoints.model_files import read_model_config, resolve
-from nanopd.config import LEVELS, EngineConfig, ModelConfig
+from nanopd.config import LEVELS, POLICIES, EngineConfig, ModelConfig
 from nanopd.core.sequence import Sequence as Request
 from nanopd.errors import ConfigError
 from nanopd.lab.simulator import simulate
@@ -28,67 +29,96 @@ from nanopd.routing.adaptive import AdaptivePolicy
 from nanopd.routing.cost_model import Parameters, chunk_pairs
 from nanopd.routing.factory import make_policy
 
+# Set by hand, no measurement is on record for any of them, but TARGET, which is DistServe's:
 TARGET = 0.9  # attainment
 STEP = 1.2  # between rates while the goodput is not enclosed
 RESOLUTION = 1.05  # between the rates that enclose it in the end
 MAX_RANGE = 100.0  # of rates, up and down from where the search begins
-CLEAR_LOSS = 0.85  # of the best goodput so far, below which another's is not looked for
+CLEAR_LOSS = 0.85  # of the best goodput so far; what is below is called a loser, and its goodput is not searched for
 BUDGETS = (512, 2048)  # tokens per step
 COLUMNS = ("arrangement", "goodput per worker", "requests/s", "attainment at requests/s")
 ROLES = {"P": Role.PREFILL, "D": Role.DECODE, "M": Role.MIXED}
+ORACLE = "oracle"  # the adaptive policy, told how long each answer will be
 
 
 @dataclass(frozen=True, slots=True)
 class Arrangement:
-    """`[policy:]split[/chunk budget]`; without a policy a fixed one, which follows from the split."""
+    """What the workers do, in their order, and which policy chooses routes: `[policy:]split[/chunk budget]`.
 
-    text: str
-    policy: str | None
-    workers: tuple[dict[str, str], ...]
-    budget: int | None  # tokens per step; None: the configuration's
+    As in 8M, 5P3D, 8M/512 or adaptive:8M. Without a policy it is a fixed one: `collocated` if all workers are mixed,
+    else `disaggregated`.
+    """
+
+    policy: str  # one of POLICIES, or ORACLE
+    split: str  # how many workers of which role
+    budget: int | None = None  # tokens per step; None: the configuration's
 
     @classmethod
     def parse(cls, text: str) -> Arrangement:
-        """Raises ConfigError: neither like 8M, 5P3D or 8M/512, nor one of these behind a policy."""
-        match = re.fullmatch(r"(?:(adaptive|closed_form|oracle):)?((?:\d+[PDM])+)(?:/(\d+))?", text)
+        """Raises ConfigError: another form, or an unknown policy."""
+        match = re.fullmatch(rf"(?:({'|'.join((*POLICIES, ORACLE))}):)?((?:\d+[PDM])+)(?:/(\d+))?", text)
         if match is None:
             raise ConfigError("arrangement", text, "like 8M, 5P3D, 8M/512 or adaptive:8M")
-        parts = re.findall(r"(\d+)([PDM])", match[2])
-        workers = tuple(
-            {"device": "cpu", "role": ROLES[kind].value} for count, kind in parts for _ in range(int(count))
-        )
-        return cls(text, match[1], workers, int(match[3]) if match[3] else None)
+        return cls(match[1] or _fixed_policy(match[2]), match[2], int(match[3]) if match[3] else None)
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> Arrangement:
+        """What the configuration says itself."""
+        letters = "".join(role.value[0].upper() for role in config.roles)
+        return cls(config.policy, "".join(f"{len(same[0])}{same[1]}" for same in re.finditer(r"(.)\1*", letters)))
+
+    @property
+    def text(self) -> str:
+        """The shortest form that `parse` reads as this."""
+        policy = "" if self.policy == _fixed_policy(self.split) else f"{self.policy}:"
+        return policy + self.split + (f"/{self.budget}" if self.budget else "")
+
+    @property
+    def roles(self) -> list[Role]:
+        return [ROLES[kind] for count, kind in re.findall(r"(\d+)([PDM])", self.split) for _ in range(int(count))]
 
     @property
     def is_split(self) -> bool:
         """Whether no worker is mixed."""
-        return all(worker["role"] != "mixed" for worker in self.workers)
+        return Role.MIXED not in self.roles
 
     @property
     def prefill_share(self) -> float:
-        return float(np.mean([worker["role"] == "prefill" for worker in self.workers]))
+        return self.roles.count(Role.PREFILL) / len(self.roles)
+
+    def applied(self, config: EngineConfig, **changes: Any) -> EngineConfig:
+        """The devices of `config` with these roles, this policy and this budget, and with `changes` of other fields.
+
+        Raises:
+            ConfigError: the configuration has more or fewer workers.
+        """
+        if len(self.roles) != len(config.workers):
+            raise ConfigError("arrangement", self.text, f"one of {len(config.workers)} workers, as the configuration")
+        workers = [{"device": w.device, "role": role.value} for w, role in zip(config.workers, self.roles)]
+        policy = "adaptive" if self.policy == ORACLE else self.policy
+        budget = self.budget or config.max_num_batched_tokens
+        return config.replace(workers=workers, policy=policy, max_num_batched_tokens=budget, **changes)
 
     def config(self, base: EngineConfig, slo: SLO) -> EngineConfig:
-        fixed = "disaggregated" if self.is_split else "collocated"
-        return base.replace(
-            workers=self.workers,
-            policy="adaptive" if self.policy == "oracle" else self.policy or fixed,
-            slo={name: limit for name in LEVELS if (limit := getattr(slo, name)) is not None},
-            max_num_batched_tokens=self.budget or base.max_num_batched_tokens,
-            admission="queue",
-            transfer="auto",
-        )
+        """A configuration to simulate, of as many workers as the arrangement has."""
+        limits = {name: limit for name in LEVELS if (limit := getattr(slo, name)) is not None}
+        base = base.replace(workers=[{"device": "cpu", "count": len(self.roles)}], policy="collocated")
+        return self.applied(base, slo=limits, admission="queue", transfer="auto")
+
+
+def _fixed_policy(split: str) -> str:
+    return "disaggregated" if "P" in split or "D" in split else "collocated"
 
 
 class Oracle(AdaptivePolicy):
-    """Knows what nobody can: how long each answer will be."""
+    """The adaptive policy with what no real one can know: how long each answer will be."""
 
     def expected_output(self, seq: Request) -> tuple[float, tuple[float, ...]]:
         return float(seq.end_len - seq.num_tokens), super().expected_output(seq)[1]
 
 
 def candidates(num_workers: int, budgets: Iterable[int] = BUDGETS) -> list[Arrangement]:
-    """All mixed with each budget, the two policies that look ahead, every split into prefill and decode workers."""
+    """All mixed with each budget, the two policies that predict, every split into prefill and decode workers."""
     texts = [f"{num_workers}M/{budget}" for budget in budgets]
     texts += [f"{policy}:{num_workers}M" for policy in ("closed_form", "adaptive")]
     texts += [f"{k}P{num_workers - k}D" for k in range(1, num_workers)]
@@ -102,7 +132,11 @@ def at_rate(requests: Sequence[WorkloadRequest], requests_per_s: float) -> list[
 
 
 def default_slo(parameters: Parameters, requests: Sequence[WorkloadRequest]) -> SLO:
-    """TTFT: four prefills of a long prompt (90th percentile); TPOT: 1.55 idle steps (2.25 if context costs); gap: 5."""
+    """Limits in units of idle times on this machine; the factors are set by hand.
+
+    TTFT: 4 prefills of a long prompt (90th percentile). TPOT: 1.55 decode steps, or 2.25 if the terms say what context
+    costs. First gap: 5 times the TPOT limit.
+    """
     long = float(np.percentile([r.num_prompt_tokens for r in requests], 90))
     terms = parameters.terms
     tpot_ms = round(terms.beta * (1.55 if terms.kv == 0 else 2.25))
@@ -121,7 +155,7 @@ class Scenario:
 
     @classmethod
     def of(cls, base: EngineConfig, parameters: Parameters, requests: Iterable[WorkloadRequest], slo: SLO) -> Scenario:
-        """With those of `requests` that the configuration and a worker's cache have room for.
+        """Of `requests` it takes those that fit into the configuration's lengths and one worker's cache.
 
         Raises:
             ConfigError: there are too few of them.
@@ -136,14 +170,14 @@ class Scenario:
     def run(
         self, arrangement: Arrangement, rate: float | None, until: Callable[[RequestLog], bool] | None = None
     ) -> list[RequestLog]:
-        """What became of the requests at `rate` per second (None: at their own times); `until`: see `simulate`."""
+        """The logs of all requests, played at `rate` per second (None: at their own times); `until`: see `simulate`."""
         config = arrangement.config(self.base, self.slo)
         requests = at_rate(self.requests, rate) if rate else self.requests
-        policy = make_policy(config, self.parameters, Oracle if arrangement.policy == "oracle" else AdaptivePolicy)
+        policy = make_policy(config, self.parameters, Oracle if arrangement.policy == ORACLE else AdaptivePolicy)
         return simulate(config, self.model, self.parameters, requests, policy, until=until)[1]
 
     def attainment(self, arrangement: Arrangement, rate: float) -> float:
-        """The share of all arrivals that keep the service levels; a run that has missed twice too many ends there."""
+        """The share of all arrivals that keep the SLO; a run ends when it has missed twice as many as TARGET allows."""
         num_misses, most = 0, 2 * (1 - TARGET) * len(self.requests)
 
         def has_failed(log: RequestLog) -> bool:
@@ -156,7 +190,7 @@ class Scenario:
 
     @property
     def _work_ms(self) -> tuple[float, float]:
-        """Of a mean request for one worker: its prompt, and its decode steps where arithmetic begins to bind."""
+        """What a mean request costs one worker: its prompt, and its decode steps at the batch where compute binds."""
         terms = self.parameters.terms
         lens = [(r.num_prompt_tokens, r.num_output_tokens) for r in self.requests]
         prompt, output = np.mean(lens, axis=0).tolist()
@@ -164,19 +198,19 @@ class Scenario:
         return terms.a1 * prompt, terms.step_ms(batch, batch * (prompt + output / 2)) / batch * output
 
     def likely_rate(self, num_workers: int) -> float:
-        """Requests per second that keep so many workers busy."""
+        """The requests per second that would keep so many workers busy."""
         return num_workers * 1e3 / sum(self._work_ms)
 
     @property
     def likely_split(self) -> float:
-        """The share of the workers that prompts keep busy."""
+        """The share of the workers that prompts would keep busy."""
         prompt_ms, output_ms = self._work_ms
         return prompt_ms / (prompt_ms + output_ms)
 
 
 @dataclass(frozen=True, slots=True)
 class Goodput:
-    """`rate` requests per second, or below that if `is_bound`; `points` are the rates tried and their attainment."""
+    """`rate` requests per second, or less than that if `is_bound`; `points` are the rates tried, and attainments."""
 
     rate: float
     is_bound: bool
@@ -188,7 +222,7 @@ def find_goodput(attainment: Callable[[float], float], start: float, least: floa
 
     Args:
         start: where to begin.
-        least: what is found to be lower than this is not looked for any further.
+        least: the search ends when the goodput is known to be below this.
     """
     points: dict[float, float] = {}
     low, high, rate, least = 0.0, math.inf, start, max(least, start / MAX_RANGE)
@@ -197,7 +231,7 @@ def find_goodput(attainment: Callable[[float], float], start: float, least: floa
         low, high = (rate, high) if points[rate] >= TARGET else (low, rate)
         if low and high < math.inf:
             rate = math.sqrt(low * high)
-        else:  # ever larger strides
+        else:  # Strides grow while the goodput is not enclosed.
             rate = low * STEP ** len(points) if low else max(high / STEP ** len(points), least)
     tried = tuple(sorted(points.items()))
     if not low or high == math.inf:
@@ -209,10 +243,10 @@ def find_goodput(attainment: Callable[[float], float], start: float, least: floa
 def search(
     scenario: Scenario, arrangements: Sequence[Arrangement], known: Mapping[str, Goodput] | None = None
 ) -> Iterator[tuple[Arrangement, Goodput]]:
-    """The goodput of each, one after the other; of clear losers only that they are.
+    """Yields the goodput of each arrangement; of a clear loser only a bound.
 
-    Splits into prefill and decode workers come in order of their distance from a likely one; those behind one that has
-    lost clearly are left out. What is `known`, by an arrangement's text, comes first and is not simulated again.
+    Splits into prefill and decode workers come in order of their distance from a likely one; those that lie beyond a
+    clear loser are left out. What is `known`, by an arrangement's text, comes first and is not simulated again.
     """
     best, likely = 0.0, scenario.likely_split
     lost: list[float] = []  # prefill shares
@@ -232,8 +266,8 @@ def search(
         least = CLEAR_LOSS * best
         found = known.get(arrangement.text)
         if found is None:
-            found = find_goodput(attainment, least or scenario.likely_rate(len(arrangement.workers)), least)
-        if not found.is_bound and arrangement.policy != "oracle":  # which nobody can have
+            found = find_goodput(attainment, least or scenario.likely_rate(len(arrangement.roles)), least)
+        if not found.is_bound and arrangement.policy != ORACLE:  # No real policy can have its goodput.
             best = max(best, found.rate)
         if found.is_bound and arrangement.is_split:
             lost.append(share)
@@ -245,7 +279,7 @@ def table(found: Sequence[tuple[Arrangement, Goodput]]) -> list[list[object]]:
     return [
         [
             arrangement.text,
-            f"{'<' * goodput.is_bound}{goodput.rate / len(arrangement.workers):.3f}",
+            f"{'<' * goodput.is_bound}{goodput.rate / len(arrangement.roles):.3f}",
             f"{'<' * goodput.is_bound}{goodput.rate:.3f}",
             ", ".join(f"{rate:.2f}: {attainment:.0%}" for rate, attainment in goodput.points),
         ]
@@ -260,7 +294,7 @@ def draw(found: Sequence[tuple[Arrangement, Goodput]], title: str, path: Path) -
     figure = Figure(figsize=(7, 1 + 0.3 * len(found)), layout="constrained")
     axes: Any = figure.subplots()
     names = [arrangement.text for arrangement, _ in found]
-    per_worker = [goodput.rate / len(arrangement.workers) for arrangement, goodput in found]
+    per_worker = [goodput.rate / len(arrangement.roles) for arrangement, goodput in found]
     colours = ["lightgray" if goodput.is_bound else "tab:blue" for _, goodput in found]
     bars = axes.barh(names, per_worker, color=colours)
     axes.bar_label(bars, [f"{'<' * g.is_bound}{value:.2f}" for (_, g), value in zip(found, per_worker)], padding=3)

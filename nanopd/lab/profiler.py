@@ -1,9 +1,9 @@
 """Measures what steps and moves of blocks cost on the workers of a configuration, and fits the cost model to it.
 
-Real workers do real steps, through the same messages as when they serve; only the sequences are made up, of random
-tokens: products of equal numbers need less power, and a GPU's clock is higher then.
-Times are the workers' own (on a GPU from event to event). All workers are taken to be alike: steps are measured on one
-that prefills and decodes as told, whatever its role; moves between every pair of workers that a route has.
+Real workers do real steps, through the same messages as when they serve. Only the sequences are made up, of random
+tokens, since a GPU's clock is higher while it multiplies equal numbers, which needs less power. Times are the workers'
+own (on a GPU from event to event). All workers are taken to be alike: steps are measured on the first, whatever its
+role, and moves between every pair of workers that a route has.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ from nanopd.workers.paths import send_plan
 from nanopd.workers.process import WorkerProcess
 from nanopd.workers.supervisor import WorkerSupervisor
 
-REPEATS = 5  # after one that does not count; the best does, as whatever disturbs a measurement makes it longer
+REPEATS = 5  # after a warm-up; the shortest counts, since whatever disturbs a measurement makes it longer
 ANSWER_TIMEOUT_S = 120.0
 COLUMNS = ("term", "value", "+-", "unit", "")
 ERROR_COLUMNS = ("relative error", "fitted: median", "p90", "not fitted: median", "p90")
-START = Terms(1.0, 0.1, 1e-6, 1e-4, 10.0, 0.1, 0.1, 0.1, 16.0, 1e-4, 0.1, 0.1, 0.1, 10.0)  # any terms of the right kind
-PEAKS = {  # by a part of the device's name, from data sheets: TFLOP/s of dense 16-bit products, GB/s of memory
+START = Terms(1.0, 0.1, 1e-6, 1e-4, 10.0, 0.1, 0.1, 0.1, 16.0, 1e-4, 0.1, 0.1, 0.1, 10.0)  # where fits begin
+PEAKS = {  # By a part of the device's name, from data sheets: TFLOP/s of dense 16-bit products, GB/s of memory.
     "H200": (989.0, 4800.0),
     "H100": (989.0, 3350.0),
     "H20": (148.0, 4000.0),
@@ -67,7 +67,7 @@ PEAKS = {  # by a part of the device's name, from data sheets: TFLOP/s of dense 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """What to measure, as far as it fits."""
+    """What to measure, as far as it fits the limits and the KV cache."""
 
     batches: tuple[int, ...]
     contexts: tuple[int, ...]
@@ -80,12 +80,12 @@ class Grid:
 FITTED = Grid(
     (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256),
     (64, 256, 1024, 4096, 16384),
-    (16, 64, 128, 256, 500, 1000, 1500, 2048, 3000, 4096, 6000, 8192),  # few of which fill the tiles of a product
+    (16, 64, 128, 256, 500, 1000, 1500, 2048, 3000, 4096, 6000, 8192),  # few are multiples of a kernel's tile
     (1024, 4096, 16384),
     ((4, 512), (16, 256), (32, 1024), (64, 512), (128, 512)),
     (16, 64, 256, 512, 1024, 2048, 4096, 8192),
 )
-HELD_OUT = Grid(  # other lengths and batches: predicted, not fitted
+HELD_OUT = Grid(  # Other lengths and batches: the fit has to predict them.
     (3, 6, 12, 20, 40, 80, 160, 224),
     (128, 640, 2560, 8192),
     (32, 96, 384, 750, 1300, 2560, 5000, 7000),
@@ -97,7 +97,7 @@ HELD_OUT = Grid(  # other lengths and batches: predicted, not fitted
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """A step: decode rows of one context each, and at most one chunk of a prompt."""
+    """A step: decode rows that have the same context, and at most one chunk of a prompt."""
 
     batch: int
     context: int
@@ -117,7 +117,7 @@ class StepShape:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """What was measured and what was made of it."""
+    """What was measured, and what was fitted to it."""
 
     fit: Fit  # to the samples of FITTED
     held_out: dict[str, dict[str, float]]  # kind -> {median, p90} relative error over those of HELD_OUT
@@ -139,18 +139,17 @@ class Profile:
 
     def error_rows(self) -> list[list[object]]:
         """By kind of work, how well the fit predicts what was fitted and what was not."""
-        rows: list[list[object]] = []
-        for kind in self.held_out:
-            errors = [*self.fit.errors[kind].values(), *self.held_out[kind].values()]
-            rows.append([kind, *(f"{error:.1%}" for error in errors)])
-        return rows
+        return [
+            [kind, *(f"{error:.1%}" for error in (*self.fit.errors[kind].values(), *errors.values()))]
+            for kind, errors in self.held_out.items()
+        ]
 
 
 def profile(config: EngineConfig, model: ModelConfig, path: Path, show_progress: bool = False) -> Profile:
-    """Start the workers, measure, stop them.
+    """Start the workers, measure, and stop them.
 
     Raises:
-        WorkerError: one failed, or does not answer.
+        WorkerError: a worker has failed, or does not answer.
     """
     with closing(WorkerSupervisor(config, model, path, Doorbell())) as processes:
         workers = processes.start()
@@ -169,7 +168,7 @@ def _measure(
     num_kv_tokens = _num_kv_tokens(workers, config)
     shapes = step_shapes(grid, config, config.max_len_of(model), num_kv_tokens)
     routes = [route for route in allowed_routes(config.roles) if not route.is_collocated]
-    # blocks; the first move of a round has to wake workers up: a large one, for which that makes little difference
+    # In blocks. The largest move comes first, since the first of a round includes the time in which workers wake up.
     counts = [-(-n // config.block_size) for n in reversed(grid.moved) if n <= num_kv_tokens]
     moves = list(itertools.product(routes, counts))
     tasks = [partial(_step_ms, workers[0], step_of(shape, config.block_size, model.vocab_size)) for shape in shapes]
@@ -180,8 +179,9 @@ def _measure(
             bar.update()
             return task()
 
-        rounds = [[run(task) for task in tasks] for _ in range(REPEATS + 1)]  # not each one's repeats in a row: what
-    best_ms = np.min(rounds[1:], axis=0).tolist()  # disturbs for a while then spoils none of them
+        # All tasks come once in each round, so that a disturbance of some seconds spoils one repeat of each, not all.
+        rounds = [[run(task) for task in tasks] for _ in range(REPEATS + 1)]
+    best_ms = np.min(rounds[1:], axis=0).tolist()
     block_bytes = config.kv_layout(model).bytes_per_block
     of_routes: dict[Route, list[MoveSample]] = {route: [] for route in routes}
     for (route, count), ms in zip(moves, best_ms[len(shapes) :], strict=True):
@@ -194,7 +194,7 @@ def _num_kv_tokens(workers: Sequence[WorkerProcess], config: EngineConfig) -> in
 
 
 def machine(config: EngineConfig) -> str:
-    """The devices in words: "2 x NVIDIA H200"."""
+    """The devices in words, as "2 x NVIDIA H200"."""
     name = f"workers on {len(psutil.Process().cpu_affinity())} CPU cores"
     if config.workers[0].device != "cpu":
         import torch
@@ -204,7 +204,7 @@ def machine(config: EngineConfig) -> str:
 
 
 def cache_file(config: EngineConfig, model: ModelConfig) -> Path:
-    """Where the parameters of these devices, this model and these versions are kept."""
+    """The path at which the parameters of these devices, this model and these versions are kept."""
     version = f"nanopd {_version('nanopd')}, torch {_version('torch')}"
     name = f"{machine(config)}, {Path(config.model).name}, {model.dtype}, {version}.json"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
@@ -214,12 +214,12 @@ def cache_file(config: EngineConfig, model: ModelConfig) -> Path:
 def _version(package: str) -> str:
     try:
         return metadata.version(package)
-    except metadata.PackageNotFoundError:  # a checkout
+    except metadata.PackageNotFoundError:  # a checkout that is not installed
         return "source"
 
 
 def step_shapes(grid: Grid, config: EngineConfig, max_len: int, num_kv_tokens: int) -> list[StepShape]:
-    """What fits the limits and the cache: decode steps, chunks with and without history, both together."""
+    """The steps of `grid` that fit: decode steps, prompt chunks with and without history, and both together."""
     chunks = [n for n in grid.chunks if n <= min(config.max_num_batched_tokens, max_len)]
     shapes = [StepShape(b, c) for b, c in itertools.product(grid.batches, grid.contexts)]
     shapes += [StepShape(0, 0, n) for n in chunks]
@@ -239,7 +239,7 @@ def _fits(shape: StepShape, config: EngineConfig, max_len: int, num_kv_tokens: i
 
 
 def step_of(shape: StepShape, block_size: int, vocab_size: int) -> StepBatch:
-    """A step of made-up sequences, each in a slot and blocks of its own."""
+    """A step of made-up sequences, each with a slot and blocks of its own."""
     rows = np.array(list(shape.rows()), np.int32)  # [num_rows, (start, length)]
     slots = np.arange(len(rows), dtype=np.int32)
     inits = np.zeros(len(rows), SLOT_INIT)
@@ -278,18 +278,17 @@ def _answer(worker: WorkerProcess) -> StepResult | TransferAck:
         if time.monotonic() > end_s:
             raise WorkerError(worker.index, "has not answered while it was profiled")
         time.sleep(0)
-    (answer,) = answers
-    return answer
+    return answers[0]
 
 
 def table(parameters: Parameters, model: ModelConfig) -> list[list[object]]:
-    """Rows for people: the seed's terms first, each with its error, then the rest and what it means per second."""
+    """Rows of COLUMNS: the seed's terms first, then the others; each with its error, and some as a rate per second."""
     terms, seed = parameters.terms, ClosedForm.of(parameters)
     weights = model.num_matrix_weights()
     peaks = next((peaks for name, peaks in PEAKS.items() if name in parameters.machine), (None, None))
 
     def rate(amount: float, term: str, what: str, peak: float | None) -> str:
-        """`amount` per ms of a term, if that is more than its error."""
+        """`amount` per ms of a term, if the term is above its standard error."""
         ms = getattr(terms, term)
         share = f", {amount / ms / peak:.0%} of the device's peak" if peak and ms else ""
         return f"{amount / ms:.4g} {what}{share}" if ms > parameters.stderr.get(term, 0.0) else ""

@@ -1,6 +1,6 @@
 """Requests for benches and the simulator: when they arrive, how long they are, which tokens they hold.
 
-A workload is a list of `WorkloadRequest` in order of arrival, made up from distributions (`synthetic_requests`) or read
+A workload is a list of `WorkloadRequest` in order of arrival, drawn from distributions (`synthetic_requests`) or read
 from a public trace (`read_trace`). The same arguments give the same requests on every machine; other arrival rates give
 the same requests at other times. Knows no engine, no clock and no tokenizer.
 """
@@ -65,7 +65,7 @@ def prompt_token_ids(request: WorkloadRequest, vocab_size: int) -> list[int]:
 
     Requests that share their first n hash ids share their first n * HASH_BLOCK_SIZE tokens.
     """
-    # Words of different kinds start differently, so that a seed never meets a hash id.
+    # The seeds of the two kinds of tokens start differently, so that a prompt's seed never equals a hash id.
     parts = [np.random.default_rng((0, h)).integers(vocab_size, size=HASH_BLOCK_SIZE) for h in request.hash_ids]
     num_rest = max(0, request.num_prompt_tokens - HASH_BLOCK_SIZE * len(parts))
     parts.append(np.random.default_rng((1, request.prompt_seed)).integers(vocab_size, size=num_rest))
@@ -106,7 +106,7 @@ class UniformLength:
 
 @dataclass(frozen=True, slots=True)
 class LogNormalLength:
-    """exp of a normal distribution, rounded, and cut to 1 .. `high`."""
+    """A log-normal distribution, rounded, and clipped to 1 .. `high`."""
 
     median: float
     sigma: float  # of the logarithm
@@ -168,7 +168,7 @@ def synthetic_requests(
     Raises:
         WorkloadError: a rate or `cv` out of range.
     """
-    # One stream each, so that another rate or distribution leaves the rest of the workload as it was.
+    # Each column has a random stream of its own, so that another rate or distribution leaves the others as they were.
     arrival_rng, prompt_rng, output_rng = map(np.random.default_rng, np.random.SeedSequence(seed).spawn(3))
     columns = (
         arrival_times(arrival_rng, count, requests_per_s, cv).tolist(),
@@ -303,7 +303,7 @@ def _prompt_seed(seed: int, index: int) -> int:
 
 
 def _utc_seconds(text: str) -> float:
-    # datetime reads 6 digits of a second at most
+    # datetime reads at most 6 digits of a second, and traces have up to 9.
     whole, _, fraction = text.removesuffix("+00:00").partition(".")
     return datetime.fromisoformat(whole).replace(tzinfo=timezone.utc).timestamp() + float(f"0.{fraction or 0}")
 

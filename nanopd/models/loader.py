@@ -22,7 +22,7 @@ from nanopd.models.layers import allocate, attention_specs
 from nanopd.models.operations import Operations
 from nanopd.models.weights import Part
 
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
+Progress = Callable[[int, int], None]  # called with the bytes done and the bytes in all
 MAX_NAMES_SHOWN = 8
 
 
@@ -30,14 +30,14 @@ def load_model(
     config: ModelConfig,
     layout: KVLayout,  # of the caches that the decoder will be given
     ops: Operations,  # of the device
-    path: Path,  # the model's directory; not looked at for load_format "dummy"
+    path: Path,  # the model's directory, at which load_format "dummy" does not look
     device: torch.device,
     load_format: str,  # auto | safetensors | dummy
     max_model_len: int,
-    seed: int = 0,  # of dummy weights
+    seed: int = 0,  # that of dummy weights
     on_progress: Progress | None = None,
 ) -> Decoder:
-    """A decoder ready to run on `device`.
+    """Loads a decoder that is ready to run on `device`.
 
     Raises:
         UnsupportedModelError: files or tensors are missing, unexpected or of another shape; names them.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from operator import add, sub
 from typing import NamedTuple
 
 import numpy as np
@@ -95,13 +96,13 @@ class Demand:
     def bind(self, seq_id: int, decode_worker: int, load: BoundLoad) -> None:
         """A sequence will decode at `decode_worker`."""
         self._bound_by_seq[seq_id] = decode_worker, load
-        self.bound[decode_worker] = BoundLoad(*[a + b for a, b in zip(self.bound[decode_worker], load)])
+        self.bound[decode_worker] = BoundLoad(*map(add, self.bound[decode_worker], load))
 
     def release(self, seq_id: int) -> None:
         """A sequence has ended or lost its route; it may never have had one."""
         if bound := self._bound_by_seq.pop(seq_id, None):
             worker, load = bound
-            self.bound[worker] = BoundLoad(*[a - b for a, b in zip(self.bound[worker], load)])
+            self.bound[worker] = BoundLoad(*map(sub, self.bound[worker], load))
 
 
 def bearable_loads(

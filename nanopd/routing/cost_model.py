@@ -5,12 +5,12 @@
     T_mixed   = max(hypot(a0, a1 * (new + batch)) + m0, T_step - reading + gamma * new) + history + reading
     T_move    = c0 + bytes / bandwidth                       reading: kv * tokens of context
 
-Few prompt tokens take as long as fewer, until arithmetic takes longer than launching and reading weights (a0); pairs
-are the sum over prompt chunks of new * (cached + new / 2); a short chunk behind a long history is bound by walking it.
-A decode step reads all weights (beta) and the context of its rows; above `batch_thresh` rows the products are made in
-another way, or bound by compute. In a mixed step, rows are tokens like those of prompts.
-a1, beta and gamma are the seed's alpha, beta and gamma. Numbers only: knows neither requests nor workers, and whether a
-time was measured or simulated makes no difference to it.
+A short prompt takes a0 however short it is, as launching kernels and reading weights takes that long; from some length
+on the arithmetic takes longer. `pairs` is the sum of new * (cached + new / 2) over prompt chunks; a short chunk behind
+a long history is bound by reading that history. A decode step reads all weights (beta) and the context of its rows;
+above `batch_thresh` rows other kernels make the products, or compute bounds them. In a mixed step a decode row costs
+what a prompt token costs. a1, beta and gamma are the seed's alpha, beta and gamma. Numbers only: knows neither requests
+nor workers, and does not care whether a time was measured or simulated.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def chunk_history(num_new: float, num_cached: float, chunk: float) -> float:
 
 
 def rows_of(batch: StepBatch) -> tuple[int, int, int, float, int]:
-    """A step as `Terms.step_ms` wants it: decode rows, their context, prompt tokens, query-key pairs, cached tokens.
+    """The arguments of `Terms.step_ms`: decode rows, their context, prompt tokens, query-key pairs, cached tokens.
 
-    A draft is computed as a decode row by itself.
+    Each draft token counts as a decode row of its own.
     """
     lens, starts = batch.row_lens, batch.row_starts
-    if not len(batch.token_ids):  # every row goes on from its slot
+    if not len(batch.token_ids):  # Every row is a decode that goes on from its slot.
         return len(lens), int(starts.sum()) + len(lens), 0, 0.0, 0
     is_decode = (lens == 1) | ((batch.row_flags & RowFlag.DRAFTS) != 0)
     rows = lens[is_decode].astype(np.int64)
@@ -71,7 +71,7 @@ class Terms:
     excess: float  # a decode row above batch_thresh, on top of `row`
     batch_thresh: float  # rows above which there is a jump or another slope
     kv: float  # a token of context that a decode row reads
-    gamma: float  # a prompt token in a step that also decodes, as far as a1 does not say
+    gamma: float  # a prompt token in a step that also decodes, where a1 does not bound the step
     m0: float  # a step of prompts that also decodes
     c0: float  # a move of blocks
     bandwidth: float  # GB/s between two workers
@@ -103,11 +103,7 @@ class Terms:
         return rows_ms * (num_decodes > 0) + self.kv * num_kv_tokens
 
     def chunk_within(
-        self,
-        limit_ms: float,
-        num_decodes: Numbers,
-        num_kv_tokens: Numbers,
-        maximum: Callable[[Any, Any], Any] = max,
+        self, limit_ms: float, num_decodes: Numbers, num_kv_tokens: Numbers, maximum: Callable[[Any, Any], Any] = max
     ) -> Any:
         """Prompt tokens without history that decodes may have beside them in a step of at most `limit_ms`.
 
@@ -174,7 +170,7 @@ FITTED_TERMS = {  # by kind of sample, in the order in which they are fitted
 }
 
 
-TOLERANCE = 0.03  # relative
+TOLERANCE = 0.03  # relative error up to which the loss is squared; set by hand, no measurement is on record
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +189,7 @@ def fit(samples: Sequence[Sample], start: Terms) -> Fit:
     stderr: dict[str, float] = {}
     for kind, names in FITTED_TERMS.items():
         group = [sample for sample in samples if sample.kind == kind]
-        if group and kind == "mixed":  # much smaller, and a1 hides it
+        if group and kind == "mixed":  # A fit of gamma that starts much below a1 would not move: a1 bounds the step.
             terms = replace(terms, gamma=terms.a1)
         if group:
             terms, errors = _fit_group(terms, names, group)
@@ -215,7 +211,7 @@ def prediction_errors(samples: Sequence[Sample], terms: Terms) -> dict[str, dict
 def _fit_group(terms: Terms, names: Sequence[str], group: Sequence[Sample]) -> tuple[Terms, dict[str, float]]:
     if "batch_thresh" not in names:
         return _fitted(terms, names, group)[1:]
-    # where the curve bends or jumps is not convex: try every batch size but the last
+    # The loss is not convex in where the curve bends or jumps, so every batch size but the last is tried.
     names = [name for name in names if name != "batch_thresh"]
     batches = sorted({sample.num_decodes for sample in group if isinstance(sample, StepSample)})[:-1] or [1]
     fits = [_fitted(replace(terms, batch_thresh=float(batch)), names, group) for batch in batches]
@@ -243,7 +239,7 @@ def _fitted(terms: Terms, names: Sequence[str], group: Sequence[Sample]) -> tupl
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """Everything that has to be known of a machine to plan for it."""
+    """What the policies, the simulator and the planner know of a machine."""
 
     machine: str
     model: str
@@ -306,19 +302,19 @@ def _check_number(name: str, value: object, least: float) -> None:
 
 
 RESOLUTION_MS = 0.001  # of measured times
-DIFFERENCE = 0.01  # relative, of a correction, that is worth new terms
+DIFFERENCE = 0.01  # relative change of a correction after which `CostModel.terms` follow; set by hand
 
 
 class Correction:
-    """Measured over predicted of one kind of work, smoothed (geometrically) and bounded."""
+    """Measured over predicted of one kind of work: a moving geometric mean, and bounded."""
 
-    WEIGHT, BOUND = 0.02, 2.0
+    WEIGHT, BOUND = 0.02, 2.0  # of one sample, and of the factor up and down; set by hand, no measurement is on record
 
     def __init__(self) -> None:
         self.factor = 1.0
 
     def update(self, predicted_ms: float, measured_ms: float) -> None:
-        """`predicted_ms` is the model's own, without this correction."""
+        """`predicted_ms` is the fitted model's, without this correction; times below the resolution teach nothing."""
         if predicted_ms <= 0:
             return
         if abs(measured_ms - predicted_ms) < RESOLUTION_MS:
@@ -332,7 +328,7 @@ class CostModel:
 
     def __init__(self, parameters: Parameters) -> None:
         self.parameters = parameters
-        self.terms = parameters.terms  # corrected, as of the last time that it made a difference
+        self.terms = parameters.terms  # as corrected when a correction last moved by more than DIFFERENCE
         self.corrections = {kind: Correction() for kind in FITTED_TERMS}
         self._pair_terms = parameters.pair_terms()
         self._applied = dict.fromkeys(FITTED_TERMS, 1.0)
@@ -360,7 +356,7 @@ class CostModel:
         return self.corrections["move"].factor * terms.move_ms(num_tokens * self.parameters.kv_bytes_per_token)
 
     def observe(self, sample: Sample, pair: tuple[int, int] | None = None) -> None:
-        """Take a measured step into account, or a move from the first to the second of a `pair` of workers."""
+        """Learn from a measured step, or from a measured move from the first to the second of a `pair` of workers."""
         terms = self._pair_terms.get(pair, self.parameters.terms) if pair else self.parameters.terms
         correction = self.corrections[sample.kind]
         correction.update(sample.predict(terms), sample.ms)

@@ -6,9 +6,9 @@ decisions. Plain numbers: a machine's workers are too few for arrays to be faste
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil, exp, expm1, inf, log1p
 from typing import NamedTuple
 
 from nanopd.core.scheduler import Load
@@ -77,8 +77,6 @@ class _Worker:
     slot_wait_ms: float  # until one of max_num_seqs is free
     token_wait_ms: float  # in which answers that end free the KV cache of one token
     is_dedicated: bool = False  # to prefill
-    prefill: _Prefill | None = None  # once it has been asked for
-    decode: _Decode | None = None  # likewise
 
 
 class Forecast:
@@ -98,10 +96,12 @@ class Forecast:
         self._costs, self._terms, self._demand, self._request = costs, costs.terms, demand, request
         self._max_chunk = max_chunk
         self._ttft_limit_ms, self._gap_limit_ms, self._tpot_limit_ms = (
-            math.inf if ms is None else ms for ms in (slo.ttft_ms, slo.first_gap_ms, slo.tpot_ms)
+            inf if ms is None else ms for ms in (slo.ttft_ms, slo.first_gap_ms, slo.tpot_ms)
         )
         self._lengths = [max(request.num_output * of, 1.0) for of in request.spread]
         self._first_token_ms = 0.0  # until it comes from the worker that is fastest for that
+        self._prefills: dict[int, _Prefill] = {}  # by worker, of those that some route has led over
+        self._decodes: dict[int, _Decode] = {}
         columns = loads, request.num_cached, demand.bound, demand.prompt_rate
         self._workers = [self._worker(*of) for of in zip(*columns, strict=True)]
         for worker in sorted(self._workers, key=lambda worker: worker.bound.num_requests)[:num_dedicated]:
@@ -125,26 +125,31 @@ class Forecast:
 
     def chunk_budget(self, worker: int) -> int:
         """Tokens per step from now on, if the worker computes the prompt."""
-        return self._workers[worker].load.num_decoding + int(self._prefill(worker).chunk)
+        return self._workers[worker].load.num_decoding + int(self._prefills[worker].chunk)
 
     def _promising(self, feasible: RouteSet) -> list[Route]:
         """The best routes within one worker, and pairs of the workers best for the prompt and best for the answer."""
-        prefills = {p: self._prefill(p) for p in feasible.prefill_workers}
-        self._first_token_ms = min(prefill.ttft_ms for prefill in prefills.values())
-        decodes = {d: self._decode(d) for d in feasible.decode_workers}
+        prefills, decodes = self._prefills, self._decodes
+        for p in feasible.prefill_workers:
+            if p not in prefills:
+                prefills[p] = self._forecast_prefill(self._workers[p])
+        self._first_token_ms = min([prefills[p].ttft_ms for p in feasible.prefill_workers])
+        for d in feasible.decode_workers:
+            if d not in decodes:
+                decodes[d] = self._forecast_decode(self._workers[d])
 
         def rank(route: Route) -> Rank:
             p, d = prefills[route.prefill_worker].rank, decodes[route.decode_worker].rank
             return p[0] + d[0], p[1] + d[1]
 
-        sources = sorted(prefills, key=lambda p: prefills[p].rank)[:NUM_PROMISING]
-        destinations = sorted(decodes, key=lambda d: decodes[d].rank)[:NUM_PROMISING]
+        sources = sorted(feasible.prefill_workers, key=lambda p: prefills[p].rank)[:NUM_PROMISING]
+        destinations = sorted(feasible.decode_workers, key=lambda d: decodes[d].rank)[:NUM_PROMISING]
         pairs = (Route(p, d) for p in sources for d in destinations if p != d)
         collocated = sorted(feasible.collocated, key=rank)[:NUM_PROMISING]
         return collocated + [route for route in pairs if route in feasible.all] or feasible.routes
 
     def _predict(self, route: Route) -> Prediction:
-        p, d = self._prefill(route.prefill_worker), self._decode(route.decode_worker)
+        p, d = self._prefills[route.prefill_worker], self._decodes[route.decode_worker]
         ttft_ms, late_ms, num_output = p.ttft_ms, 0.0, self._request.num_output
         wait_ms = max(d.wait_ms - ttft_ms, 0.0)
         if route.is_collocated:
@@ -162,12 +167,6 @@ class Forecast:
         return Prediction(route, ttft_ms, gap_ms, tpot_ms, caused_ms, violation, cost_ms)
 
     # ------------------------------------------------------------------------------------------------ the prompt
-
-    def _prefill(self, index: int) -> _Prefill:
-        worker = self._workers[index]
-        if worker.prefill is None:
-            worker.prefill = self._forecast_prefill(worker)
-        return worker.prefill
 
     def _forecast_prefill(self, worker: _Worker) -> _Prefill:
         """The queue ahead and the prompt itself, in chunks beside the decodes there; a sequence slot and KV blocks."""
@@ -206,36 +205,28 @@ class Forecast:
         Returns:
             The tokens, in how many steps the prompt and those that wait will be computed, and the time that takes.
         """
-        load, limit_ms = worker.load, TTFT_SHARE * self._ttft_limit_ms
-        chunk: float = max(self._max_chunk - load.num_decoding, 1)
-        most = chunk
-        if load.num_decoding:
-            within = self._costs.chunk_within(self._tpot_limit_ms, load.num_decoding, load.num_context_tokens)
+        load, num_new, num_cached, demand = worker.load, worker.num_new, worker.num_cached, self._demand
+        batch, context, waiting = load.num_decoding, load.num_context_tokens, load.num_waiting_tokens
+        num_others = waiting / demand.mean_new if demand.mean_new else 0.0
+        num_mean_cached = demand.mean_prompt - demand.mean_new
+        pairs = chunk_pairs(num_new, num_cached) + num_others * chunk_pairs(demand.mean_new, num_mean_cached)
+        most, limit_ms = max(self._max_chunk - batch, 1), TTFT_SHARE * self._ttft_limit_ms
+        chunk: float = most
+        if batch:
+            within = self._costs.chunk_within(self._tpot_limit_ms, batch, context)
             chunk = min(max(within, MIN_CHUNK), most) // 1
-        while (steps := self._prefill_steps(worker, chunk))[1] > limit_ms and chunk < most:
+        while True:
+            num_steps = ceil((waiting + num_new) / chunk)
+            history = chunk_history(num_new, num_cached, chunk)
+            if num_others:
+                history += num_others * chunk_history(demand.mean_new, num_mean_cached, chunk)
+            per_step = (waiting + num_new) / num_steps, pairs / num_steps, history / num_steps
+            steps_ms = num_steps * self._costs.mixed_ms(batch, context, *per_step)
+            if steps_ms <= limit_ms or chunk >= most:
+                return chunk, num_steps, steps_ms
             chunk = min(chunk * CHUNK_STEP, most) // 1
-        return chunk, *steps
-
-    def _prefill_steps(self, worker: _Worker, chunk: float) -> tuple[int, float]:
-        """How many steps of `chunk` prompt tokens it takes to compute all that waits and the prompt, and how long."""
-        load, num_new, num_cached = worker.load, worker.num_new, worker.num_cached
-        waiting = load.num_waiting_tokens
-        num_steps = math.ceil((waiting + num_new) / chunk)
-        pairs, history = chunk_pairs(num_new, num_cached), chunk_history(num_new, num_cached, chunk)
-        if waiting and (mean_new := self._demand.mean_new):
-            num_others, mean_cached = waiting / mean_new, self._demand.mean_prompt - mean_new
-            pairs += num_others * chunk_pairs(mean_new, mean_cached)
-            history += num_others * chunk_history(mean_new, mean_cached, chunk)
-        per_step = (waiting + num_new) / num_steps, pairs / num_steps, history / num_steps
-        return num_steps, num_steps * self._costs.mixed_ms(load.num_decoding, load.num_context_tokens, *per_step)
 
     # ------------------------------------------------------------------------------------------------ the answer
-
-    def _decode(self, index: int) -> _Decode:
-        worker = self._workers[index]
-        if worker.decode is None:
-            worker.decode = self._forecast_decode(worker)
-        return worker.decode
 
     def _forecast_decode(self, worker: _Worker) -> _Decode:
         """One more row beside those that will decode by then, prompts in between, and the wait until it may start."""
@@ -250,8 +241,9 @@ class Forecast:
         step_ms, stall_ms = after_ms * stretch, terms.gamma * load.num_waiting_tokens
         num_missing = (load.num_bound - load.num_seqs) * demand.mean_prompt + self._request.num_tokens
         wait_ms = max(max(num_missing - load.num_free_tokens, 0) * worker.token_wait_ms, worker.slot_wait_ms)
-        before, after = (_violation(ms, self._tpot_limit_ms) for ms in (before_ms * stretch, step_ms))
-        violation = beside * (after - before) + self._own_violation(worker, after_ms, stall_ms)
+        limit_ms = self._tpot_limit_ms
+        added = _violation(step_ms, limit_ms) - _violation(before_ms * stretch, limit_ms)  # to each row beside it
+        violation = beside * added + self._own_violation(worker, after_ms, stall_ms)
         violation += DEDICATED_PENALTY * worker.is_dedicated
         # A decode keeps prompts away from its worker until the last decode there has ended.
         kept_away = demand.request_rate * terms.gamma * demand.mean_new / (1 + beside)
@@ -268,7 +260,7 @@ class Forecast:
         for length in self._lengths:
             undisturbed = _violation(step_ms + stall_ms / length, limit_ms)
             num_prompts = prompts_per_token * length
-            is_hit = -math.expm1(-num_prompts)
+            is_hit = -expm1(-num_prompts)
             hit_ms = stall_ms + prompt_ms * num_prompts / max(is_hit, 1e-9)
             result += undisturbed + is_hit * (_violation(step_ms + hit_ms / length, limit_ms) - undisturbed)
         return result / len(self._lengths)
@@ -276,7 +268,7 @@ class Forecast:
     def _tpot_violation(self, step_ms: float, stall_ms: float, num_output: float) -> float:
         """Expected over the lengths of an answer that is held up once for `stall_ms`."""
         lengths = [max(num_output * of, 1) for of in self._request.spread]
-        return sum(_violation(step_ms + stall_ms / length, self._tpot_limit_ms) for length in lengths) / len(lengths)
+        return sum([_violation(step_ms + stall_ms / length, self._tpot_limit_ms) for length in lengths]) / len(lengths)
 
 
 def _violation(value_ms: float, limit_ms: float) -> float:
@@ -287,7 +279,7 @@ def _violation(value_ms: float, limit_ms: float) -> float:
     if value_ms < NEGLIGIBLE * limit_ms:
         return 0.0
     over = (value_ms / limit_ms - 1) / TOLERANCE
-    over = math.log1p(math.exp(over)) if over < 30 else over
+    over = log1p(exp(over)) if over < 30 else over
     return over / (1 + over)
 
 

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 GRAPHS_BYTES = 1 << 30  # for the decode graphs, which are captured after the cache has been allocated
 ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # environment variables that torch reads
-CPU_MEMORY_SHARE = 0.5  # of the memory available at start, for the caches of all CPU workers together
+CPU_MEMORY_SHARE = 0.5  # the caches of all CPU workers together take this share of the memory available at start
 
 
 def derive_num_blocks(decoder: Decoder, config: EngineConfig, model: ModelConfig) -> int:
-    """What memory holds beside the weights and the largest step, and no more than `max_num_seqs` full sequences need.
+    """The blocks that fit beside weights and the largest step, at most those that `max_num_seqs` full sequences need.
 
     Raises:
         ConfigError: not even one sequence of full length fits.
@@ -59,14 +59,14 @@ def _cuda_budget(decoder: Decoder, config: EngineConfig, model: ModelConfig) -> 
     torch.cuda.synchronize(device)
     num_workers = sum(worker.device == str(device) for worker in config.workers)
     free, total = torch.cuda.mem_get_info(device)
-    outside_torch = total - free - torch.cuda.memory_reserved(device)  # contexts, kernels, other programs
+    outside_torch = total - free - torch.cuda.memory_reserved(device)  # memory of contexts, kernels and other programs
     peak = torch.cuda.max_memory_allocated(device)
     torch.cuda.empty_cache()
     return total * config.gpu_memory_utilization / num_workers - peak - outside_torch / num_workers - GRAPHS_BYTES
 
 
 def _run_largest_prefill(decoder: Decoder, config: EngineConfig, model: ModelConfig) -> None:
-    """A step of `max_num_batched_tokens` tokens with the longest histories, all in the null block."""
+    """Computes `max_num_batched_tokens` tokens in one step with the longest histories, all in the null block."""
     max_len = config.max_len_of(model)
     num_tokens = config.max_num_batched_tokens
     kv = _zeros(1, config.kv_layout(model), decoder.device)
@@ -117,7 +117,7 @@ def allocate_host_kv(kv: Tensor, config: EngineConfig, model: ModelConfig) -> Te
 
 
 def export_kv(kv: Tensor) -> object:
-    """What another process needs to open a cache on a GPU.
+    """The handle by which another process can open a cache on a GPU.
 
     Raises:
         ConfigError: torch was told to allocate memory that cannot be shared.
@@ -125,13 +125,13 @@ def export_kv(kv: Tensor) -> object:
     for name in ALLOCATOR_SETTINGS:
         if "expandable_segments:true" in (value := os.environ.get(name, "")).lower():
             raise ConfigError(name, value, "no expandable_segments, as other processes cannot open their memory")
-    from nanopd.cuda.peer_memory import export_memory  # not at the top: CPU workers load nothing of CUDA
+    from nanopd.cuda.peer_memory import export_memory  # imported here, as CPU workers load nothing of CUDA
 
     return export_memory(kv)
 
 
 def open_kv(path: TransferPath, memory: SharedMemory, peer: Peer, layout: KVLayout) -> Any:
-    """A peer's cache as `Mover.pull` takes it; None, where blocks come through the relay."""
+    """A peer's cache as `Mover.pull` takes it, or None where blocks come through the relay."""
     if path is TransferPath.RELAY:
         return None
     if path is TransferPath.SHM:

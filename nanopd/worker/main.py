@@ -31,10 +31,10 @@ from nanopd.worker.pending import Pending
 from nanopd.worker.worker import Worker
 
 IDLE_WAIT_S = 10.0
-CPU_POLL_INTERVAL_S = 0.001  # while a CPU worker waits for the other side of a relay
-GPU_SPIN_S = 0.1  # of a GPU's worker before it sleeps: sequences that are handed over to it should find it awake
+CPU_POLL_INTERVAL_S = 0.001  # how often a CPU worker looks whether the other side of a relay has gone on
+GPU_SPIN_S = 0.1  # how long a GPU's worker spins before it sleeps, so that a sequence handed over finds it awake
 CONTROL_INTERVAL_S = 0.01
-BACKLOG_WAIT_S = 0.001  # while the parent is behind with reading
+BACKLOG_WAIT_S = 0.001  # how often a worker looks whether the parent, which was behind, has read
 
 
 def main(
@@ -59,7 +59,7 @@ def main(
         waits = (CPU_POLL_INTERVAL_S, 0.0) if is_cpu else (0.0, GPU_SPIN_S)
         _Server(worker, endpoint, control, *waits).run()
     except BaseException as error:
-        with contextlib.suppress(OSError):  # the parent is gone
+        with contextlib.suppress(OSError):  # raised where the parent is gone
             control.send(Failed(f"{type(error).__name__}: {error}", traceback.format_exc()))
         raise SystemExit(1) from None
 
@@ -72,13 +72,14 @@ def num_threads(config: EngineConfig) -> int:
 
 
 def _use_threads(count: int) -> None:
-    """Let torch and numba use `count` threads; more than there are cores cost a factor of 50 by spinning."""
-    cpu.prepare_thread()  # first: when numba starts its threads, it resets OpenMP's number of them, which is torch's
+    """Let torch and numba use `count` threads. More threads than cores cost a factor of 50 by spinning."""
+    # This goes first: when numba starts its threads, it resets OpenMP's number of them, which is torch's too.
+    cpu.prepare_thread()
     torch.set_num_threads(count)
 
 
 class _Server:
-    """Begins what comes in and reports what is done: steps in order, and the plans of each pair of workers in order."""
+    """The loop: begins what comes in and reports what is done, steps in order and the plans of each pair in order."""
 
     def __init__(
         self, worker: Worker, endpoint: Endpoint, control: Connection, poll_interval_s: float, spin_s: float
@@ -88,9 +89,10 @@ class _Server:
         self._waiter = Waiter(spin_s)
         self._waiter.add(endpoint, once=True)
         self._waiter.add(control)
-        self._under_way: defaultdict[Pair | None, deque[Pending]] = defaultdict(deque)  # None: steps
+        self._under_way: defaultdict[Pair | None, deque[Pending]] = defaultdict(deque)  # by pair of plans; None: steps
         self._is_told_to_stop = False
-        worker.call_between_layers(self._reply_to_done)  # launching a prompt's step takes a third of its time
+        # The launch of a prompt's step takes a third of the step's time, in which other work gets done.
+        worker.call_between_layers(self._reply_to_done)
 
     def run(self) -> None:
         look_s = 0.0
@@ -114,7 +116,7 @@ class _Server:
         return True
 
     def _reply_to_done(self) -> bool:
-        """Whether anything was done."""
+        """Send the results of what is done. Returns whether anything was."""
         num_done = 0
         for queue in self._under_way.values():
             while queue and queue[0].is_done():
@@ -125,7 +127,7 @@ class _Server:
         return num_done > 0
 
     def _wait_s(self) -> float:
-        """How long to sleep if nothing happens: not at all while a device may finish something."""
+        """Seconds to sleep if nothing happens: none while a GPU may finish something."""
         if any(self._under_way.values()):
             return self._poll_interval_s
         return BACKLOG_WAIT_S if self._endpoint.has_backlog else IDLE_WAIT_S

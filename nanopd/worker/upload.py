@@ -1,4 +1,4 @@
-"""Index arrays from the host to the device: one copy a call, through pinned memory that is used in turn."""
+"""Copies index arrays from the host to the device: one copy a call, through pinned buffers that are used in turn."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 
 from nanopd.config import MAX_STEPS_IN_FLIGHT
 
-CALLS_PER_STEP = 5
-MIN_BYTES = 1 << 16
+CALLS_PER_STEP = 5  # of one Uploader, at most
+MIN_BYTES = 1 << 16  # of a buffer
 
 
 class Uploader:
@@ -44,6 +44,6 @@ class Uploader:
 
 
 def upload_once(array: np.ndarray, device: torch.device) -> Tensor:
-    """`array` on the device, through pinned memory of its own, as for something rare or large; does not wait."""
+    """`array` on the device, through pinned memory of its own: for what is rare or large. Does not wait."""
     tensor = torch.from_numpy(array)
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

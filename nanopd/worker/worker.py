@@ -1,4 +1,4 @@
-"""A worker: one model, one KV cache, on one device; does what messages say.
+"""A worker: one model and one KV cache on one device, which does what messages say.
 
 `Worker` is the part without processes, so that a test can hold one in its own. Never imports `core`: which request a
 slot or a block belongs to is the parent's to know.
@@ -103,7 +103,7 @@ class Worker:
     def launch(self, message: ToWorker) -> Pending:
         """Begin what a message says: steps in the order of calls, plans beside them; on the CPU steps are done at once.
 
-        Plans of one pair of workers are to be polled one after the other, in the order of calls.
+        Plans of one pair of workers must be polled one after the other, in the order of calls.
         """
         if isinstance(message, TransferPlan):
             return self._transfer.launch(message)
@@ -123,8 +123,8 @@ def use_device(name: str) -> torch.device:
 
 
 def cuda_operations(config: EngineConfig, model: ModelConfig, device: torch.device) -> Operations:
-    """The decoder's `ops` for a GPU."""
-    from nanopd.cuda import operations, prefill  # not at the top: numba's CUDA side is needed by GPU workers only
+    """The operations of a GPU for this model."""
+    from nanopd.cuda import operations, prefill  # imported here, as CPU workers load nothing of CUDA
 
     dtype, sizes = getattr(torch, model.dtype), (model.head_dim, config.block_size)
     decode_attention = prefill_attention = None

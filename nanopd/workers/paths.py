@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from nanopd.errors import WorkerError
-from nanopd.messages import Route, TransferPath, TransferPlan
+from nanopd.messages import Route, TransferAck, TransferPath, TransferPlan
 from nanopd.workers.client import WorkerClient
 
 WARM_UP_TIMEOUT_S = 60.0  # kernels may have to compile
@@ -32,15 +32,18 @@ def warm_up(workers: Sequence[WorkerClient], routes: Iterable[Route]) -> None:
         WorkerError: a worker has died, or does not answer.
     """
     null_block = np.zeros(1, np.int32)
-    unanswered = [0] * len(workers)
+    unanswered: dict[int, Route] = {}  # by plan_id
     for number, route in enumerate(route for route in routes if not route.is_collocated):
-        src, dst = route.prefill_worker, route.decode_worker
-        send_plan(TransferPlan(-1 - number, src, 0, dst, 0, null_block, null_block), workers)
-        unanswered[dst] += 1
+        plan_id, src, dst = -1 - number, route.prefill_worker, route.decode_worker  # the engine's ids are positive
+        send_plan(TransferPlan(plan_id, src, 0, dst, 0, null_block, null_block), workers)
+        unanswered[plan_id] = route
     end_s = time.monotonic() + WARM_UP_TIMEOUT_S
-    while any(unanswered):
-        for index, worker in enumerate(workers):
-            unanswered[index] -= len(worker.poll())  # which raises if the worker has died
-            if unanswered[index] and time.monotonic() > end_s:
-                raise WorkerError(index, "has not acknowledged its first blocks from other workers")
+    while unanswered:
+        for worker in workers:
+            for ack in worker.poll():
+                assert isinstance(ack, TransferAck)
+                del unanswered[ack.plan_id]
+        if unanswered and time.monotonic() > end_s:
+            route = next(iter(unanswered.values()))
+            raise WorkerError(route.decode_worker, f"has not answered to blocks from worker {route.prefill_worker}")
         time.sleep(POLL_INTERVAL_S)

@@ -42,13 +42,28 @@ def scenario(count: int = 200, num_prompt: int = 1000) -> Scenario:
 
 def test_arrangements_are_read() -> None:
     found = Arrangement.parse("adaptive:1P2D1M/512")
-    assert [worker["role"] for worker in found.workers] == ["prefill", "decode", "decode", "mixed"]
+    assert [role.value for role in found.roles] == ["prefill", "decode", "decode", "mixed"]
     config = found.config(EngineConfig(model="none"), LIMITS)
     assert (config.policy, config.max_num_batched_tokens) == ("adaptive", 512)
     assert config.slo == {"ttft_ms": 200, "tpot_ms": 10, "first_gap_ms": 50}
     fixed = [Arrangement.parse(text).config(config, LIMITS) for text in ("2M", "3P1D")]
     assert [c.policy for c in fixed] == ["collocated", "disaggregated"]
     assert [c.max_num_batched_tokens for c in fixed] == [512, 512]
+
+
+def test_an_arrangement_is_what_the_configuration_that_it_gives_says() -> None:
+    base = EngineConfig(model="none", workers=[{"device": f"cuda:{i}"} for i in range(3)])
+    for text in ("3M", "1P2D", "1P2M", "round_robin:2P1M", "adaptive:1D2P", "collocated:2P1M"):
+        found = Arrangement.parse(text)
+        config = found.applied(base)
+        assert [worker.device for worker in config.workers] == ["cuda:0", "cuda:1", "cuda:2"]
+        assert Arrangement.of(config) == found
+        assert found.text == text
+    assert Arrangement.parse("1P2M").policy == "disaggregated"
+    assert Arrangement.parse("collocated:3M/64").text == "3M/64"
+    assert Arrangement.parse("oracle:3M/64").applied(base).policy == "adaptive"
+    with pytest.raises(ConfigError, match="3 workers"):
+        Arrangement.parse("2M").applied(base)
 
 
 @pytest.mark.parametrize("text", ["", "M", "8X", "fastest:8M", "8M/", "8M/512/2"])

@@ -18,6 +18,7 @@ from model_zoo import load_hf, make_tiny_model
 
 from nanopd import LLM, Route, SamplingParams
 from nanopd.engine.engine import Engine
+from nanopd.ipc.control import HEAD
 
 pytestmark = pytest.mark.process
 
@@ -113,8 +114,9 @@ def nothing_is_left(engine: Engine) -> None:
     for scheduler, worker in zip(engine.schedulers, engine.workers, strict=True):
         assert scheduler.residency.blocks.num_free == scheduler.residency.blocks.num_usable
         assert worker.poll() == []
-        assert not worker._endpoint.has_backlog
-        assert worker._endpoint.writer._tail == worker._endpoint.writer._control[16], "a message was not released"
+        endpoint = worker._endpoint
+        assert not endpoint.has_backlog
+        assert endpoint._writer._tail == endpoint._writer._words[HEAD], "a message was not read"
 
 
 def free_gpu_bytes() -> int:
