@@ -377,3 +377,173 @@ def test_steps_are_the_same_whatever_was_in_the_sets_and_dictionaries() -> None:
         return out
 
     assert trace() == trace()
+
+
+# ------------------------------------------------------------------------------------------------------ preemption
+
+
+def test_the_last_in_rank_is_preempted_whoever_came_first() -> None:
+    scheduler = make_scheduler(num_blocks=5, enable_prefix_caching=False)
+    first, urgent = make_sequence(0, 3, max_tokens=20), make_sequence(1, 3, max_tokens=20)
+    urgent.rank = (-1, 1, 1)
+    for seq in (first, urgent):
+        scheduler.add(seq)
+    while not (scheduled := scheduler.schedule()).preempted:
+        answer(scheduler, scheduled.batch)
+    assert scheduled.preempted == [first]
+    assert rows(scheduled.batch) == [(urgent.slot, 8, 1, DECODE)]
+    assert scheduler.num_preemptions == 1
+
+
+def test_a_prompt_under_way_is_preempted_before_older_decodes() -> None:
+    scheduler = make_scheduler(num_blocks=9, max_num_batched_tokens=4, enable_prefix_caching=False)
+    old, young = make_sequence(0, 3, max_tokens=20), make_sequence(1, 20)
+    scheduler.add(old)
+    answer(scheduler, scheduler.schedule().batch)
+    scheduler.add(young)
+    answer(scheduler, scheduler.schedule().batch)
+    others = scheduler.residency.blocks.allocate(scheduler.residency.blocks.num_free)
+    while not (scheduled := scheduler.schedule()).preempted:
+        answer(scheduler, scheduled.batch)
+    assert scheduled.preempted == [young]
+    assert scheduler.queues.prefilling == []
+    answer(scheduler, scheduled.batch)
+    assert scheduler.queues.num_waiting_tokens == 0
+    scheduler.check_integrity([others])
+
+
+def test_settings_and_counts_outlive_the_worker_process() -> None:
+    old, new = make_scheduler(), make_scheduler()
+    old.num_preemptions = 7
+    old.limit_chunks(5)
+    old.swap_where(lambda num_tokens: False)
+    new.succeed(old)
+    assert (new.num_preemptions, new.max_num_batched_tokens, new._swap_pays(1)) == (7, 5, False)
+
+
+# ---------------------------------------------------------------------------------------------------------- drafts
+
+DRAFTS = int(RowFlag.SAMPLE | RowFlag.DRAFTS)
+
+
+class Guesses:
+    """A drafter that always proposes the tokens 7, 7, 7, ..."""
+
+    is_drafting = True
+    num_drafts = num_accepted = 0
+
+    def propose(self, max_drafts: int) -> list[int]:
+        return [7] * max(0, max_drafts)
+
+    def observe(self, token_id: int) -> None:
+        pass
+
+
+def start_drafting(scheduler: Scheduler, *seqs: Sequence) -> None:
+    for seq in seqs:
+        seq.drafter, seq.is_watched = Guesses(), True
+        scheduler.add(seq)
+    answer(scheduler, scheduler.schedule().batch)
+
+
+def test_drafts_are_in_the_row_of_their_sequence_and_no_step_follows_before_the_result() -> None:
+    scheduler = make_scheduler(num_speculative_tokens=3)
+    seq, plain = make_sequence(0, 3), make_sequence(1, 3)
+    scheduler.add(plain)
+    start_drafting(scheduler, seq)
+    batch = scheduler.schedule().batch
+    assert set(rows(batch)) == {(plain.slot, 3, 1, DECODE), (seq.slot, 3, 4, DRAFTS)}
+    assert batch.token_ids.tolist() == [5, 7, 7, 7]
+    assert scheduler.schedule().batch is None
+
+
+def test_drafts_that_were_right_are_outcomes_of_their_own() -> None:
+    scheduler = make_scheduler(num_speculative_tokens=3)
+    seq = make_sequence(0, 3)
+    start_drafting(scheduler, seq)
+    batch, none = scheduler.schedule().batch, np.empty(0, np.int32)
+    tokens = np.array([7, 7, 9, 1], np.int32)  # behind 5, 7, 7 and 7: the third draft was wrong
+    result = StepResult(batch.step_id, 1, tokens, none, none, np.empty(0, np.float32))
+    assert [outcome.watched for outcome in scheduler.complete(result, 1.0)] == [[seq]] * 3
+    assert seq.output_token_ids == [5, 7, 7, 9]
+    assert rows(scheduler.schedule().batch)[0][1] == 6
+    scheduler.check_integrity()
+
+
+def test_drafts_end_where_the_answer_ends() -> None:
+    scheduler = make_scheduler(num_speculative_tokens=7)
+    seq = make_sequence(0, 3, max_tokens=4)
+    start_drafting(scheduler, seq)
+    assert rows(scheduler.schedule().batch) == [(0, 3, 3, DRAFTS)], "of four tokens, the last is not drafted"
+
+
+def test_rows_of_a_step_are_shared_among_drafts_in_order_of_rank() -> None:
+    scheduler = make_scheduler(num_speculative_tokens=3, max_num_batched_tokens=6)
+    start_drafting(scheduler, make_sequence(0, 3), make_sequence(1, 3))
+    assert [row[2] for row in rows(scheduler.schedule().batch)] == [4, 2]
+
+
+def test_where_blocks_are_few_there_are_no_drafts() -> None:
+    scheduler = make_scheduler(num_blocks=3, num_speculative_tokens=7, enable_prefix_caching=False)
+    start_drafting(scheduler, make_sequence(0, 3, max_tokens=20))
+    answer(scheduler, batch := scheduler.schedule().batch)
+    assert rows(batch) == [(0, 3, 1, SAMPLE)], "the block of its token is full behind it, and one is free"
+    assert not scheduler.residency.slots.num_drafts.any()
+    scheduler.check_integrity()
+
+
+# --------------------------------------------------------------------------------------------------------- repeats
+
+
+def decode_at(scheduler: Scheduler, times_s: list[float]) -> None:
+    for time_s in times_s:
+        for step_result in [scheduler.in_flight[0]]:
+            tokens, none = np.zeros(len(step_result.sampled_slots), np.int32), np.empty(0, np.int32)
+            result = StepResult(step_result.step_id, 1, tokens, none, none, np.empty(0, np.float32))
+            assert list(scheduler.complete(result, time_s)) == [StepOutcome()]
+        scheduler.schedule()
+
+
+def start_repeating(num_blocks: int = 100) -> tuple[Scheduler, list[Sequence]]:
+    scheduler = make_scheduler(num_blocks)
+    seqs = [make_sequence(i, 3 + i, max_tokens=30, ignore_eos=True) for i in range(3)]
+    for seq in seqs:
+        scheduler.add(seq)
+    scheduler.schedule()
+    scheduler.schedule()
+    decode_at(scheduler, [1.0, 2.0])
+    return scheduler, seqs
+
+
+def test_repeated_steps_leave_what_steps_one_by_one_leave() -> None:
+    (jumping, jumped), (walking, walked) = start_repeating(), start_repeating()
+    count = jumping.num_repeats()
+    assert count > 10
+    times_s = [3.0 + i for i in range(count)]
+    jumping.repeat(np.array(times_s))
+    decode_at(walking, times_s)
+    for scheduler in (jumping, walking):
+        scheduler.check_integrity()
+        decode_at(scheduler, [100.0])
+    t, other = jumping.residency.slots, walking.residency.slots
+    for column in ("num_tokens", "num_computed", "writable_len", "end_len", "is_active", "has_last_token"):
+        assert getattr(t, column).tolist() == getattr(other, column).tolist(), column
+    assert [step.step_id for step in jumping.in_flight] == [step.step_id for step in walking.in_flight]
+    assert jumping.snapshot() == walking.snapshot()
+    for seq, same in zip(jumped, walked, strict=True):
+        t.sync(seq)
+        other.sync(same)
+        assert (seq.token_ids, seq.token_times_s) == (same.token_ids, same.token_times_s)
+
+
+def test_steps_repeat_only_as_far_as_nothing_changes() -> None:
+    scheduler, seqs = start_repeating()
+    t = scheduler.residency.slots
+    assert scheduler.num_repeats() == int((t.last_start - t.num_computed)[[seq.slot for seq in seqs]].min())
+    few, _ = start_repeating(num_blocks=10)
+    assert 0 < few.num_repeats() < scheduler.num_repeats(), "blocks for fewer steps"
+    scheduler.queues.expect(1)
+    assert scheduler.num_repeats() == 0, "a sequence is on its way"
+    scheduler.queues.expect(-1)
+    scheduler.add(make_sequence(3, 3))
+    assert scheduler.num_repeats() == 0, "a sequence waits"
