@@ -428,6 +428,7 @@ sys.exit(cli.main(["--config", "cpu-demo", "--input", "-"]))
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_with_partial_answers_and_a_report(signum: signal.Signals) -> None:
     code = COMMAND.format(tests=str(Path(__file__).parent))
@@ -444,6 +445,7 @@ def test_a_signal_ends_with_partial_answers_and_a_report(signum: signal.Signals)
         assert process.wait(30) == 128 + signum
 
 
+@pytest.mark.process
 def test_launch_is_the_command() -> None:
     done = subprocess.run(
         [sys.executable, "launch.py", "--config", "nowhere"], cwd=ROOT, capture_output=True, text=True, timeout=60

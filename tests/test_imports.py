@@ -152,6 +152,7 @@ def test_every_package_is_installed() -> None:
     assert listed == found | {"nanopd.configs"}
 
 
+@pytest.mark.slow
 def test_no_bench_script_is_taken_for_a_package() -> None:
     """transformers looks for optional packages, and imports what it finds under their names on the path."""
     code = "import sys; sys.path.insert(0, 'bench'); from transformers import AutoConfig, PreTrainedModel; "

@@ -215,6 +215,7 @@ def test_demo_model(demo: Reference, way: str, steps_in_flight: int) -> None:
     demo.check(seqs)
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_demo_model_in_processes(demo: Reference) -> None:
     """The shipped configuration as a user runs it: two worker processes, every route in turn."""

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 
 from nanopd import wire
 from nanopd.ipc.ring import RingReader, RingWriter, ring_memory
@@ -44,7 +45,7 @@ MESSAGES = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@examples(2)
 @given(MESSAGES)
 def test_round_trip(message: Any) -> None:
     data = wire.encode(message)
@@ -52,7 +53,7 @@ def test_round_trip(message: Any) -> None:
     assert_same(wire.decode(data), message)
 
 
-@settings(max_examples=50, deadline=None)
+@examples(0.5)
 @given(st.lists(MESSAGES, max_size=10))
 def test_through_a_ring(messages: list[Any]) -> None:
     encoded = [wire.encode(message) for message in messages]

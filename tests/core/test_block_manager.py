@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from profiles import examples
 
 from nanopd.core.block_manager import NULL_BLOCK, BlockManager, OutOfBlocks, extend_keys
 
@@ -237,9 +237,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
 
 
 TestBlockManagerMachine = BlockManagerMachine.TestCase
-TestBlockManagerMachine.settings = settings(
-    max_examples=500, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+TestBlockManagerMachine.settings = examples(2, stateful_step_count=40)
 
 
 # ------------------------------------------------------------------------------------------------- by hand

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 from torch import Tensor
 
 from nanopd.config import KVLayout
@@ -152,7 +153,7 @@ def test_decode_attention(dtype: torch.dtype, block_size: int, head_dim: int, gr
     check_decode(lengths, group, num_kv_heads, head_dim, block_size, dtype)
 
 
-@settings(max_examples=40)
+@examples(0.4)
 @given(
     lengths=st.lists(st.integers(1, 150), min_size=1, max_size=9),
     group=st.integers(1, 8),

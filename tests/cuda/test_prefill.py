@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 from torch import Tensor
 
 pytest.importorskip("numba_cuda", reason="the package's kernels are written with numba-cuda")
@@ -78,7 +79,7 @@ class Step:
 CHUNKS = st.tuples(st.integers(1, 20), st.integers(0, 9) | st.just(0))
 
 
-@settings(max_examples=60, deadline=None)
+@examples(0.6)
 @given(st.integers(0, 3), st.lists(CHUNKS, min_size=1, max_size=4), st.sampled_from([4, 8]), st.booleans())
 def test_rows_of_any_lengths(
     num_decode_rows: int, chunks: list[tuple[int, int]], head_dim: int, has_dense: bool

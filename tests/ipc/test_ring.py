@@ -7,8 +7,9 @@ import zlib
 from collections import deque
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 
 from nanopd.ipc.channel import Endpoint, channel
 from nanopd.ipc.control import CONTROL_NBYTES, WORD
@@ -31,7 +32,7 @@ def footprint(message: bytes) -> int:
 OPERATIONS = st.lists(st.one_of(st.none(), st.binary(max_size=100)), max_size=120)  # None: read; else write
 
 
-@settings(max_examples=300, deadline=None)
+@examples(6)
 @given(OPERATIONS, st.integers(WORD, 300))
 def test_ring_against_deque(operations: list[bytes | None], capacity: int) -> None:
     """What is read is what was written, in order; a ring is full exactly when there are too few bytes left."""
@@ -57,7 +58,6 @@ def test_ring_against_deque(operations: list[bytes | None], capacity: int) -> No
     assert reader.read() == largest
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.integers(0, 1000), st.integers(1, 6), st.data())
 def test_ring_memory_holds_what_it_promises(max_nbytes: int, num_messages: int, data: st.DataObject) -> None:
     memory = ring_memory(max_nbytes, num_messages)

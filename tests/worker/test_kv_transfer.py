@@ -11,8 +11,9 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 
 from nanopd.config import EngineConfig
 from nanopd.errors import ConfigError
@@ -108,7 +109,7 @@ def take_some(rng: Random, free: list[int], count: int) -> np.ndarray:
     return np.array([free.pop(rng.randrange(len(free))) for _ in range(count)], np.int32)
 
 
-@settings(max_examples=60)
+@examples(0.6)
 @given(st.booleans(), st.integers(2, 3), st.integers(1, 12), st.randoms(use_true_random=False))
 def test_any_plans(is_relayed: bool, count: int, num_plans: int, rng: Random) -> None:
     """Destinations of plans under way do not overlap, nor with their sources, as pinned blocks never do."""

@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 from scipy import stats
 from torch import Tensor
 from transformers import (
@@ -182,7 +183,7 @@ FIELDS = st.fixed_dictionaries(
 
 @pytest.mark.parametrize("device", DEVICES)
 @given(slots=st.lists(FIELDS, min_size=2, max_size=9), data=st.data(), vocab_size=st.sampled_from([1003, 4096]))
-@settings(max_examples=60)
+@examples(0.6)
 def test_a_row_does_not_depend_on_the_other_rows(
     slots: list[dict], data: st.DataObject, vocab_size: int, device: str
 ) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -66,26 +67,22 @@ def check_pieces(tokenizer: Tokenizer, data: st.DataObject, skip_special_tokens:
 
 @pytest.mark.parametrize("skip_special_tokens", [True, False])
 @given(data=st.data())
-@settings(max_examples=150)
 def test_random_ids_byte_level(byte_level: Tokenizer, skip_special_tokens: bool, data: st.DataObject) -> None:
     check_pieces(byte_level, data, skip_special_tokens)
 
 
 @pytest.mark.parametrize("skip_special_tokens", [True, False])
 @given(data=st.data())
-@settings(max_examples=150)
 def test_random_ids_byte_fallback(byte_fallback: Tokenizer, skip_special_tokens: bool, data: st.DataObject) -> None:
     check_pieces(byte_fallback, data, skip_special_tokens)
 
 
 @given(data=st.data())
-@settings(max_examples=100)
 def test_random_ids_demo_model(demo: Tokenizer, data: st.DataObject) -> None:
     check_pieces(demo, data, True)
 
 
 @given(text=st.text(max_size=60), prompt=st.text(max_size=10))
-@settings(max_examples=150)
 def test_text_comes_back_and_every_piece_is_whole(byte_level: Tokenizer, text: str, prompt: str) -> None:
     detokenizer = IncrementalDetokenizer(TokenPieces(byte_level), byte_level.encode(prompt).ids)
     pieces = [detokenizer.push([token_id]) for token_id in byte_level.encode(text).ids]
@@ -149,7 +146,7 @@ SHORT = st.text("ab\n", max_size=4)
     stop=st.lists(SHORT.filter(len), min_size=1, max_size=4),
     num_protected=st.integers(0, 4),
 )
-@settings(max_examples=500)
+@examples(4)
 def test_stop_strings_cut_where_the_first_is_complete(pieces: list[str], stop: list[str], num_protected: int) -> None:
     strings, out = StopStrings(stop), ""
     may_stop = [i >= num_protected for i, piece in enumerate(pieces) for _ in piece]

@@ -120,6 +120,7 @@ def test_the_cost_model_follows_workers_that_are_slower_than_its_file() -> None:
         assert drift["move"] == pytest.approx(factor, rel=0.02)
 
 
+@pytest.mark.slow
 def test_roles_follow_the_load_when_it_pays() -> None:
     """One worker for prompts is too few, then one for generating is; each request is served once, where it started."""
     prompts = synthetic_requests(300, FixedLength(3000), FixedLength(20), 16.0, seed=2)

@@ -36,7 +36,9 @@ from nanopd.core.sequence import Sequence, SequenceStatus
 from nanopd.engine.engine import Engine
 from nanopd.workers import process as worker_process
 
-ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.process
+
+ROOT = Path(__file__).parents[2]
 WAIT_S = 30.0
 MIXED, PREFILL, DECODE = ({"device": "cpu", "role": role} for role in ("mixed", "prefill", "decode"))
 PROMPT = list(range(100, 180))

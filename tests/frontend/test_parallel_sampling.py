@@ -16,6 +16,8 @@ from tiny_chat_model import EOS, make_tiny_chat_model
 from nanopd import LLM, AsyncLLM, BeamSearchParams, RequestError, Route, SamplingParams
 from nanopd.messages import FinishReason
 
+pytestmark = pytest.mark.process
+
 WAIT_S = 30.0
 ROUTES = [Route(p, d) for p in (0, 1) for d in (0, 1)]
 SEEDED = SamplingParams(temperature=1.0, seed=7, max_tokens=20, ignore_eos=True)

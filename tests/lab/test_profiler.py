@@ -60,6 +60,7 @@ def test_a_table_beside_the_peaks_of_the_device() -> None:
     assert rows["disaggregated wins"][1] == 9  # 436 rows * 0.393 us per token moved / 19.7 us = 8.7
 
 
+@pytest.mark.process
 def test_a_profile_is_kept_and_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

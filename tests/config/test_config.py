@@ -253,7 +253,7 @@ def test_shipped_configs_are_found_by_name_and_valid() -> None:
     config = load_config("cpu-demo")
     assert load_config("cpu-demo.yaml") == config
     assert [str(route) for route in routes_for_policy(config.policy, config.roles)] == ["0->0", "0->1", "1->0", "1->1"]
-    for path in (Path(__file__).parents[1] / "configs").glob("*.yaml"):
+    for path in (Path(__file__).parents[2] / "configs").glob("*.yaml"):
         load_config(path)
 
 

@@ -115,6 +115,7 @@ def plan() -> dict[str, tuple[Arrangement, Goodput]]:
     return {arrangement.text: (arrangement, goodput) for arrangement, goodput in found}
 
 
+@pytest.mark.slow
 def test_a_plan_finds_what_prompts_need(plan: dict[str, tuple[Arrangement, Goodput]]) -> None:
     goodputs = {name: goodput.rate for name, (_, goodput) in plan.items()}
     split = max(goodputs["2P1D"], goodputs["1P2D"])
@@ -122,6 +123,7 @@ def test_a_plan_finds_what_prompts_need(plan: dict[str, tuple[Arrangement, Goodp
     assert goodputs["adaptive:3M"] > 0.95 * split
 
 
+@pytest.mark.slow
 def test_a_plan_is_drawn(plan: dict[str, tuple[Arrangement, Goodput]], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     draw([*plan.values()], "three workers", tmp_path / "plan.png")

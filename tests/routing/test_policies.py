@@ -177,6 +177,7 @@ def llm(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
         yield llm
 
 
+@pytest.mark.process
 def test_an_llm_that_adapts_answers_as_transformers_and_tells_what_it_expected(llm: LLM, model: Path) -> None:
     hf = load_hf(model)
     prompts = [[5, 6, 7], list(range(60)), [9] * 40]
@@ -194,6 +195,7 @@ def test_an_llm_that_adapts_answers_as_transformers_and_tells_what_it_expected(l
     assert drift["prefill"] != 1.0, "steps of real workers were heard of"
 
 
+@pytest.mark.process
 def test_lengths_of_answers_are_known_in_the_next_run(model: Path, tmp_path: Path) -> None:
     machine, lengths = tmp_path / "machine.json", tmp_path / "lengths.json"
     replace(H200, kv_bytes_per_token=512).save(machine)
@@ -212,6 +214,7 @@ def test_lengths_of_answers_are_known_in_the_next_run(model: Path, tmp_path: Pat
         LLM(str(model), answer_lengths=lengths, **keys)
 
 
+@pytest.mark.process
 def test_a_stream_that_is_turned_away_ends(llm: LLM) -> None:
     def restrict(engine: Engine) -> None:
         engine.policy.admission, engine.policy.slo = "reject", SLO(ttft_ms=1e-3)
@@ -224,6 +227,7 @@ def test_a_stream_that_is_turned_away_ends(llm: LLM) -> None:
     assert output.decision.route is None
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("keys", "message"),
     [

@@ -3,335 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
-from random import Random
 
-import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from submitting import start_search, submit
-from symbolic_worker import (
-    EOS,
-    POISON,
-    VOCAB_SIZE,
-    SymbolicWorker,
-    generate,
-    logprobs_of,
-    model_config,
-    symbolic_workers,
+from engine_loads import (
+    QUIET,
+    TOPOLOGIES,
+    WILD,
+    Clock,
+    Life,
+    Replacements,
+    assert_caches_are_right,
+    drain,
+    live,
+    lives,
+    make_engine,
+    policies_for,
+    swap_space_gb,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+from profiles import examples
+from submitting import submit
+from symbolic_worker import POISON, VOCAB_SIZE, generate, model_config, symbolic_workers
 
-from nanopd.config import EngineConfig, KVLayout, routes_for_policy
-from nanopd.core.block_manager import extend_keys
+from nanopd.config import EngineConfig
 from nanopd.core.sequence import Sequence, SequenceStatus
-from nanopd.engine.beam_search import Beams, BeamSearch
 from nanopd.engine.engine import MAX_REPLAYS, Engine
 from nanopd.errors import RequestError, WorkerError
-from nanopd.messages import EventKind, FinishReason, Role, Route, StepBatch, TransferPlan
+from nanopd.messages import EventKind, Role, Route, StepBatch, TransferPlan
 from nanopd.metrics import RequestMetrics
-from nanopd.request import BeamSearchParams, SamplingParams
+from nanopd.request import SamplingParams
 from nanopd.routing.factory import find_parameters, make_policy
 
-TOPOLOGIES = {
-    "mixed": ["mixed"],
-    "1P1D": ["prefill", "decode"],
-    "2P1D": ["prefill", "prefill", "decode"],
-    "1P3D": ["prefill", "decode", "decode", "decode"],
-    "all mixed": ["mixed", "mixed", "mixed"],
-    "mixed and D": ["mixed", "decode"],
-    "P and mixed": ["prefill", "mixed"],
-}
 
+@examples(4)
+@given(lives(*QUIET))
+def test_any_load_on_any_topology(life: Life) -> None:
+    """Any requests, arrivals, aborts, deadlines, tiny pools and budgets, work done in any order; deaths for good."""
 
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
-class Replacements:
-    """Ends workers and brings them back some time later, as processes would; now and then that fails."""
-
-    def __init__(self, rng: Random | None = None) -> None:
-        self.rng = rng
-        self.coming: list[int] = []
-        self.minds_poison = False
-        self.engine: Engine  # when there is one
-
-    def replace(self, worker: int) -> bool:
-        client = self.engine.workers[worker]
-        client.is_dead = client.is_buried = True
-        if self.rng is not None and self.rng.random() < 0.2:
-            return False
-        self.coming.append(worker)
-        return True
-
-    def tick(self) -> None:
-        for worker in self.coming[:]:
-            if self.rng is None or self.rng.random() < 0.1:
-                self.coming.remove(worker)
-                if self.rng is not None and self.rng.random() < 0.2:
-                    self.engine.give_up(worker, WorkerError(worker, "killed by the test again"))
-                else:
-                    self._revive(worker)
-
-    def _revive(self, worker: int) -> None:
-        old = self.engine.workers[worker]
-        new = SymbolicWorker(self.engine.config, old.num_blocks, self.rng)
-        new.peers, new.generation, new.minds_poison = old.peers, old.generation + 1, self.minds_poison
-        self.engine.revive(worker, new, new.generation)
-
-
-def make_engine(
-    roles: list[str],
-    policy: str,
-    num_blocks: int = 40,
-    rng: Random | None = None,
-    replacements: Replacements | None = None,
-    max_len: int = 512,
-    **keys,
-) -> tuple[Engine, Clock]:
-    workers = [{"device": "cpu", "role": role} for role in roles]
-    config = EngineConfig(model="none", workers=workers, policy=policy, max_model_len=max_len, **keys)
-    clock = Clock()
-    clients = symbolic_workers(config, [num_blocks] * len(roles), rng, max_len)
-    engine = Engine(
-        config, model_config(max_len), clients, clock, replace=None if replacements is None else replacements.replace
-    )
-    if replacements is not None:
-        replacements.engine = engine
-        for client in clients:
-            client.minds_poison = replacements.minds_poison
-    return engine, clock
-
-
-def swap_space_gb(num_blocks: int, block_size: int) -> float:
-    return (num_blocks + 0.5) * KVLayout.of(model_config(), block_size).bytes_per_block / 1e9
-
-
-def drain(engine: Engine, clock: Clock, replacements: Replacements | None = None, max_steps: int = 60_000) -> None:
-    for _ in range(max_steps):
-        if not engine.has_unfinished:
-            break
-        clock.now_s += 0.01
-        if replacements is not None:
-            replacements.tick()
-        engine.step()
-    assert not engine.has_unfinished, "the engine hangs"
-    engine.check_integrity()
-    for scheduler in engine.schedulers:
-        if not scheduler.is_dead:
-            assert scheduler.residency.blocks.num_free == scheduler.residency.blocks.num_usable
-            assert scheduler.residency.host_blocks.num_free == scheduler.residency.host_blocks.num_usable
-            assert scheduler.residency.slots.num_free == len(scheduler.residency.slots.seqs)
-            assert scheduler.queues.num_seqs == 0
-
-
-def assert_right(seq: Sequence) -> None:
-    expected = generate(seq.token_ids[: seq.num_prompt_tokens], seq.params.max_tokens)
-    assert seq.output_token_ids == expected
-    is_stop = expected[-1] == EOS
-    assert seq.status is (SequenceStatus.FINISHED_STOPPED if is_stop else SequenceStatus.FINISHED_LENGTH)
-    assert len(seq.token_times_s) == len(expected)
-
-
-def make_prompt(rng: Random, seqs: list[Sequence], num_prompt: int) -> list[int]:
-    """Random tokens, perhaps behind those of a request before, be it a prompt or a turn of a conversation."""
-    old = rng.choice(seqs).token_ids if seqs and rng.random() < 0.7 else []
-    prompt = old[: rng.choice([num_prompt, rng.randint(0, num_prompt)])][:num_prompt]
-    return prompt + [rng.randrange(VOCAB_SIZE) for _ in range(num_prompt - len(prompt))]
-
-
-def assert_caches_are_right(engine: Engine, seqs: list[Sequence]) -> None:
-    """Whatever a worker's prefix cache would find holds the tokens that its key stands for."""
-    block_size = engine.config.block_size
-    for scheduler, worker in zip(engine.schedulers, engine.workers, strict=True):
-        tokens_of = {}
-        for seq in seqs:
-            keys: list[bytes] = []
-            extend_keys(keys, seq.token_ids, block_size, engine._sequences._root_key)
-            for i, key in enumerate(keys):
-                tokens_of[key] = seq.token_ids[i * block_size : (i + 1) * block_size]
-        for key, tokens in tokens_of.items():
-            for block in scheduler.residency.blocks.find([key]):
-                assert scheduler.is_dead or worker.kv[block].tolist() == tokens
-
-
-class Load:
-    """Requests of all kinds, and whether each got the right answer."""
-
-    def __init__(self, engine: Engine, rng: Random, longest: int) -> None:
-        self.engine, self.rng, self.longest = engine, rng, longest
-        self.seqs: list[Sequence] = []
-        self.searches: list[BeamSearch] = []
-        self.num_ended = 0
-
-    def submit(self, name: str) -> None:
-        """A request, several answers to one prompt, or a beam search."""
-        rng = self.rng
-        num_prompt = rng.randint(1, self.longest - 2)
-        prompt = make_prompt(rng, self.seqs, num_prompt)
-        num_tokens = rng.randint(1, min(30, self.longest - num_prompt))
-        if rng.random() < 0.15:
-            early = rng.choice([False, True, "never"])
-            params = BeamSearchParams(rng.randint(1, 4), min(num_tokens, 8), rng.choice([0.0, 1.0, 2.0]), early)
-            search = start_search(self.engine, name, prompt, params, self._ended)
-            self.searches.append(search)
-            return
-        limits = {
-            "deadline_s": rng.choice([None, None, None, 0.5]),
-            "queue_timeout_s": rng.choice([None, None, None, 0.2]),
-            "priority": rng.choice([0, 0, 0, -1, 1]),
-        }
-        params, leader = SamplingParams(temperature=0, max_tokens=num_tokens), None
-        for i in range(rng.choice([1, 1, 1, 2, 5])):
-            seq = submit(self.engine, f"{name}/{i}" if i else name, prompt, params, parent=leader, **limits)
-            leader = leader or seq
-            self.seqs.append(seq)
-
-    def _ended(self, search: BeamSearch) -> None:
-        self.num_ended += 1
-        assert not search.seqs
-
-    def check(self, check_error: Callable[[str], None]) -> None:
-        assert self.num_ended == len(self.searches)
-        assert not self.engine.dispatcher.followers
-        for search in self.searches:
-            if search.reason is None:
-                prompt = search.first.token_ids[: search.first.num_prompt_tokens]
-                assert search.beams.complete == search_alone(prompt, search.beams.params)
-            elif search.reason is FinishReason.ERROR:
-                check_error(search.error)
-        for seq in self.seqs:
-            expected = generate(seq.token_ids[: seq.num_prompt_tokens], seq.params.max_tokens)
-            if seq.status in (SequenceStatus.FINISHED_ABORTED, SequenceStatus.FINISHED_ERROR):
-                assert seq.output_token_ids == expected[: len(seq.output_token_ids)]
-                if seq.status is SequenceStatus.FINISHED_ERROR:
-                    check_error(seq.error)
-            else:
-                assert_right(seq)
-
-
-def search_alone(prompt: list[int], params: BeamSearchParams) -> list:
-    """What any correct engine finds."""
-    beams = Beams(params, (EOS,))
-    while not beams.is_done:
-        rows = [logprobs_of(np.array(prompt + beam.token_ids)) for beam in beams.running]
-        beams.advance([{token: float(np.float32(value)) for token, value in row.items()} for row in rows])
-    return beams.complete
-
-
-def policies_for(roles: list[str]) -> list[str]:
-    return [p for p in ("collocated", "disaggregated", "round_robin") if routes_for_policy(p, [Role(r) for r in roles])]
-
-
-@pytest.mark.parametrize("steps_in_flight", [1, 2, 3])
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
-@given(data=st.data())
-def test_any_load_on_any_topology(topology: str, steps_in_flight: int, data: st.DataObject) -> None:
-    """Random requests, arrivals, aborts, deadlines, tiny pools and budgets, work done in any order; then a death."""
-    roles = TOPOLOGIES[topology]
-    rng = Random(data.draw(st.integers(0, 2**32)))
-    engine, clock = make_engine(
-        roles,
-        rng.choice(policies_for(roles)),
-        num_blocks=rng.randint(22, 60),
-        rng=rng,
-        block_size=(block_size := rng.choice([1, 3, 4, 16])),
-        max_num_seqs=rng.randint(1, 6),
-        max_num_batched_tokens=rng.choice([1, 2, 7, 16, 17, 512]),
-        steps_in_flight=steps_in_flight,
-        handover_timeout_s=rng.choice([0.001, 0.05, 1.0]),
-        enable_prefix_caching=rng.random() < 0.6,
-        swap_space_gb=swap_space_gb(rng.choice([0, 30, 200]), block_size),
-    )
-    load = Load(engine, rng, 20 * block_size)
-    victim = rng.randrange(len(roles)) if rng.random() < 0.3 else None
-    for number in range(rng.randint(1, 14)):
-        load.submit(str(number))
-        for _ in range(rng.choice([0, 1, 3, 20])):
-            clock.now_s += 0.01
-            engine.step()
-            engine.check_integrity()
-        if rng.random() < 0.2:
-            engine.abort(str(rng.randrange(number + 1)))
-        if victim is not None and rng.random() < 0.2:
-            engine.workers[victim].is_dead = True
-    drain(engine, clock)
-    assert_caches_are_right(engine, load.seqs)
-
-    def check_error(error: str) -> None:
-        assert engine.workers[victim].is_dead
+    def check_error(engine: Engine, error: str) -> None:
+        assert any(worker.is_dead for worker in engine.workers)
         assert "killed by the test" in error
 
-    load.check(check_error)
+    live(life, check_error, are_replaced=False)
 
 
-@pytest.mark.parametrize("steps_in_flight", [1, 2, 3])
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-@given(seed=st.integers(0, 2**32))
-def test_any_load_while_workers_die_hang_return_and_change_roles(
-    topology: str, steps_in_flight: int, seed: int
-) -> None:
+@examples(4)
+@given(lives(*WILD, step_timeout_s=st.just(0.5)))
+def test_any_load_while_workers_die_hang_return_and_change_roles(life: Life) -> None:
     """Restarts, replays, moves and roles in any order, beside what the test above does."""
-    roles, rng = TOPOLOGIES[topology], Random(seed)
-    replacements = Replacements(rng)
-    replacements.minds_poison = rng.random() < 0.3
-    engine, clock = make_engine(
-        roles,
-        rng.choice(policies_for(roles)),
-        num_blocks=rng.randint(22, 60),
-        rng=rng,
-        replacements=replacements,
-        block_size=(block_size := rng.choice([1, 3, 4, 16])),
-        max_num_seqs=rng.randint(1, 6),
-        max_num_batched_tokens=rng.choice([1, 2, 7, 16, 17, 512]),
-        steps_in_flight=steps_in_flight,
-        handover_timeout_s=rng.choice([0.001, 0.05, 1.0]),
-        enable_prefix_caching=rng.random() < 0.6,
-        swap_space_gb=swap_space_gb(rng.choice([0, 30, 200]), block_size),
-        step_timeout_s=0.5,
-    )
-    load = Load(engine, rng, 20 * block_size)
-    for number in range(rng.randint(1, 14)):
-        load.submit(str(number))
-        for _ in range(rng.choice([0, 1, 3, 20])):
-            clock.now_s += 0.01
-            replacements.tick()
-            engine.step()
-            engine.check_integrity()
-            happen(engine, rng, number)
-    drain(engine, clock, replacements)
-    assert_caches_are_right(engine, load.seqs)
 
-    def check_error(error: str) -> None:
+    def check_error(_: Engine, error: str) -> None:
         assert f"{MAX_REPLAYS + 1} workers died" in error or "no route is left" in error
         assert "by the test" in error or "step_timeout_s" in error
 
-    load.check(check_error)
-
-
-def happen(engine: Engine, rng: Random, last: int) -> None:
-    """Perhaps something out of the ordinary."""
-    worker, chance = rng.randrange(len(engine.workers)), rng.random()
-    if chance < 0.01:
-        engine.workers[worker].is_dead = True
-    elif chance < 0.02:
-        engine.workers[worker].is_hung = True
-    elif chance < 0.04:
-        engine.abort(str(rng.randrange(last + 1)))
-    elif chance < 0.08:
-        with suppress(RequestError):
-            engine.set_role(worker, rng.choice(list(Role)))
-    elif chance < 0.3:
-        with suppress(RequestError):
-            engine.move(str(rng.randrange(last + 1)), worker)
+    live(life, check_error, are_replaced=True)
 
 
 # ------------------------------------------------------------------------------------------------- one thing at a time

@@ -5,20 +5,19 @@ from __future__ import annotations
 import zlib
 from dataclasses import replace
 from pathlib import Path
-from random import Random
 
 import numpy as np
 import pytest
 import symbolic_worker
-import test_engine
-from hypothesis import HealthCheck, given, settings
+from engine_loads import QUIET, WILD, Life, drain, live, lives, make_engine
+from hypothesis import given
 from hypothesis import strategies as st
 from local_worker import local_engine, run_to_end
 from model_zoo import make_tiny_model
+from profiles import examples
 from safetensors.torch import load_file, save_file
 from submitting import submit
 from symbolic_worker import EOS, VOCAB_SIZE, generate
-from test_engine import TOPOLOGIES, Load, Replacements, assert_caches_are_right, drain, happen, make_engine
 
 from nanopd.config import EngineConfig
 from nanopd.core.sequence import Sequence
@@ -39,45 +38,17 @@ def repeating(context: np.ndarray) -> int:
     return 10 + zlib.crc32(np.ascontiguousarray(context[-2:], np.int64).tobytes()) % 5
 
 
-@pytest.mark.parametrize("steps_in_flight", [1, 2, 3])
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-@given(seed=st.integers(0, 2**32))
-def test_any_load(topology: str, steps_in_flight: int, seed: int) -> None:
+@examples(2)
+@given(
+    st.sampled_from([QUIET, WILD]).flatmap(
+        lambda load: lives(*load, step_timeout_s=st.just(0.5), num_speculative_tokens=st.sampled_from([1, 3, 7]))
+    )
+)
+def test_any_load(life: Life) -> None:
     """As in test_engine.py: tiny pools and budgets, aborts, moves, roles, deaths."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(symbolic_worker, "next_token", repeating)
-        roles, rng = TOPOLOGIES[topology], Random(seed)
-        replacements = Replacements(rng)
-        engine, clock = make_engine(
-            roles,
-            rng.choice(test_engine.policies_for(roles)),
-            num_blocks=rng.randint(22, 60),
-            rng=rng,
-            replacements=replacements,
-            block_size=(block_size := rng.choice([1, 3, 4, 16])),
-            max_num_seqs=rng.randint(1, 6),
-            max_num_batched_tokens=rng.choice([1, 2, 7, 16, 17, 512]),
-            steps_in_flight=steps_in_flight,
-            handover_timeout_s=rng.choice([0.001, 0.05, 1.0]),
-            enable_prefix_caching=rng.random() < 0.6,
-            swap_space_gb=test_engine.swap_space_gb(rng.choice([0, 30, 200]), block_size),
-            num_speculative_tokens=rng.choice([1, 3, 7]),
-            step_timeout_s=0.5,
-        )
-        load, has_events = Load(engine, rng, 20 * block_size), rng.random() < 0.7
-        for number in range(rng.randint(1, 14)):
-            load.submit(str(number))
-            for _ in range(rng.choice([0, 1, 3, 20])):
-                clock.now_s += 0.01
-                replacements.tick()
-                engine.step()
-                engine.check_integrity()
-                if has_events:
-                    happen(engine, rng, number)
-        drain(engine, clock, replacements)
-        assert_caches_are_right(engine, load.seqs)
-        load.check(lambda error: None)
+        live(life, lambda engine, error: None, are_replaced=True)
 
 
 def test_steps_are_saved(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,13 +23,15 @@ from tiny_chat_model import make_tiny_chat_model
 from nanopd import AsyncLLM, SamplingParams, cli
 from nanopd.request import PLAIN_FIELDS
 
+pytestmark = pytest.mark.process
+
 fastapi, uvicorn, httpx, openai = (
     pytest.importorskip(package, reason="needs the extras serve and test")
     for package in ("fastapi", "uvicorn", "httpx", "openai")
 )
 app, protocol = (importlib.import_module(f"nanopd.serve.{name}") for name in ("app", "protocol"))
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WAIT_S = 30.0
 KEY = "sk-test"
 SEEDED = {"temperature": 1.0, "seed": 7, "max_tokens": 24}

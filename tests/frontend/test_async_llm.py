@@ -14,6 +14,8 @@ from tiny_chat_model import make_tiny_chat_model
 from nanopd import AsyncLLM, NanopdError, RequestError, SamplingParams
 from nanopd.messages import FinishReason
 
+pytestmark = pytest.mark.process
+
 WAIT_S = 30.0
 PARAMS = SamplingParams(temperature=1, seed=3, max_tokens=30, ignore_eos=True, logprobs=1)
 LONG = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)

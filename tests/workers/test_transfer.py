@@ -20,6 +20,8 @@ from nanopd import LLM, Route, SamplingParams
 from nanopd.engine.engine import Engine
 from nanopd.ipc.control import HEAD
 
+pytestmark = pytest.mark.process
+
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 MAX_GAP = 0.1  # of a row's standard deviation: how far below the best a chosen token may be
 BLOCK_SIZE = 16

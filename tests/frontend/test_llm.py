@@ -22,6 +22,8 @@ from transformers import PreTrainedModel
 from nanopd import LLM, ConfigError, RequestError, RequestOutput, Route, SamplingParams
 from nanopd.messages import FinishReason
 
+pytestmark = pytest.mark.process
+
 WAIT_S = 30.0
 MAX_LEN = 512
 VOCAB_SIZE = EOS + 1
