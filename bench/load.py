@@ -28,7 +28,7 @@ from report import Row, emit, figures_of, save
 from tqdm import tqdm
 
 from nanopd import LLM, EngineConfig, NanopdError, SamplingParams
-from nanopd.cli import DEMO_PROMPTS
+from nanopd.commands.run import DEMO_PROMPTS
 from nanopd.config import POLICIES, ModelConfig, load_config, routes_for_policy
 from nanopd.errors import ConfigError
 from nanopd.lab.simulator import simulate
@@ -46,7 +46,7 @@ from nanopd.lab.workload import (
 from nanopd.messages import FinishReason, RequestLog, Work
 from nanopd.metrics import SLO, Percentiles, RequestMetrics, summarize
 from nanopd.routing.cost_model import Parameters
-from nanopd.routing.policy import make_policy
+from nanopd.routing.factory import make_policy
 
 PROMPTS: dict[str, LengthDistribution] = {"short": SHORT_PROMPTS, "long": LONG_PROMPTS, "mixed": MIXED_PROMPTS}
 NATURAL = "natural"

@@ -33,7 +33,7 @@ from nanopd.lab.simulator import simulate
 from nanopd.lab.workload import FixedLength, MixedLength, synthetic_requests
 from nanopd.messages import EventKind, RowFlag, StepBatch, StepResult, TransferAck, TransferPlan
 from nanopd.request import SamplingParams
-from nanopd.routing.policy import find_parameters
+from nanopd.routing.factory import find_parameters
 from nanopd.wire import decode, encode
 
 MAX_LEN = 4096
@@ -133,7 +133,7 @@ def measure_prefix(block_size: int, num_repeats: int) -> Row:
         found = manager.find(keys)
         times_us.append((1e6 * (hashed - start), 1e6 * (time.perf_counter() - hashed)))
         if not found:
-            manager.make_findable(table, keys)
+            manager.publish(table, keys)
     hash_us, find_us = np.median(times_us, axis=0).round(1)
     row = {"prompt_len": PREFIX_LEN, "block_size": block_size, "hash_us": hash_us, "find_us": find_us}
     return {**row, "bar_us": PREFIX_BARS_US[block_size]}

@@ -25,7 +25,7 @@ from report import Row, emit
 
 from nanopd import EngineConfig
 from nanopd.checkpoints.model_files import read_model_config, resolve
-from nanopd.config import ModelConfig
+from nanopd.config import KVLayout, ModelConfig
 from nanopd.ipc.doorbell import Doorbell
 from nanopd.messages import TransferAck, TransferPath, TransferPlan
 from nanopd.worker.block_mover import MAX_CTAS
@@ -225,7 +225,7 @@ def main() -> None:
     on_gpu = devices != ["cpu", "cpu"]
     path = resolve(args.model, load_format="dummy")
     model = read_model_config(path, "auto", not on_gpu)
-    block_bytes = BLOCK_SIZE * model.kv_bytes_per_token()
+    block_bytes = KVLayout.of(model, BLOCK_SIZE).bytes_per_block
     sweep_tokens = [count for count in SWEEP_TOKENS if count in args.tokens] if args.sweep and on_gpu else []
     plain = PlainCopies(devices, max(LINK_BYTES, -(-max(args.tokens) // BLOCK_SIZE) * block_bytes))
     plain_ms = {count: plain.peer_ms(-(-count // BLOCK_SIZE) * block_bytes) for count in args.tokens}

@@ -61,5 +61,5 @@ def run_to_end(engine: Engine) -> None:
     engine.drain(lambda: None)
     engine.check_integrity()
     for scheduler in engine.schedulers:
-        for blocks in (scheduler.blocks, scheduler.host_blocks):
+        for blocks in (scheduler.residency.blocks, scheduler.residency.host_blocks):
             assert blocks.num_free == blocks.num_usable

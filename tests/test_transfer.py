@@ -110,7 +110,7 @@ def is_complete(engine: Engine) -> bool:
 def nothing_is_left(engine: Engine) -> None:
     engine.check_integrity()
     for scheduler, worker in zip(engine.schedulers, engine.workers, strict=True):
-        assert scheduler.blocks.num_free == scheduler.blocks.num_usable
+        assert scheduler.residency.blocks.num_free == scheduler.residency.blocks.num_usable
         assert worker.poll() == []
         endpoint = worker._endpoint
         assert not endpoint.has_backlog

@@ -1,4 +1,4 @@
-"""Moves KV blocks between workers: this worker's part in the plans that name it.
+"""Moves KV blocks between workers: carries out this worker's part in the plans that name it.
 
 Where the destination can read the source's cache (shared memory; the memory of a GPU, through CUDA IPC), it pulls
 alone: one copy, on a stream of its own, that no step waits for and that waits for no step. The copy needs no event of
@@ -29,7 +29,7 @@ Pair = tuple[int, int]  # source, destination
 
 
 def path_between(src: int, dst: int, config: EngineConfig) -> TransferPath:
-    """How blocks get from worker `src` to worker `dst`. To be asked on a machine that has the GPUs of the two.
+    """How blocks get from worker `src` to worker `dst`. The GPUs of both must be in the machine that this runs on.
 
     Raises:
         ConfigError: they cannot get there as `transfer` says.
@@ -85,10 +85,10 @@ class KVTransfer:
     """Carries out the plans that have this worker as their destination, or as the source of a relay."""
 
     def __init__(self, worker: int, kv: Tensor, relays: dict[Pair, SharedMemory], verify: bool) -> None:
-        """kv [num_blocks, ...], contiguous. Raises DigestMismatch while plans are polled, with `verify`."""
+        """kv [num_blocks, ...] is contiguous. With `verify`, polling a plan may raise DigestMismatch."""
         self._worker = worker
         self._kv = kv
-        self._block_bytes = kv[0].numel() * kv.element_size()
+        self._block_bytes = kv[0].nbytes
         self._verify = verify
         self._incoming, self._outgoing = mover_for(kv), mover_for(kv)  # two streams, as a link carries both directions
         self._relays, self._relay_memories = relays, dict[Pair, RelayMemory]()
@@ -100,7 +100,7 @@ class KVTransfer:
         self._peers[worker] = _Peer(generation, cache)
 
     def disconnect(self, worker: int) -> None:
-        """A peer is dead, or about to be replaced."""
+        """Takes note that a peer is dead, or about to be replaced."""
         if peer := self._peers.get(worker):
             peer.is_gone, peer.cache = True, None
             for link in peer.links.values():

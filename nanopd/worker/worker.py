@@ -1,4 +1,4 @@
-"""A worker: one model, one KV cache, on one device; does what messages say.
+"""A worker: one model and one KV cache on one device, which does what messages say.
 
 `Worker` is the part without processes, so that a test can hold one in its own. Never imports `core`: which request a
 slot or a block belongs to is the parent's to know.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from nanopd.config import EngineConfig, ModelConfig
 from nanopd.cpu import ops
 from nanopd.ipc.shared_memory import Memories
 from nanopd.messages import Peer, StepBatch, ToWorker, TransferPath, TransferPlan
-from nanopd.models.loader import load_model
+from nanopd.models import Operations, load_model
 from nanopd.worker.decode_graphs import ladder
 from nanopd.worker.kv_cache import allocate_kv, derive_num_blocks, export_kv, open_kv
 from nanopd.worker.kv_transfer import KVTransfer, paths_to
@@ -51,6 +50,8 @@ class Worker:
         """
         self._index, self._config, self._model, self._memories = index, config, model, memories
         self._runner, self._transfer = runner, transfer
+        self._layout = config.kv_layout(model)
+        self._between_layers: Callable[[], object] = lambda: None
         self.num_blocks = len(kv)
         self.num_host_blocks = 1 if runner is None else runner.num_host_blocks
         self.paths = paths
@@ -71,13 +72,12 @@ class Worker:
         Raises:
             ConfigError: there is not enough memory, or blocks cannot get here as the configuration says.
         """
-        max_len = config.max_len_of(model)
         device, paths = use_device(config.workers[index].device), paths_to(index, config)
-        decoder = load_model(model, path, device, config.load_format, max_len, config.seed, on_progress)
-        if device.type == "cuda":
-            decoder.ops = cuda_operations(config, model, device)
-        num_blocks = derive_num_blocks(decoder, config, model)
-        kv = allocate_kv(memories.caches[index], num_blocks, device, config, model)
+        layout = config.kv_layout(model)
+        operations = cuda_operations(config, model, device) if device.type == "cuda" else ops
+        sizes = config.load_format, config.max_len_of(model), config.seed
+        decoder = load_model(model, layout, operations, path, device, *sizes, on_progress)
+        kv = allocate_kv(memories.caches[index], derive_num_blocks(decoder, config, model), layout, device)
         transfer = KVTransfer(index, kv, memories.relays, config.verify_transfers)
         return cls(index, config, model, memories, paths, kv, ModelRunner(decoder, kv, config, model), transfer)
 
@@ -86,7 +86,7 @@ class Worker:
         self._transfer.disconnect(worker)  # before a cache is opened that may need the memory of the old one
         if peer is not None and worker != self._index:
             path, shared = self.paths[worker], self._memories.caches[worker]
-            cache = open_kv(path, shared, peer, self._config, self._model)
+            cache = open_kv(path, shared, peer, self._layout)
             self._transfer.connect(worker, peer.generation, cache)
 
     def knows(self, plan: TransferPlan) -> bool:
@@ -94,20 +94,22 @@ class Worker:
         return self._transfer.knows(plan)
 
     def call_between_layers(self, function: Callable[[], object]) -> None:
-        """Have `function` called while a step is launched, so that what is done meanwhile need not wait for its end."""
-        if self._runner is not None:
-            self._runner.decoder.between_layers = function
+        """Have `function` called between the layers of steps that are launched from now on, a captured graph's aside.
+
+        Launching a long prompt takes the host a while, and what else is done meanwhile should not wait for its end.
+        """
+        self._between_layers = function
 
     def launch(self, message: ToWorker) -> Pending:
         """Begin what a message says: steps in the order of calls, plans beside them; on the CPU steps are done at once.
 
-        Plans of one pair of workers are to be polled one after the other, in the order of calls.
+        Plans of one pair of workers must be polled one after the other, in the order of calls.
         """
         if isinstance(message, TransferPlan):
             return self._transfer.launch(message)
         assert self._runner is not None
         if isinstance(message, StepBatch):
-            return self._runner.launch(message)
+            return self._runner.launch(message, self._between_layers)
         self._runner.take_extras(message)
         return Done(None)
 
@@ -120,16 +122,15 @@ def use_device(name: str) -> torch.device:
     return device
 
 
-def cuda_operations(config: EngineConfig, model: ModelConfig, device: torch.device) -> Any:
-    """The decoder's `ops` for a GPU."""
-    from nanopd.cuda import operations, prefill  # not at the top: numba's CUDA side is needed by GPU workers only
+def cuda_operations(config: EngineConfig, model: ModelConfig, device: torch.device) -> Operations:
+    """The operations of a GPU for this model."""
+    from nanopd.cuda import operations, prefill  # imported here, as CPU workers load nothing of CUDA
 
     dtype, sizes = getattr(torch, model.dtype), (model.head_dim, config.block_size)
     decode_attention = prefill_attention = None
     if operations.has_kernels(dtype, *sizes, model.hidden_size, model.intermediate_size):
-        heads = model.num_heads, model.num_kv_heads, *sizes
-        max_rows = ladder(config.max_decode_rows)[-1]
-        decode_attention = operations.PagedDecodeAttention(max_rows, *heads, dtype, device)
+        max_rows, layout = ladder(config.max_decode_rows)[-1], config.kv_layout(model)
+        decode_attention = operations.PagedDecodeAttention(max_rows, model.num_heads, layout, dtype, device)
     if prefill.has_flash_attention(dtype, model.head_dim):
         prefill_attention = prefill.PrefillAttention(config.max_num_batched_tokens)
-    return operations.Operations(ops, decode_attention, prefill_attention)
+    return operations.CudaOperations(ops, decode_attention, prefill_attention)
