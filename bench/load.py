@@ -28,7 +28,7 @@ from report import Row, emit, figures_of, save
 from tqdm import tqdm
 
 from nanopd import LLM, EngineConfig, NanopdError, SamplingParams
-from nanopd.cli import DEMO_PROMPTS
+from nanopd.commands.run import DEMO_PROMPTS
 from nanopd.config import POLICIES, ModelConfig, load_config, routes_for_policy
 from nanopd.errors import ConfigError
 from nanopd.lab.simulator import simulate

@@ -51,7 +51,7 @@ class IdleWorker:
     """A WorkerClient that answers each step with zeros."""
 
     def __init__(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
+        self.num_blocks, self.num_host_blocks = num_blocks, 1
         self.paths: dict[int, TransferPath] = {}
         self._results: list[StepResult] = []
 

@@ -2,7 +2,7 @@
 
 Two families. Objects of the parent (`SamplingParams`, `Role`, `Route`, `RequestEvent`, `RequestLog`, `Work`) and wire
 messages (`SlotExtras`, `StepBatch`, `StepResult`, `TransferPlan`, `TransferAck`), which are flat numpy arrays so that
-they go through a shared-memory ring without pickling. This module knows their layout, not who sends them when.
+they cross processes without pickling. This module knows their layout, not who sends them when.
 
 Wire format of a message: int64 words, native byte order. Word 0 is the message kind, then its int fields, then the
 number of items of each section; behind them the sections themselves, each padded to a multiple of 8 bytes.
@@ -13,15 +13,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 
-MAX_LOGPROBS = 20  # per token; what StepResult has room for
+# Limits of requests. A channel has room for messages that reach all of them.
+MAX_LOGPROBS = 20  # per token
 MAX_ANSWERS = 128  # per request
-MAX_STOP_TOKEN_IDS = 128  # per request; what a StepBatch is sure to have room for
-MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS = 1024, 16  # per request, per word; what a SlotExtras is sure to have room for
-MAX_PROCESSOR_BYTES = 1 << 20  # per request, pickled; likewise
+MAX_STOP_TOKEN_IDS = 128  # per request
+MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS = 1024, 16  # per request, per word
+MAX_PROCESSOR_BYTES = 1 << 20  # per request, pickled
 
 LogitsProcessor = Callable[[list[int], Any], Any]  # (tokens generated so far, logits [vocab_size]) -> logits
 
@@ -87,16 +88,16 @@ class RequestEvent:
 
 @dataclass(slots=True)
 class RequestLog:
-    """All that metrics need to know of one request."""
+    """What metrics need to know of one request."""
 
     request_id: str
     num_prompt_tokens: int
     events: list[RequestEvent]
     token_times_s: np.ndarray  # [num_output_tokens] float64, when each token reached the parent
-    route: Route | None = None  # the last one
+    route: Route | None = None  # the last route it took
     num_cached_tokens: int = 0
-    num_draft_tokens: int = 0  # that were verified
-    num_accepted_tokens: int = 0  # of these
+    num_draft_tokens: int = 0  # drafts that were verified
+    num_accepted_tokens: int = 0  # drafts that were accepted
     finish_reason: FinishReason | None = None
 
 
@@ -104,11 +105,11 @@ class RequestLog:
 class Work:
     """A step or a move of blocks that a worker has done."""
 
-    worker: int  # of a move: its destination
+    worker: int  # that did it; of a move, the destination
     end_s: float  # of the engine's clock, when the parent read of it
     duration_s: float  # by the worker's own clock
     num_prompt_tokens: int = 0
-    num_decoding: int = 0  # rows of one token
+    num_decoding: int = 0  # rows of one token, of a step
     num_moved_bytes: int = 0
 
 
@@ -135,15 +136,15 @@ class TransferPath(str, Enum):
 class Ready:
     """Worker to parent: weights loaded, KV cache allocated."""
 
-    num_blocks: int
-    pid: int
-    kv_handle: object = None  # what a peer needs to open the cache on a GPU; None: nothing more than it has
-    paths: dict[int, TransferPath] = field(default_factory=dict)  # by source: how this worker gets blocks
+    num_blocks: int  # of the KV cache
+    num_host_blocks: int  # of the host memory for sequences that are swapped out
+    paths: dict[int, TransferPath]  # by source: how this worker gets blocks
+    kv_handle: object  # what a peer needs to open the cache on a GPU; None: it needs no handle
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """Worker to parent, the last thing it says."""
+    """Worker to parent, the last message of a worker that failed."""
 
     reason: str
     traceback: str
@@ -151,11 +152,11 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A KV cache that can be opened."""
+    """A KV cache of another worker, which can be opened."""
 
     generation: int
     num_blocks: int
-    kv_handle: object = None  # of its `Ready`
+    kv_handle: object = None  # of the worker's `Ready`
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +204,7 @@ BLOCK_COPY = np.dtype([("src", "<i4"), ("dst", "<i4")])
 PENALTIES = np.dtype([("presence", "<f4"), ("frequency", "<f4"), ("repetition", "<f4")])
 BIAS = np.dtype([("token_id", "<i4"), ("bias", "<f4")])
 
-# Sections: flat arrays of the dtype beside.
+# The sections of wire messages: flat arrays of the annotated dtype.
 Int32s = Annotated[np.ndarray, np.dtype("<i4")]
 Float32s = Annotated[np.ndarray, np.dtype("<f4")]
 Bytes = Annotated[np.ndarray, np.dtype("u1")]
@@ -213,18 +214,18 @@ Bytes = Annotated[np.ndarray, np.dtype("u1")]
 class SlotExtras:
     """What only few sequences ask for. Goes ahead of the step with the slot's `slot_inits` record and holds from there.
 
-    It says all that there is to know, so a sequence that was preempted, moved or forked goes on as if nothing had been.
+    The message says all that there is to know, so a sequence that was preempted, moved or forked goes on unchanged.
     """
 
     slot: int
     num_prompt_tokens: int
     num_prompt_logprobs: int  # -1: none
-    changes_logits: int  # 0: all sections but `token_ids` are of no use
+    changes_logits: int  # 0: `token_ids` is the only section that is used
     token_ids: Int32s  # [num_tokens], of the prompt and generated so far
     penalties: Annotated[np.ndarray, PENALTIES]  # [1]
     biases: Annotated[np.ndarray, BIAS]  # [*]
-    allowed_ids: Int32s  # [*]; none: all are allowed
-    bad_words: Int32s  # [num_words * MAX_BAD_WORD_TOKENS], behind as many -1 as fill up the word
+    allowed_ids: Int32s  # [*]; empty: all tokens are allowed
+    bad_words: Int32s  # [num_words * MAX_BAD_WORD_TOKENS], each word filled up with -1 in front
     processors: Bytes  # [*], pickled
 
 
@@ -238,10 +239,10 @@ class StepBatch:
     """
 
     step_id: int
-    slot_inits: Annotated[np.ndarray, SLOT_INIT]  # [*], a sequence enters a slot
+    slot_inits: Annotated[np.ndarray, SLOT_INIT]  # [*], one for each sequence that enters a slot
     stop_ids: Int32s  # [*], the slot_inits' stop ids (EOS included), concatenated
     table_updates: Annotated[np.ndarray, TABLE_UPDATE]  # [*]
-    copies: Annotated[np.ndarray, BLOCK_COPY]  # [*]: copy-on-write, then to host blocks (-id), then from there
+    copies: Annotated[np.ndarray, BLOCK_COPY]  # [*], in this order: within the cache, to host blocks (-id), from there
     row_slots: Int32s  # [num_rows]
     row_starts: Int32s  # [num_rows], position of the row's first token (= num_computed_tokens)
     row_lens: Int32s  # [num_rows], num_scheduled_tokens
@@ -251,7 +252,7 @@ class StepBatch:
 
 @dataclass(slots=True)
 class StepResult:
-    """What a worker sampled in one step, in the order of the rows with SAMPLE: a token each, with DRAFTS several."""
+    """What a worker sampled in one step, in the order of the rows with SAMPLE: one token each, with DRAFTS several."""
 
     step_id: int
     duration_us: int  # of the step on the device
@@ -263,7 +264,10 @@ class StepResult:
     errors: Bytes = field(default_factory=lambda: np.empty(0, np.uint8))  # [*], text
 
     def part(self, rows: np.ndarray) -> StepResult:
-        """That of some of the tokens: rows [*] int64, indices into token_ids, ascending. Prompts go with token 0."""
+        """The result of some of the tokens: rows [*] int64, ascending indices into token_ids.
+
+        The logprobs of prompts go with token 0.
+        """
         of_row = np.searchsorted(rows, self.logprob_rows).clip(max=len(rows) - 1)
         is_prompt = self.logprob_rows < 0
         kept = np.flatnonzero((rows[of_row] == self.logprob_rows) | (is_prompt & (rows[0] == 0)))
@@ -292,4 +296,8 @@ class TransferAck:
 
     plan_id: int
     duration_us: int
-    num_bytes: int  # 0: given up, as the source is dead
+    num_bytes: int  # 0: the plan was given up, as the source is dead
+
+
+ToWorker: TypeAlias = StepBatch | TransferPlan | SlotExtras
+FromWorker: TypeAlias = StepResult | TransferAck

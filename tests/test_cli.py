@@ -22,6 +22,8 @@ import pytest
 
 import nanopd
 from nanopd import cli
+from nanopd.commands.chat import chat
+from nanopd.commands.run import DEMO_PROMPTS, SAMPLING_OPTIONS
 from nanopd.config import load_config
 from nanopd.errors import RequestError, WorkerError
 from nanopd.frontend.jsonl import serve_rows
@@ -304,7 +306,7 @@ def test_rows_from_standard_input(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b'{"prompt": "a"}\n{"prompt": 1')))
     monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
-    assert cli.main(["--config", "cpu-demo", "--input", "-"]) == cli.ROW_FAILED
+    assert cli.main(["--config", "cpu-demo", "--input", "-"]) == cli.FAILED
     out, err = capsys.readouterr()  # out holds nothing but rows
     assert [json.loads(line)["line"] for line in out.splitlines()] == [1, 2]
     assert "line 2" in err
@@ -344,8 +346,8 @@ def test_nothing_is_explained_where_nothing_is_predicted(llm: EchoLLM, capsys: p
 def test_demo_without_input(llm: EchoLLM, chat_template: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     llm.tokenizer.chat_template = chat_template
     assert cli.main(["--config", "cpu-demo"]) == 0
-    assert cli.DEMO_PROMPTS[-1] in capsys.readouterr().out
-    assert len(llm.handles) == len(cli.DEMO_PROMPTS)
+    assert DEMO_PROMPTS[-1] in capsys.readouterr().out
+    assert len(llm.handles) == len(DEMO_PROMPTS)
 
 
 def test_chat(llm: EchoLLM, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,7 +360,7 @@ def test_chat(llm: EchoLLM, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
             raise EOFError from None
 
     monkeypatch.setattr("builtins.input", ask)
-    cli.chat(llm, SamplingParams())
+    chat(llm, SamplingParams())
     assert capsys.readouterr().out.count("well, yes\n") == 3
     assert [len(handle.prompt) for handle in llm.handles] == [1, 3, 1]
 
@@ -402,6 +404,12 @@ def test_serving_needs_the_extra(capsys: pytest.CaptureFixture[str], monkeypatch
     assert "pip install nanopd[serve]" in capsys.readouterr().err
 
 
+def test_sampling_options_are_fields_of_sampling_params() -> None:
+    args = vars(cli.parse_args(["--config", "cpu-demo", "--top-k", "7", "--seed", "3", "--min-p", "0.5"]))
+    params = SamplingParams(**{name: args[name] for name in SAMPLING_OPTIONS})
+    assert params == SamplingParams(max_tokens=128, temperature=0.0, top_k=7, seed=3, min_p=0.5)
+
+
 @pytest.mark.parametrize("option", ["--input", "--output", "--prompt"])
 def test_serving_goes_with_no_rows(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
@@ -420,6 +428,7 @@ sys.exit(cli.main(["--config", "cpu-demo", "--input", "-"]))
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_with_partial_answers_and_a_report(signum: signal.Signals) -> None:
     code = COMMAND.format(tests=str(Path(__file__).parent))
@@ -436,6 +445,7 @@ def test_a_signal_ends_with_partial_answers_and_a_report(signum: signal.Signals)
         assert process.wait(30) == 128 + signum
 
 
+@pytest.mark.process
 def test_launch_is_the_command() -> None:
     done = subprocess.run(
         [sys.executable, "launch.py", "--config", "nowhere"], cwd=ROOT, capture_output=True, text=True, timeout=60

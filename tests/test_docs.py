@@ -131,6 +131,7 @@ def one_llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
         yield llm
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("page", [DOCS.parent / "README.md", *sorted(DOCS.glob("*/library.md"))], ids=str)
 def test_programs_run(page: Path, one_llm: LLM) -> None:
     names = {"__name__": "__main__", "llm": one_llm}

@@ -44,6 +44,7 @@ def llm(model: Path) -> Iterator[LLM]:
 # ----------------------------------------------------------------------------------------------------- arrivals
 
 
+@pytest.mark.process
 def test_arrivals_do_not_wait_for_a_stalled_worker(llm: LLM) -> None:
     jobs = load.Workload("16/8", 60).jobs(llm, 1.2)
     worker = next(p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline()))
@@ -61,6 +62,7 @@ def test_arrivals_do_not_wait_for_a_stalled_worker(llm: LLM) -> None:
     assert 0 < row["slo_attainment"] < 1
 
 
+@pytest.mark.process
 def test_interrupted_run_tells_what_was_done(llm: LLM) -> None:
     short, endless = load.Workload("16/4", 1000).jobs(llm, 1.0, 4), load.Workload("16/400", 1000).jobs(llm, 1.0, 2)
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
@@ -75,6 +77,7 @@ def test_interrupted_run_tells_what_was_done(llm: LLM) -> None:
 LONG = load.greedy(400)
 
 
+@pytest.mark.process
 def test_one_by_one_finds_the_engine_idle(llm: LLM) -> None:
     run = load.play(llm, load.Workload("16/4", float("inf")).jobs(llm, float("inf"), 3), one_by_one=True)
     logs = sorted(run.logs, key=lambda log: log.events[0].time_s)

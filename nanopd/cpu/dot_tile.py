@@ -1,7 +1,7 @@
 """The inner loop of `kernels.linear`: a tile of dot products held in vector registers, as LLVM instructions.
 
-Written out because the order of summation must not depend on the tile's shape: every dot product adds its products
-lane by lane, k ascending, then the lanes in one fixed tree. A loop left to LLVM's vectoriser gives no such promise.
+It is written out because the order of summation must not depend on the tile's shape: every dot product adds its
+products lane by lane, k ascending, then the lanes in one fixed tree. LLVM's vectoriser gives no such promise.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-ROWS = 4  # of the weight
-# What fits the vector registers: 4 x 4 sums of 16 lanes in AVX-512's 32, 4 x 3 sums of 8 lanes in AVX2's 16.
+ROWS = 4  # rows of the weight in a tile
+# The sums of a tile fit the vector registers: 4 x 4 of 16 lanes in the 32 of AVX-512, 4 x 3 of 8 in the 16 of AVX2.
 LANES, COLUMNS = (16, 4) if binding.get_host_cpu_features().get("avx512f") else (8, 3)
 
 FLOAT = ir.FloatType()
@@ -29,7 +29,7 @@ def make_dot_tile(num_columns: int, prefetch: bool) -> Callable[..., None]:
     """tile(weight, row, x, column, out): out[column + j, row + i] = weight[row + i] . x[column + j].
 
     For i < ROWS, j < num_columns; weight [N, K], x [M, K], out [M, N], float32 and contiguous. Sums the first
-    K // LANES * LANES products only. `prefetch` asks for the next ROWS rows of the weight on the way.
+    K // LANES * LANES products only. With `prefetch`, the tile asks for the next ROWS rows of the weight on the way.
     """
 
     @intrinsic
@@ -89,14 +89,14 @@ def _load(builder: ir.IRBuilder, pointer: ir.Value, index: ir.Value) -> ir.Value
 
 
 def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
-    """For reading, into all levels; harmless beyond the end of the array."""
+    """Asks for memory to be read into caches of all levels; an address beyond the end of the array does no harm."""
     signature = ir.FunctionType(ir.VoidType(), [BYTES, INT32, INT32, INT32])
     function = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")
     builder.call(function, [builder.bitcast(address, BYTES), INT32(0), INT32(3), INT32(1)])
 
 
 def _sum_lanes(builder: ir.IRBuilder, vectors: Sequence[ir.Value]) -> ir.Value:
-    """Four vectors of LANES to one vector of their four sums, with few shuffles: fold and interleave in turn."""
+    """One vector of the four sums of four vectors of LANES, by folding and interleaving, which takes few shuffles."""
 
     def fold(a: ir.Value, b: ir.Value, left: list[int], right: list[int]) -> ir.Value:
         return builder.fadd(_shuffle(builder, a, b, left), _shuffle(builder, a, b, right))

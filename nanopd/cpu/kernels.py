@@ -1,10 +1,9 @@
-"""numba kernels for float32 on the CPU: what `nanopd.cpu.ops` launches. They see numpy arrays only.
+"""numba kernels for float32 on the CPU, which `nanopd.cpu.ops` launches. They see numpy arrays only.
 
 Every kernel computes each output element in one fixed order of operations, whatever other rows share the launch.
 So logits do not depend on the batch, nor on where a prompt was cut into chunks. Kernels release the GIL and are
-cached on disk; those that carry the weight of a step run on all threads that `numba.set_num_threads` allows.
-
-KV storage, block-major: kv [num_blocks, num_layers, 2 (K, V), num_kv_heads, block_size, head_dim].
+cached on disk. Products and attention run on all threads that `numba.set_num_threads` allows. A cache kv is
+[num_blocks, num_layers, 2 (K, V), num_kv_heads, block_size, head_dim].
 """
 
 from __future__ import annotations
@@ -14,11 +13,11 @@ from numba import float32, int32, int64, njit, prange
 
 from nanopd.cpu.dot_tile import COLUMNS, LANES, ROWS, make_dot_tile
 
-# fastmath: sums may be split over vector lanes and multiply-adds fused; NaN and infinity keep their meaning.
-# error_model: Python's check for division by zero would keep loops from being vectorised.
+# These flags of fastmath let sums be divided among vector lanes and multiply-adds be fused; NaN and infinity keep their
+# meaning. Python's error model would check for division by zero, and so keep loops from being vectorised.
 OPTIONS = {"nogil": True, "cache": True, "fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy"}
 
-ROWS_PER_TASK = 32  # of the weight, in `linear`
+ROWS_PER_TASK = 32  # rows of the weight in a task of `linear`
 
 _prefetching_tile = make_dot_tile(COLUMNS, prefetch=True)
 _tile = make_dot_tile(COLUMNS, prefetch=False)
@@ -108,7 +107,7 @@ def rotary_and_store(qkv, positions, slot_mapping, cos_sin, kv, layer, q_norm, k
 def _score_keys(q, keys, num_keys, scale, scores):
     """scores[g, j] = scale * q[g] . keys[j]; four keys at a time, so that each number of q is used four times.
 
-    Past the last key it is taken again.
+    The last key stands for keys past it, and the scores of those are not used.
     """
     last = num_keys - 1
     for j in range(0, num_keys, 4):
@@ -142,7 +141,7 @@ def _add_values(weights, values, num_keys, out):
 
 @njit(**OPTIONS)
 def _softmax(scores):
-    """Each row in place."""
+    """The softmax of each row, in place."""
     for g in range(scores.shape[0]):
         row = scores[g]
         largest = row[0]
@@ -161,7 +160,7 @@ def _softmax(scores):
 def _attend(q, kv, layer, kv_head, block_table, context_len, scale, out):
     """Attention of the query heads of one token that share a KV head; q, out [group, head_dim].
 
-    Scores of the whole context first, then the softmax, then the weighted sum of V: exact, and reads K and V once.
+    The scores of the whole context come first, then the softmax, then the weighted sum of V: K and V are read once.
     """
     block_size = kv.shape[4]
     scores = np.empty((q.shape[0], context_len), np.float32)
@@ -179,14 +178,14 @@ def _attend(q, kv, layer, kv_head, block_table, context_len, scale, out):
 def paged_attention(q, kv, layer, block_tables, context_lens, scale, out):
     """q, out [num_tokens, num_heads, head_dim]; context_lens [num_tokens], the token itself included.
 
-    block_tables [num_tokens or 1, max_blocks]: one for each token, or one for all.
+    block_tables [num_tokens or 1, max_blocks] has one table for each token, or one for all.
     """
     num_tokens, num_kv_heads = q.shape[0], kv.shape[3]
     group = q.shape[1] // num_kv_heads
     for unsigned in prange(num_tokens * num_kv_heads):
         task = int64(unsigned)
         index, h = task // num_kv_heads, task % num_kv_heads
-        # In a chunk late tokens cost more than early ones: from both ends in turn, so that threads get equal shares.
+        # Late tokens of a chunk cost more than early ones. Tokens from both ends in turn give threads equal shares.
         t = index // 2 if index % 2 == 0 else num_tokens - 1 - index // 2
         block_table = block_tables[t % block_tables.shape[0]]
         heads = slice(h * group, (h + 1) * group)
@@ -195,7 +194,7 @@ def paged_attention(q, kv, layer, block_tables, context_lens, scale, out):
 
 @njit(**OPTIONS)
 def _add_rest(weight, row, x, bias, out):
-    """Adds to out[:, row : row + ROWS] what the tiles leave out: the last in_features % LANES products, the bias."""
+    """Adds what the tiles leave out to out[:, row : row + ROWS]: the last in_features % LANES products and the bias."""
     start = x.shape[1] // LANES * LANES
     for t in range(out.shape[0]):
         for r in range(row, row + ROWS):
@@ -214,7 +213,7 @@ def linear(x, weight, bias, out):
     weight [out_features, in_features]. Where ROWS does not divide out_features, the last tile repeats some rows.
     """
     num_tokens, out_features = out.shape
-    num_tasks = max(out_features // ROWS_PER_TASK, 1)  # the last one takes the remainder: no two share a row
+    num_tasks = max(out_features // ROWS_PER_TASK, 1)  # the last one takes the remainder, so that no two share a row
     needs_rest = bias is not None or x.shape[1] % LANES > 0
     for task in prange(num_tasks):
         last = out_features if task == num_tasks - 1 else (task + 1) * ROWS_PER_TASK

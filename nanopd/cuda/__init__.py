@@ -1,11 +1,11 @@
-"""The operations of a decoder on a GPU, in numba kernels, with the signatures of `nanopd.cpu.ops`.
+"""The operations of a decoder on a GPU, in numba kernels, with the signatures of `nanopd.models.Operations`.
 
-What has no kernel, the embedding and attention of a prompt, is missing.
+The embedding and the attention of prompts have no kernel here: torch computes them.
 
 Operations take `overlap=True` where a step is a chain of these kernels alone: a kernel then starts while its
-predecessor ends (programmatic dependent launch). They launch on torch's current stream and can be captured into a CUDA
-graph, once each has been called before. Decode attention is an object, as it has a workspace. Matrix products are in
-`linear`.
+predecessor ends (programmatic dependent launch). Kernels launch on torch's current stream and can be captured into a
+CUDA graph once each has been called before. Decode attention is an object because it has a workspace. Products with
+projections are in `linear`, and `operations` puts all of it together for one model.
 """
 
 from nanopd.cuda.attention import PagedDecodeAttention

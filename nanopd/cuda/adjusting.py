@@ -1,7 +1,8 @@
 """Penalties and biases on the logits of rows whose sequences ask for them: one launch, which also makes them float32.
 
-A row reads a row of a table of counts, and of one of biases where there is any; row 0 of both is of zeros and changes
-nothing. The arithmetic is that of `nanopd.worker.adjustments.adjust_logits`, operation by operation.
+A row of logits reads a row of a table of counts, and one of a table of biases where any sequence has biases; row 0 of
+both tables is of zeros and changes nothing. The arithmetic is that of `nanopd.worker.adjustments.adjust_logits`,
+operation by operation.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from nanopd.cuda.ptx import Instruction, macro
 from nanopd.cuda.sampling import in_chunks
 
 THREADS = 256
-ROW_BYTES = 24  # of parameters
+ROW_BYTES = 24  # the parameters of a row
 ADJUSTING_ARGUMENTS = "lllllrrr"
 
-# How often a token was generated: a count without its mark of the prompt.
+# How often a token was generated, from a count, which also holds the mark that the token is in the prompt.
 GENERATED = Instruction("{.reg .b32 x; and.b32 x, $1, 0xffffff; cvt.rn.f32.s32 $0, x;}", "f", "r")
-MUL_ROUNDED = Instruction("mul.rn.f32 $0, $1, $2;", "f", "ff")  # never fused with what follows
+MUL_ROUNDED = Instruction("mul.rn.f32 $0, $1, $2;", "f", "ff")  # a product that is never fused with the sum after it
 
 
 def adjusting_kernel(dtype: str) -> Callable[..., None]:
-    """A thread has 16 bytes of logits."""
+    """Each thread computes 16 bytes of logits."""
     PER_CHUNK = 4 if dtype == "f32" else 8
 
     @macro
@@ -37,13 +38,13 @@ def adjusting_kernel(dtype: str) -> Callable[..., None]:
 
     @macro
     def add(emit: Any, values: Any, biases: Any) -> list[Any]:
-        """values + biases, an address."""
+        """The values, plus the biases at an address."""
         added = [b for i in range(0, PER_CHUNK, 4) for b in emit(warp.LOAD_16_BYTES.at(4 * i), biases)]
         return [emit(warp.ADD_F32, x, emit(warp.F32_OF_BITS, bias)) for x, bias in zip(values, added)]
 
     @macro
     def adjust(emit: Any, values: Any, counts: Any, out: Any, penalties: Any) -> None:
-        """Four at a time, to `out`; counts is an address."""
+        """Stores the adjusted values at `out`, by the counts at an address, four at a time."""
         presence, frequency, repetition, inverse = penalties
         for i in range(0, PER_CHUNK, 4):
             adjusted = []

@@ -15,7 +15,6 @@ go to a workspace, and the last CTA to arrive merges them by their log-sum-exp.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,26 +23,29 @@ from numba.cuda.types import float32 as f32
 from numba.cuda.types import int32 as i32
 from torch import Tensor
 
+from nanopd.config import KVLayout
 from nanopd.cuda import warp
-from nanopd.cuda.elementwise import layout_of
+from nanopd.cuda.elementwise import LOG2_E
 from nanopd.cuda.launch import Spec, kernel_for
 from nanopd.cuda.ptx import inlined, macro, shared_memory
+from nanopd.models.operations import AttentionSpec
 
-NUM_WARPS = 4  # of a CTA
+NUM_WARPS = 4  # warps of a CTA
 WARP_TILE = 16  # tokens of a warp: the rows of an mma
-COLUMNS = 8  # the columns of an mma
-NO_SCORE = -1.0e30  # a maximum over nothing
-MASKED = -3.0e38  # so far below that its weight is 0 beside NO_SCORE too; infinities are not fit for fast math
-MIN_PLACES = 2  # of a CTA: short contexts are not cut so small that merging costs more than reading
-SEGMENT_COST = 1  # of starting and ending a head unit, in units: else CTAs with many short sequences finish last
+COLUMNS = 8  # columns of a head unit: those of an mma
+NO_SCORE = -1.0e30  # the maximum of no scores at all
+MASKED = -3.0e38  # the score of a masked token weighs 0 beside NO_SCORE too; fast math does not take infinities
+MIN_PLACES = 2  # a CTA has no fewer places: smaller parts of short contexts would cost more to merge than to read
+SEGMENT_COST = 1  # starting and ending a head unit costs as many units: CTAs with short sequences would finish last
 TINY = 1.0e-30  # keeps the result of a column without tokens finite; it weighs nothing in the merge
-MERGED = 8  # partial results in flight at a time
-RESERVED_SHARED_BYTES = 1024  # of each CTA, by the system
+MERGED = 8  # a thread loads as many partial results at a time
+RESERVED_SHARED_BYTES = 1024  # the system takes as much shared memory of each CTA
 HEAD_DIMS = (64, 128)
 DECODE_ARGUMENTS = "llllllllllllrrrrrrf"
 PLAN_ARGUMENTS = "llrr"
 
-# ((x + 1) * n - 1) // total: the CTA that has place x, when n CTAs share all places and CTA i starts at i * total // n
+# ((x + 1) * n - 1) // total is the CTA that has place x, when n CTAs share all places and CTA i starts at
+# i * total // n.
 OWNER = warp.Instruction(
     "{.reg .b64 a, b; .reg .b32 x; add.u32 x, $1, 1; mul.wide.u32 a, x, $2; sub.u64 a, a, 1; cvt.u64.u32 b, $3; "
     "div.u64 a, a, b; cvt.u32.u64 $0, a;}",
@@ -63,7 +65,7 @@ class SharedLayout:
         self.out_warp = COLUMNS * self.out_row
         self.outputs = num_warps * self.ring  # [num_warps, COLUMNS, head_dim + 4] float32
         self.maxima = self.outputs + num_warps * self.out_warp  # [num_warps, COLUMNS] float32
-        self.sums = self.maxima + num_warps * COLUMNS * 4  # the same
+        self.sums = self.maxima + num_warps * COLUMNS * 4  # [num_warps, COLUMNS] float32
         self.size = self.sums + num_warps * COLUMNS * 4
 
 
@@ -81,7 +83,7 @@ def row_of(place, plan, num_rows, lane):  # type: ignore[no-untyped-def]
 
 @inlined
 def next_unit(place, row, head, token, context, tile, seq_lens, num_rows, num_heads):  # type: ignore[no-untyped-def]
-    """The unit after (row, head unit, first token), its place, and its row's context; past the last one anything."""
+    """The unit after (row, head unit, first token), its place, and its row's context; undefined after the last unit."""
     place = i32(place + 1)
     token = i32(token + tile)
     if token >= context:
@@ -99,13 +101,13 @@ def next_unit(place, row, head, token, context, tile, seq_lens, num_rows, num_he
 
 @inlined
 def query_of(column, columns, group):  # type: ignore[no-untyped-def]
-    """Which query token a column belongs to. Columns that fill up an mma repeat the last one."""
+    """The query token that a column belongs to. Columns that only fill up an mma repeat the last real one."""
     return warp.div_u32(warp.min_i32(column, columns - 1), group)
 
 
 @inlined
 def q_row(row, kv_head, column, num_kv_heads, group, num_queries):  # type: ignore[no-untyped-def]
-    """Index in q [num_rows * num_queries * num_heads] of a column of a KV head."""
+    """The index in q [num_rows * num_queries * num_heads] of a column of a KV head."""
     column = warp.min_i32(column, group * num_queries - 1)
     query = warp.div_u32(column, group)
     return ((warp.wide(row) * num_queries + query) * num_kv_heads + kv_head) * group + (column - query * group)
@@ -122,9 +124,9 @@ def decode_kernel(head_dim: int, dtype: str, num_warps: int, num_stages: int) ->
     layout = SharedLayout(head_dim, num_warps, num_stages)
     TILE = WARP_TILE * num_warps
     ROW = 2 * head_dim  # bytes of a token of one head
-    CHUNKS = ROW // 16  # of 16 bytes
+    CHUNKS = ROW // 16  # pieces of 16 bytes in a row
     ROWS_PER_COPY = 32 // CHUNKS
-    V = WARP_TILE * ROW  # in a stage: K, then V
+    V = WARP_TILE * ROW  # where V begins in a stage, behind K
     STAGE, RING, AHEAD = layout.stage, layout.ring, num_stages - 1
     OUT_ROW, OUT_WARP, OUTPUTS = layout.out_row, layout.out_warp, layout.outputs
     MAXIMA, SUMS = layout.maxima, layout.sums
@@ -134,12 +136,12 @@ def decode_kernel(head_dim: int, dtype: str, num_warps: int, num_stages: int) ->
     wait_for_tile = warp.wait_for_copies(AHEAD)
     no_sums = warp.zeros(head_dim // 4)
 
-    # 16-byte chunk c of row r lies at c ^ swizzle(r) in the ring, so that a warp's reads spread over all banks:
-    # swizzle(r) is 4 * (r & 1) for K and r & 6 for V
+    # The 16-byte chunk c of row r lies at c ^ swizzle(r) in the ring, so that a warp's reads spread over all banks.
+    # The swizzle(r) is 4 * (r & 1) for K and r & 6 for V.
 
     @macro
     def copy_tile(emit: Any, ring_k: Any, ring_v: Any, k: Any, v: Any, lane_row: Any, last_row: Any) -> None:
-        """16 rows of K and V; rows past the last one repeat it, as what lies there may be no numbers."""
+        """Copies 16 rows of K and V. Rows past the last one repeat it, because the memory there may hold NaN."""
         rows = [(i, emit(warp.MIN_I32, emit(warp.ADD_I32, lane_row, i), last_row)) for i in range(0, 16, ROWS_PER_COPY)]
         for source, ring, swizzles in (
             (k, ring_k, [4 * (i & 1) for i, _ in rows]),
@@ -151,13 +153,13 @@ def decode_kernel(head_dim: int, dtype: str, num_warps: int, num_stages: int) ->
 
     @macro
     def load_query(emit: Any, address: Any) -> list[Any]:
-        """Dims 32j + 8t .. + 7 of one column: registers in the order of K's."""
+        """Loads dims 32j + 8t .. + 7 of one column, into registers in the order of those of K."""
         return [r for j in range(head_dim // 32) for r in emit(warp.LOAD_16_BYTES.at(64 * j), address)]
 
     @macro
     def score(emit: Any, k_even: Any, k_odd: Any, q: Any) -> list[Any]:
-        """Scores of token g for two columns, then of token g + 8."""
-        even, odd = [0.0] * 4, [0.0] * 4  # two chains, half as long
+        """The scores of token g for two columns, then those of token g + 8."""
+        even, odd = [0.0] * 4, [0.0] * 4  # two chains of mma instructions, each half as long as one would be
         for j in range(head_dim // 32):
             k = k_odd if j % 2 else k_even
             low, high = emit(warp.LOAD_TILE.at(64 * j), k), emit(warp.LOAD_TILE.at(64 * j + 8 * ROW), k)
@@ -167,7 +169,7 @@ def decode_kernel(head_dim: int, dtype: str, num_warps: int, num_stages: int) ->
 
     @macro
     def accumulate(emit: Any, sums: Any, v: Any, decay0: Any, decay1: Any, p_low: Any, p_high: Any) -> list[Any]:
-        """sums [dims, columns] * the columns' decay + V^T P^T."""
+        """The sums [dims, columns], times the decay of their columns, plus V^T P^T."""
         out = []
         for j in range(head_dim // 64):
             rows = [emit(warp.LOAD_TILE.at(128 * j + row * ROW), v) for row in (0, 1, 8, 9)]
@@ -181,7 +183,7 @@ def decode_kernel(head_dim: int, dtype: str, num_warps: int, num_stages: int) ->
 
     @macro
     def store_sums(emit: Any, address: Any, sums: Any, factor0: Any, factor1: Any) -> None:
-        """Dims 64j + 8g .. + 7 of two columns, weighted, to shared memory."""
+        """Stores dims 64j + 8g .. + 7 of two columns, times the factors of the columns, in shared memory."""
         for n, x in enumerate(sums):
             j, i, dim, column = n // 16, n // 4 % 4, n // 2 % 2, n % 2
             offset = column * OUT_ROW + 4 * (64 * j + 2 * i + dim)
@@ -189,7 +191,7 @@ def decode_kernel(head_dim: int, dtype: str, num_warps: int, num_stages: int) ->
 
     @inlined
     def publish(shared, wid, lane, max0, max1, sum0, sum1, sums):  # type: ignore[no-untyped-def]
-        """A warp's sums, relative to the maximum of all warps, to shared memory; its maxima and sums of weights too."""
+        """Stores a warp's sums, relative to the maximum of all warps, and its maxima and sums of weights."""
         t = lane & 3
         mine = i32(shared + 4 * (wid * COLUMNS + 2 * t))
         warp.store_f32_of_cta_if(mine + MAXIMA, max0, lane < 4)
@@ -207,7 +209,7 @@ def decode_kernel(head_dim: int, dtype: str, num_warps: int, num_stages: int) ->
 
     @inlined
     def merge_warps(shared, column, dim):  # type: ignore[no-untyped-def]
-        """Four dims of a column from all warps' sums, and its log-sum-exp (base 2)."""
+        """Four dims of a column, from the sums of all warps, and the column's log-sum-exp (base 2)."""
         top = f32(NO_SCORE)
         for w in range(num_warps):
             top = warp.max_f32(top, warp.load_f32_of_cta(shared + MAXIMA + 4 * (w * COLUMNS + column)))
@@ -228,14 +230,14 @@ def decode_kernel(head_dim: int, dtype: str, num_warps: int, num_stages: int) ->
     def merge_some(
         emit: Any, merged: Any, partials: Any, partial_lse: Any, cta: Any, last: Any, column: Any, dim: Any
     ) -> Any:
-        """Adds the results of CTAs cta .. cta + MERGED - 1, up to the last one; all are loaded before any is used."""
+        """Adds the results of CTAs cta .. cta + MERGED - 1, none past the last; all are loaded before any is used."""
         top, weight, *y = merged
         loaded = []
         for i in range(MERGED):
             slot = emit(warp.MAD_I32, emit(warp.MIN_I32, emit(warp.ADD_I32, cta, i), last), 2 * COLUMNS, column)
             lse = emit(warp.LOAD_SHARED_F32, emit(warp.MAD_WIDE, partial_lse, slot, 4))
             address = emit(warp.MAD_WIDE, emit(warp.MAD_WIDE, partials, slot, 4 * head_dim), dim, 4)
-            # negative past the last one
+            # The number of results that follow this one is negative past the last one.
             rest = emit(warp.MAD_I32, emit(warp.ADD_I32, cta, i), -1, last)
             loaded.append((emit(warp.SELECT, lse, MASKED, rest), emit(warp.LOAD_SHARED_4_F32, address)))
         higher = top
@@ -268,21 +270,21 @@ def decode_kernel(head_dim: int, dtype: str, num_warps: int, num_stages: int) ->
         kv,  # K of block 0
         block_tables,  # int32 [num_rows, table_stride]
         seq_lens,  # int32 [num_rows]
-        plan,  # int32 [num_rows + 1]: the place where a row starts
-        out,  # as q
-        partials,  # float32 [2 * num_ctas, COLUMNS, head_dim]: of a CTA's first segment, and of its last
+        plan,  # int32 [num_rows + 1]: the places where rows start
+        out,  # the shape of q
+        partials,  # float32 [2 * num_ctas, COLUMNS, head_dim]: results of a CTA's first segment, and of its last
         partial_lse,  # float32 [2 * num_ctas, COLUMNS], base 2
-        arrivals,  # int32 [num_rows, head units], 0 before and after
+        arrivals,  # int32 [num_rows, head units], all 0 before the launch and after it
         block_stride,  # bytes
         head_stride,  # bytes
         value_offset,  # bytes from K to V
         num_rows,
         num_kv_heads,
-        group,  # query heads of a KV head
+        group,  # number of query heads of a KV head
         num_queries,
         block_shift,  # log2 of the block size
         table_stride,
-        scale,  # of the scores, times log2(e)
+        scale,  # that of the scores, times log2(e)
     ):
         thread = warp.thread_index()
         lane = thread & 31
@@ -295,7 +297,7 @@ def decode_kernel(head_dim: int, dtype: str, num_warps: int, num_stages: int) ->
         column_tiles = i32((columns + COLUMNS - 1) // COLUMNS)
         num_heads = i32(num_kv_heads * column_tiles)
 
-        # ---- this CTA's units: the first one, and the place where they end
+        # ---- The units of this CTA: the first one, and the place where they end.
         total = warp.load_constant_i32(plan + 4 * warp.wide(num_rows))
         active = warp.min_i32(warp.num_ctas(), (total + MIN_PLACES - 1) // MIN_PLACES)
         place = end = i32(0)
@@ -312,7 +314,7 @@ def decode_kernel(head_dim: int, dtype: str, num_warps: int, num_stages: int) ->
             place = warp.max_i32(place, head_place)
             token = i32((place - head_place) * TILE)
 
-        # ---- where tiles are read, AHEAD units before the arithmetic
+        # ---- The unit whose tiles are read, AHEAD units before the one that is computed.
         ring = i32(shared + wid * RING)
         lane_row = i32(lane // CHUNKS)
         chunk = i32((lane % CHUNKS) * 16)
@@ -325,12 +327,12 @@ def decode_kernel(head_dim: int, dtype: str, num_warps: int, num_stages: int) ->
         in_token = token
         in_context = context
 
-        # ---- the arithmetic
+        # ---- The arithmetic.
         stage = ring
         k_even = i32(g * ROW + 16 * t + 64 * (g & 1))
         k_odd = i32(g * ROW + 16 * t - 64 * (g & 1))
         v_lane = i32(V + 2 * t * ROW + ((g ^ (2 * t)) << 4))
-        segment = token  # a segment is what this CTA has of one head unit: its first token
+        segment = token  # the first token of a segment, which is the part of one head unit that this CTA has
         kv_head = column0 = limit0 = limit1 = i32(0)
         query = load_query(q + 16 * t)
         sums = no_sums()
@@ -338,7 +340,7 @@ def decode_kernel(head_dim: int, dtype: str, num_warps: int, num_stages: int) ->
         sum0 = sum1 = f32(0.0)
         lead = i32(AHEAD)
         while place < end:
-            warp.sync_warp()  # all lanes are done with the tile that is overwritten now
+            warp.sync_warp()  # all lanes have read the tile that is overwritten now
             if in_place < end:
                 tile_token = i32(in_token + WARP_TILE * wid)
                 if tile_token < in_context:
@@ -346,7 +348,7 @@ def decode_kernel(head_dim: int, dtype: str, num_warps: int, num_stages: int) ->
                     in_block = tile_token & ((1 << block_shift) - 1)
                     k = kv + warp.wide(warp.load_constant_i32(entry)) * block_stride
                     k = k + warp.div_u32(in_head, column_tiles) * head_stride + (in_block * ROW + chunk)
-                    if tile_token + WARP_TILE > in_context - num_queries:  # else older than the kernels in flight
+                    if tile_token + WARP_TILE > in_context - num_queries:  # others are older than the kernels in flight
                         warp.wait_for_predecessor()
                     last_row = warp.min_i32(in_context - 1 - tile_token, WARP_TILE - 1)
                     copy_tile(in_stage + to_k, in_stage + to_v, k, k + value_offset, lane_row, last_row)
@@ -412,7 +414,7 @@ def decode_kernel(head_dim: int, dtype: str, num_warps: int, num_stages: int) ->
                     warp.sync_cta()
 
                     alone = segment == 0 and token + TILE >= context
-                    # four dims of a column each; an odd number of columns is rounded up, as they may not fill a warp
+                    # A task is four dims of a column. An odd number of columns is rounded up, to fill whole warps.
                     tasks = i32((warp.min_i32(columns - column0, COLUMNS) + 1) // 2 * 2 * QUADS)
                     task = thread
                     while task < tasks:
@@ -427,7 +429,7 @@ def decode_kernel(head_dim: int, dtype: str, num_warps: int, num_stages: int) ->
                             warp.store_4_f32(partials + 4 * (slot * head_dim + dim), y0, y1, y2, y3)
                             warp.store_f32_if(partial_lse + 4 * slot, lse, dim == 0)
                         task = i32(task + 32 * num_warps)
-                    warp.sync_cta()  # shared memory may be written again, and all stores come before the count
+                    warp.sync_cta()  # now shared memory may be written again, and all stores precede the count
                     if not alone:
                         tiles = i32((context + TILE - 1) // TILE)
                         head_place = i32(place - (token // TILE))
@@ -449,13 +451,13 @@ def decode_kernel(head_dim: int, dtype: str, num_warps: int, num_stages: int) ->
                 place, row, head, token, context = next_unit(
                     place, row, head, token, context, TILE, seq_lens, num_rows, num_heads
                 )
-        warp.wait_for_predecessor()  # whoever waits for this kernel waits for those before it too
+        warp.wait_for_predecessor()  # so that a kernel which waits for this one waits for those before it too
 
     return kernel
 
 
 def plan_kernel(tile: int) -> Callable[..., None]:
-    """The places where the rows start: a running sum, by one warp."""
+    """One warp sums up the places where the rows start."""
 
     def kernel(seq_lens, plan, num_rows, num_heads):  # type: ignore[no-untyped-def]
         lane = warp.thread_index()
@@ -478,8 +480,8 @@ def plan_kernel(tile: int) -> Callable[..., None]:
 def decode_spec(head_dim: int, dtype: str, shared_limit: int) -> Spec:
     """The variant for a device whose CTAs may have `shared_limit` bytes of shared memory: Hopper 227 KiB, Ada 99.
 
-    Four warps, and two CTAs on a multiprocessor of an H200: 2 to 9 % faster there than one CTA of eight warps, whose
-    loads stop at the end of each segment.
+    Four warps leave room for two CTAs on a multiprocessor of an H200. That is 2 to 9 % faster there than one CTA of
+    eight warps, whose loads stop at the end of each segment.
     """
     for num_stages in (3, 2):
         stages = num_stages * 128 // head_dim
@@ -494,7 +496,7 @@ def plan_spec(num_warps: int = NUM_WARPS) -> Spec:
 
 
 class PagedDecodeAttention:
-    """Decode attention of one model on one device, with its workspace: one launch at a time, on one stream.
+    """Decode attention of one model on one device, with a workspace that serves one launch at a time, on one stream.
 
     `begin_step` comes before the first layer of a step, then each layer calls the object. Lengths, tables and
     addresses are read on the device, so that a step can be captured and replayed with other contents.
@@ -504,54 +506,57 @@ class PagedDecodeAttention:
         self,
         max_rows: int,
         num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,  # one of HEAD_DIMS
-        block_size: int,  # a power of two, at least WARP_TILE
+        layout: KVLayout,  # head_dim one of HEAD_DIMS; block_size a power of two, at least WARP_TILE
         dtype: torch.dtype,  # one of warp.NAMES
         device: torch.device,
         max_queries: int = 1,
     ) -> None:
-        assert block_size >= WARP_TILE and block_size.bit_count() == 1
+        assert layout.block_size >= WARP_TILE and layout.block_size.bit_count() == 1
         properties = torch.cuda.get_device_properties(device)
         shared_limit: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-        spec = decode_spec(head_dim, warp.NAMES[dtype], shared_limit)
+        spec = decode_spec(layout.head_dim, warp.NAMES[dtype], shared_limit)
         index = torch.device(device).index or 0
         self._plan_kernel, self._kernel = kernel_for(plan_spec(), index), kernel_for(spec, index)
         ctas_per_sm = properties.shared_memory_per_multiprocessor // (spec.shared_bytes + RESERVED_SHARED_BYTES)
         self._num_ctas = properties.multi_processor_count * ctas_per_sm
-        self._num_kv_heads, self._group = num_kv_heads, num_heads // num_kv_heads
+        self._num_kv_heads, self._group = layout.num_kv_heads, num_heads // layout.num_kv_heads
+        self._block_shift = layout.block_size.bit_length() - 1
         empty = functools.partial(torch.empty, device=device)
         self._plan = empty(max_rows + 1, dtype=torch.int32)
-        self._partials = empty(2 * self._num_ctas, COLUMNS, head_dim, dtype=torch.float32)
+        self._partials = empty(2 * self._num_ctas, COLUMNS, layout.head_dim, dtype=torch.float32)
         self._partial_lse = empty(2 * self._num_ctas, COLUMNS, dtype=torch.float32)
         self._arrivals = torch.zeros(max_rows, self._head_units(max_queries), dtype=torch.int32, device=device)
 
     def begin_step(self, seq_lens: Tensor, num_queries: int = 1) -> None:
-        """Shares the step's work out: seq_lens [num_rows] int32, tokens of each row, its queries included."""
+        """Divides the step's work: seq_lens [num_rows] int32 are the tokens of each row, its queries included."""
         sizes = seq_lens.shape[0], self._head_units(num_queries)
         self._plan_kernel(1, seq_lens.data_ptr(), self._plan.data_ptr(), *sizes)
 
     def __call__(
         self,
         q: Tensor,  # [num_rows * num_queries, num_heads, head_dim]
-        kv: Tensor,  # KV storage
+        kv: Tensor,
         layer: int,
+        spec: AttentionSpec,
         block_tables: Tensor,  # [num_rows, max_blocks] int32
         seq_lens: Tensor,  # [num_rows] int32; a row of length 0 is left as it is
-        out: Tensor,  # as q
+        out: Tensor,  # the shape of q
         overlap: bool = False,
     ) -> None:
-        """One layer. With `overlap`, not right after `begin_step`: the plan is read before the predecessor is done."""
-        num_rows, block_size, head_dim = seq_lens.shape[0], kv.shape[4], kv.shape[5]
+        """Computes one layer.
+
+        With `overlap` it must not be the first launch after `begin_step`: the plan is read before the predecessor ends.
+        """
+        num_rows, layout = seq_lens.shape[0], spec.layout
         assert q.is_contiguous() and out.is_contiguous() and block_tables.stride(1) == 1
-        first_key, *strides = layout_of(kv, layer)
+        first_key = kv.data_ptr() + layer * layout.layer_bytes
         inputs = q.data_ptr(), first_key, block_tables.data_ptr(), seq_lens.data_ptr(), self._plan.data_ptr()
         workspace = self._partials.data_ptr(), self._partial_lse.data_ptr(), self._arrivals.data_ptr()
         sizes = num_rows, self._num_kv_heads, self._group, q.shape[0] // num_rows
-        tables = block_size.bit_length() - 1, block_tables.stride(0)
-        scale = head_dim**-0.5 * math.log2(math.e)
+        tables = self._block_shift, block_tables.stride(0)
+        scale = spec.scale * LOG2_E
         addresses = *inputs, out.data_ptr(), *workspace
-        self._kernel(self._num_ctas, *addresses, *strides, *sizes, *tables, scale, overlap=overlap)
+        self._kernel(self._num_ctas, *addresses, *layout.strides, *sizes, *tables, scale, overlap=overlap)
 
     def _head_units(self, num_queries: int) -> int:
         return self._num_kv_heads * -(-self._group * num_queries // COLUMNS)

@@ -19,30 +19,30 @@ from nanopd.cuda.launch import Spec, address_of, kernel_of
 from nanopd.cuda.ptx import macro
 
 THREADS = 256
-IN_FLIGHT = 8  # 16-byte loads of a thread: far memory takes microseconds to answer
+IN_FLIGHT = 8  # 16-byte loads that a thread has under way, as the memory of a peer takes microseconds to answer
 PIECE = 16 * THREADS * IN_FLIGHT
 MOVE_ARGUMENTS = "llllllrrrr"
 
 
 @dataclass(frozen=True)
 class Side:
-    """Where blocks are read or written."""
+    """The place where blocks are read or written."""
 
     address: int
-    stride: int  # bytes, a multiple of 16
+    stride: int  # bytes from a block to the next, a multiple of 16
     ids: Tensor | None = None  # [n] int32 or int64, on the device that moves
 
     @classmethod
     def of(cls, blocks: Tensor, ids: Tensor | None = None) -> Side:
         """blocks [num_blocks, ...], each of them contiguous."""
-        assert blocks[:1].is_contiguous()  # there may be none
+        assert blocks[:1].is_contiguous()  # the tensor may hold no block at all
         return cls(blocks.data_ptr(), blocks.stride(0) * blocks.element_size(), ids)
 
 
 def move_kernel() -> Callable[..., None]:
     @macro
     def load(emit: Any, address: Any, offset: Any, end: Any) -> list[Any]:
-        """This thread's 16 bytes of each row of the piece; past the end of the block, its last ones."""
+        """Loads this thread's 16 bytes of each row of the piece; past the end of the block, the block's last 16."""
         rows = [emit(warp.MIN_I32, emit(warp.ADD_I32, offset, 16 * THREADS * i), end) for i in range(IN_FLIGHT)]
         return [r for row in rows for r in emit(warp.LOAD_16_BYTES, emit(warp.MAD_WIDE, address, row, 1))]
 
@@ -55,7 +55,7 @@ def move_kernel() -> Callable[..., None]:
     def kernel(  # type: ignore[no-untyped-def]
         src,
         dst,
-        src_ids,  # [num_blocks], or address 0: 0, 1, 2, ...
+        src_ids,  # [num_blocks]; address 0 stands for 0, 1, 2, ...
         dst_ids,
         src_stride,  # bytes, here and below
         dst_stride,
@@ -64,14 +64,14 @@ def move_kernel() -> Callable[..., None]:
         num_blocks,
         block_bytes,
     ):
-        pieces = i32((block_bytes + PIECE - 1) // PIECE)  # of a block
+        pieces = i32((block_bytes + PIECE - 1) // PIECE)  # in a block
         piece = warp.cta_index()
         lane_offset = i32(16 * warp.thread_index())
         warp.wait_for_predecessor()
         while piece < num_blocks * pieces:
             block = warp.div_u32(piece, pieces)
             src_id = dst_id = block
-            if src_ids != 0:  # the low word of an id is the whole of it
+            if src_ids != 0:  # an id of 64 bits fits its low word
                 src_id = warp.load_i32(src_ids + warp.wide(block) * src_id_size)
             if dst_ids != 0:
                 dst_id = warp.load_i32(dst_ids + warp.wide(block) * dst_id_size)
@@ -101,7 +101,7 @@ def move_blocks(src: Side, dst: Side, num_blocks: int, block_bytes: int, device:
 def copy_blocks(kv: Tensor, src_ids: Tensor, dst_ids: Tensor) -> None:
     """Copies whole blocks (all layers) `src_ids[i]` to `dst_ids[i]`, [n] int64; all are read before any is written."""
     num_blocks, block_bytes = src_ids.shape[0], kv[0].numel() * kv.element_size()
-    # by way of a buffer: a block that was freed in this step may be a source still and a destination already
+    # The copies go through a buffer, as a block that this step freed may be both a source and a destination.
     buffer = kv.new_empty(num_blocks, *kv.shape[1:])
     move_blocks(Side.of(kv, src_ids), Side.of(buffer), num_blocks, block_bytes, kv.get_device())
     move_blocks(Side.of(buffer), Side.of(kv, dst_ids), num_blocks, block_bytes, kv.get_device())

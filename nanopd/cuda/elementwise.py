@@ -1,6 +1,6 @@
-"""What lies between the matrix products: RMS norm, SiLU-and-multiply, rotary embedding with the KV store.
+"""The kernels between the matrix products: RMS norm, SiLU-and-multiply, rotary embedding with the KV store.
 
-All compute in float32 and round once. Tensors are contiguous, rows are multiples of 16 bytes, and the types are
+All of them compute in float32 and round once. Tensors are contiguous, rows are multiples of 16 bytes, and the types are
 bfloat16 and float16. With `overlap` a kernel may start while its predecessor, one of this package, still runs.
 """
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from nanopd.cuda import warp
 from nanopd.cuda.launch import Kernel, Spec, address_of, kernel_of
 from nanopd.cuda.ptx import macro, shared_memory
+from nanopd.models.operations import AttentionSpec
 
 THREADS = 256
 NUM_WARPS = THREADS // 32
@@ -37,7 +38,7 @@ def norm_kernel(dtype: str) -> Callable[..., None]:
         x,  # [num_rows, hidden]
         weight,  # [hidden]
         out,  # [num_rows, hidden]
-        num_chunks,  # of 8 elements, in a row
+        num_chunks,  # pieces of 8 elements in a row
         eps,
     ):
         thread = warp.thread_index()
@@ -67,7 +68,7 @@ def norm_kernel(dtype: str) -> Callable[..., None]:
 
 
 def eight_at_a_time(dtype: str) -> tuple[Any, Any]:
-    """Functions of 8 elements in four registers: the sum of squares added to a total; a * weights * factor."""
+    """Two macros of 8 elements in four registers: one adds their squares to a total, one is a * weights * factor."""
     PACK, UNPACK = warp.PACK[dtype], warp.UNPACK[dtype]
 
     @macro
@@ -88,7 +89,7 @@ def eight_at_a_time(dtype: str) -> tuple[Any, Any]:
 
 
 def silu_kernel(dtype: str) -> Callable[..., None]:
-    """8 elements a thread."""
+    """Each thread computes 8 elements."""
     PACK, UNPACK = warp.PACK[dtype], warp.UNPACK[dtype]
 
     @macro
@@ -119,7 +120,7 @@ def silu_kernel(dtype: str) -> Callable[..., None]:
 
 
 def rotary_kernel(head_dim: int, dtype: str) -> Callable[..., None]:
-    """A lane has two elements of a head's first half and the two that are rotated with them, of the second half.
+    """A lane has two elements of a head's first half, and the two of its second half that are rotated with them.
 
     A warp takes some heads of one token, or of two neighbouring tokens where a head fills half a warp.
     """
@@ -138,9 +139,9 @@ def rotary_kernel(head_dim: int, dtype: str) -> Callable[..., None]:
         positions,  # int64 [num_tokens]
         slots,  # int64 [num_tokens]
         cos_sin,  # float32 [max_positions, head_dim]: cosines, then sines
-        kv,  # K of block 0
+        kv,  # the layer's K of block 0
         q_norm,  # [head_dim] or address 0
-        k_norm,  # likewise
+        k_norm,  # [head_dim] or address 0
         q_out,  # [num_tokens, num_heads, head_dim]
         block_stride,  # bytes, here and below
         head_stride,
@@ -162,7 +163,7 @@ def rotary_kernel(head_dim: int, dtype: str) -> Callable[..., None]:
         end = warp.min_i32(head + heads_per_warp, heads)
         token = warp.min_i32(first * TOKENS + lane // LANES, num_tokens - 1)
         pair = i32(lane % LANES)  # of elements 2 * pair and 2 * pair + 1
-        # the low words of int64, which are the whole of them
+        # Positions and slots are int64 whose values fit the low word.
         position = warp.load_i32(positions + 8 * warp.wide(token))
         slot = warp.load_i32(slots + 8 * warp.wide(token))
         angles = cos_sin + 4 * (warp.wide(position) * head_dim + 2 * pair)
@@ -172,7 +173,7 @@ def rotary_kernel(head_dim: int, dtype: str) -> Callable[..., None]:
         sin1 = warp.load_f32(angles + 2 * head_dim + 4)
         block = warp.div_u32(slot, block_size)
         to_k = kv + warp.wide(block) * block_stride + 2 * (slot - block * block_size) * head_dim
-        warp.let_successor_start()  # so early, as attention reads nothing of the predecessor before its own wait
+        warp.let_successor_start()  # the successor, attention, reads nothing of the predecessor before its own wait
         warp.wait_for_predecessor()
         if first * TOKENS >= num_tokens:
             end = head
@@ -185,7 +186,7 @@ def rotary_kernel(head_dim: int, dtype: str) -> Callable[..., None]:
             source = source + 2 * head_dim * (head + 1 < end)  # the next head is read while this one is computed
             next_low = warp.load_i32(source)
             next_high = warp.load_i32(source + HALF)
-            kv_head = i32(head - num_heads)  # of K, then of V
+            kv_head = i32(head - num_heads)  # negative for Q; a head of K; from num_kv_heads on, a head of V
             if kv_head < num_kv_heads:
                 x0, x1 = unpack(low)
                 y0, y1 = unpack(high)
@@ -254,9 +255,9 @@ def rotary_and_store(
     qkv: Tensor,  # [T, (num_heads + 2 * num_kv_heads) * head_dim]
     positions: Tensor,  # [T] int64
     slot_mapping: Tensor,  # [T] int64
-    cos_sin: Tensor,  # [max_positions, head_dim] float32: cosines of the head_dim / 2 frequencies, then sines
-    kv: Tensor,  # KV storage
+    kv: Tensor,
     layer: int,
+    spec: AttentionSpec,
     q_norm: Tensor | None = None,  # [head_dim], RMS norm of each query head before rotation
     k_norm: Tensor | None = None,  # [head_dim]
     eps: float = 1e-6,
@@ -264,31 +265,25 @@ def rotary_and_store(
 ) -> Tensor:
     """Rotates Q and K (Su et al., RoFormer, arXiv:2104.09864; halves as in Llama), stores K and V in their slots.
 
-    Returns Q [T, num_heads, head_dim]. With `overlap`, positions must be older than the predecessor.
+    Returns Q [T, num_heads, head_dim]. With `overlap`, positions and slots must be older than the predecessor.
     """
-    num_tokens, (num_kv_heads, block_size, head_dim) = qkv.shape[0], kv.shape[3:]
+    num_tokens, layout = qkv.shape[0], spec.layout
+    num_kv_heads, head_dim = layout.num_kv_heads, layout.head_dim
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
     q = qkv.new_empty(num_tokens, num_heads, head_dim)
     if num_tokens:
-        # few tokens: a warp for each head; many: angles and slots are read once for several heads
+        # With few tokens each head has a warp; with many, a warp reads angles and slots once for several heads.
         heads_per_warp = 1 if num_tokens < MANY_TOKENS else 8
         warps_per_token = math.ceil((num_heads + 2 * num_kv_heads) / heads_per_warp)
         num_warps = warps_per_token * math.ceil(num_tokens * head_dim / 128)
-        first_key, *strides = layout_of(kv, layer)
-        inputs = qkv.data_ptr(), positions.data_ptr(), slot_mapping.data_ptr(), cos_sin.data_ptr()
-        sizes = num_tokens, num_heads, num_kv_heads, block_size, heads_per_warp
+        first_key = kv.data_ptr() + layer * layout.layer_bytes
+        inputs = qkv.data_ptr(), positions.data_ptr(), slot_mapping.data_ptr(), spec.cos_sin.data_ptr()
+        sizes = num_tokens, num_heads, num_kv_heads, layout.block_size, heads_per_warp
         norms = address_of(q_norm), address_of(k_norm)
         kernel = _kernel(rotary_spec, qkv, head_dim)
         num_ctas = math.ceil(num_warps / NUM_WARPS)
-        kernel(num_ctas, *inputs, first_key, *norms, q.data_ptr(), *strides, *sizes, eps, overlap=overlap)
+        kernel(num_ctas, *inputs, first_key, *norms, q.data_ptr(), *layout.strides, *sizes, eps, overlap=overlap)
     return q
-
-
-def layout_of(kv: Tensor, layer: int) -> tuple[int, int, int, int]:
-    """Where K of a layer's block 0 lies; bytes to the next block, to the next head, and from K to V."""
-    size = kv.element_size()
-    strides = kv.stride(0) * size, kv.stride(3) * size, kv.stride(2) * size
-    return kv.data_ptr() + layer * kv.stride(1) * size, *strides
 
 
 def _kernel(make_spec: Callable[..., Spec], x: Tensor, *parameters: int) -> Kernel:

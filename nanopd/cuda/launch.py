@@ -22,27 +22,27 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-ENTRY = "kernel"  # numba's mangled names would make file names of our functions part of the cubin
+ENTRY = "kernel"  # instead of numba's mangled names, which would make file names a part of the cubin
 COMPILERS = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-nvjitlink", "nvidia-cuda-nvrtc")
 SIGNATURE = {"r": "int32", "l": "int64", "f": "float32"}
-STATIC_SHARED_BYTES = 48 * 1024  # more has to be asked for
-MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute, as the next one
-PREFERRED_SHARED_MEMORY_CARVEOUT = 9
-PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
+STATIC_SHARED_BYTES = 48 * 1024  # a kernel has to ask for more shared memory than this
+MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # a CUfunction_attribute
+PREFERRED_SHARED_MEMORY_CARVEOUT = 9  # a CUfunction_attribute
+PROGRAMMATIC_STREAM_SERIALIZATION = 6  # a CUlaunchAttributeID
 
 Capability = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What there is to compile: `factory(*parameters)` returns the kernel as a Python function."""
+    """A kernel to be compiled: `factory(*parameters)` returns it as a Python function."""
 
     factory: Callable[..., Callable[..., None]]
     parameters: tuple[int | str, ...]
     arguments: str  # a letter each: r int32, l int64 (and addresses), f float32
     threads: int
     shared_bytes: int = 0
-    shared_percent: int = 100  # of what a multiprocessor can have as shared memory rather than L1
+    shared_percent: int = 100  # the part of a multiprocessor's L1 that should be shared memory, as far as it can be
 
     @property
     def name(self) -> str:
@@ -54,7 +54,7 @@ class CudaError(RuntimeError):
 
 
 def compile_to_ptx(spec: Spec, capability: Capability) -> str:
-    """Needs numba-cuda and its libraries, but no GPU."""
+    """The PTX of a kernel. Compiling needs numba-cuda and its libraries, but no GPU."""
     from numba import cuda
     from numba.cuda import types
 
@@ -69,12 +69,12 @@ def compile_to_ptx(spec: Spec, capability: Capability) -> str:
     mangled = re.search(r"\.entry (\w+)\(", ptx)
     assert mangled
     ptx = str(ptx).replace(mangled[1], ENTRY)
-    # without programmatic dependent launch a kernel starts when its predecessor is done: nothing to wait for
+    # Devices without programmatic dependent launch start a kernel when its predecessor is done: it need not wait.
     return ptx if capability >= (9, 0) else re.sub(r"griddepcontrol\.\w+;", "", ptx)
 
 
 def assemble(ptx: str, capability: Capability) -> tuple[bytes, str]:
-    """Machine code, and what the assembler says of registers and spills."""
+    """The machine code, and the assembler's report of registers and spills."""
     from cuda.bindings import nvjitlink
 
     options = [f"-arch=sm_{capability[0]}{capability[1]}", "-Xptxas=-v", "-verbose"]
@@ -94,13 +94,13 @@ def assemble(ptx: str, capability: Capability) -> tuple[bytes, str]:
 
 
 def load_or_compile(spec: Spec, capability: Capability, directory: Path) -> bytes:
-    """The cubin from `directory`, or a new one, which is put there."""
+    """The cubin from `directory`; a new one is compiled and put there if it is missing."""
     path = directory / f"{spec.name}-{_fingerprint(spec, capability)}.cubin"
     if path.exists():
         return path.read_bytes()
     cubin, _ = assemble(compile_to_ptx(spec, capability), capability)
     directory.mkdir(parents=True, exist_ok=True)
-    # several workers may compile the same kernel: each writes a file of its own, the last one stays
+    # Several workers may compile the same kernel: each writes a file of its own, and the last one stays.
     with tempfile.NamedTemporaryFile(dir=directory, delete=False) as file:
         file.write(cubin)
     os.replace(file.name, path)
@@ -112,7 +112,7 @@ def cache_directory() -> Path:
 
 
 def _fingerprint(spec: Spec, capability: Capability) -> str:
-    """Of the kernels' sources (all of this package), the compilers, the device and the options."""
+    """A hash of the kernels' sources (all of this package), the compilers, the device and the options."""
     described = [spec.name, spec.arguments, spec.threads, capability, _compilers(), _sources()]
     return hashlib.sha256(repr(described).encode()).hexdigest()[:20]
 
@@ -131,7 +131,7 @@ def _compilers() -> tuple[tuple[str, str], ...]:
 
 @contextmanager
 def _toolkit() -> Iterator[None]:
-    """numba looks for libnvvm in pip packages, then in CUDA_HOME: names the usual place there, for the time being."""
+    """Names the usual place in CUDA_HOME meanwhile, where numba looks for libnvvm if no pip package has it."""
     is_missing = "CUDA_HOME" not in os.environ and Path("/usr/local/cuda").is_dir()
     if is_missing:
         os.environ["CUDA_HOME"] = "/usr/local/cuda"
@@ -147,7 +147,7 @@ class _LaunchAttribute(ctypes.Structure):
 
 
 class _LaunchConfig(ctypes.Structure):
-    """CUlaunchConfig of cuda.h."""
+    """The CUlaunchConfig of cuda.h."""
 
     _fields_ = (
         *((f"{of}_{axis}", ctypes.c_uint) for of in ("grid", "block") for axis in "xyz"),
@@ -205,7 +205,7 @@ class Kernel:
         cubin = load_or_compile(self.spec, capability, cache_directory())
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
         with torch.cuda.device(device):
-            torch.cuda.current_stream().synchronize()  # makes the device's context current in this thread
+            torch.cuda.current_stream().synchronize()  # this makes the device's context current in this thread
             self._check(self._driver.cuModuleLoadData(ctypes.byref(module), cubin))
         self._check(self._driver.cuModuleGetFunction(ctypes.byref(function), module, ENTRY.encode()))
         if self.spec.shared_bytes > STATIC_SHARED_BYTES:
@@ -228,12 +228,12 @@ def kernel_for(spec: Spec, device: int) -> Kernel:
 
 @functools.cache
 def kernel_of(make_spec: Callable[..., Spec], device: int, *parameters: int | str) -> Kernel:
-    """As `kernel_for` of `make_spec(*parameters)`, which is made once."""
+    """The kernel of `make_spec(*parameters)` on a device, as `kernel_for`; the spec is made once."""
     return kernel_for(make_spec(*parameters), device)
 
 
 def address_of(tensor: Any) -> int:
-    """Of a tensor that there may not be; 0: None."""
+    """The address of a tensor, or 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 

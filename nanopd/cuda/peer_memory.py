@@ -14,22 +14,22 @@ from torch import Tensor
 from nanopd.cuda.launch import CudaError
 
 HANDLE_BYTES = 64
-LAZY_ENABLE_PEER_ACCESS = 1  # CUipcMem_flags
+LAZY_ENABLE_PEER_ACCESS = 1  # one of CUipcMem_flags
 
-MemoryHandle: TypeAlias = tuple[bytes, int]  # of the allocation that a tensor lies in, and where it begins there
+MemoryHandle: TypeAlias = tuple[bytes, int]  # the handle of a tensor's allocation, and the tensor's offset in it
 
 
 class _Handle(ctypes.Structure):
-    """CUipcMemHandle, passed by value."""
+    """A CUipcMemHandle, which the driver takes by value."""
 
     _fields_ = (("bytes", ctypes.c_ubyte * HANDLE_BYTES),)
 
 
 class PeerMemory:
-    """An open mapping; closed when it is collected."""
+    """An open mapping, which is closed when this object is collected."""
 
     def __init__(self, handle: MemoryHandle) -> None:
-        """Open it for the device that is current in this thread, in another process than the one that exported it."""
+        """Opens the mapping for this thread's current device; the process must not be the one that exported it."""
         allocation, offset = handle
         self._base = ctypes.c_uint64()
         by_value = _Handle.from_buffer_copy(allocation)
@@ -38,11 +38,11 @@ class PeerMemory:
 
     def __del__(self) -> None:
         if self._base.value:
-            ctypes.CDLL("libcuda.so.1").cuIpcCloseMemHandle(self._base)  # a process that ends has lost its driver
+            ctypes.CDLL("libcuda.so.1").cuIpcCloseMemHandle(self._base)  # fails without harm as a process ends
 
 
 def export_memory(tensor: Tensor) -> MemoryHandle:
-    """What another process needs to open the memory of `tensor`.
+    """The handle by which another process can open the memory of `tensor`.
 
     Raises:
         CudaError: the allocation is of a kind that cannot be shared, as torch's expandable segments are.

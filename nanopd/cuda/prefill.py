@@ -1,11 +1,10 @@
 """Attention of chunks of prompts: all rows of a step together, in torch's kernels.
 
 K and V of the rows' contexts are gathered from the cache, token after token. Flash attention takes all rows in one
-call, packed. Where cuDNN is faster (on Hopper twice as fast; measured at the first step), it takes the long prompts.
-It makes a plan for each new shape, which takes 36 ms, and its causal mask knows no history. So it gets the head of a
+call, packed. Where cuDNN is faster (on Hopper it is twice as fast; the first step measures it), it takes long prompts.
+cuDNN makes a plan for each new shape, which takes 36 ms, and its causal mask knows no history. So it gets the head of a
 prompt's first chunk, a multiple of GRAIN tokens; the rest is a packed row with the head as its history. Prompts of
-equal length share a call when as many of that length have come together REPEATS times.
-Knows no model; `rows` are objects with the attributes of `nanopd.models.batch.PrefillRow`.
+equal length share a call once as many prompts of that length have come together REPEATS times. Knows no model.
 """
 
 from __future__ import annotations
@@ -14,13 +13,17 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
 
-LONG = 1024  # tokens of a first chunk from which on its head is worth a call of its own
-GRAIN = 256
+from nanopd.models.batch import PrefillRow
+from nanopd.models.operations import AttentionSpec
+
+Rows = Sequence[PrefillRow]
+
+LONG = 1024  # a first chunk of as many tokens, or more, has a head that is worth a call of its own
+GRAIN = 256  # tokens; the length of a head is a multiple of it
 REPEATS = 3
 MEASURED_TOKENS = 2048
 MEASURED_RUNS = 5
@@ -28,17 +31,17 @@ MEASURED_RUNS = 5
 
 @dataclass(frozen=True, slots=True)
 class Dense:
-    """Prompts of equal length without history, or the head of one, causal on themselves."""
+    """Prompts of equal length without history, or the head of one prompt; each attends to itself, causally."""
 
-    start: int  # of the step's tokens
+    start: int  # the first of them among the step's tokens
     count: int
     length: int
-    context: int  # where theirs starts in the gathered contexts
+    context: int  # where their context starts in the gathered contexts
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Segments that follow each other in Q and in K: the last query of each sees all of its keys. Some have no keys."""
+    """Segments that follow each other in Q and in K. The last query of each sees all of its keys, if it has any."""
 
     q_lens: list[int]
     k_lens: list[int]
@@ -47,83 +50,88 @@ class Packed:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a step's attention is made of, the same in each layer."""
+    """The calls that make up a step's attention, the same in each layer."""
 
     blocks: Tensor  # [num_context] int64, the block of each token of the contexts
-    offsets: Tensor  # [num_context] int64, its place there
+    offsets: Tensor  # [num_context] int64, the place of each token in its block
     dense: list[Dense]
     packed: Packed | None
 
 
 @dataclass(frozen=True, slots=True)
 class Backends:
-    packed: Callable[[Tensor, Tensor, Tensor, Packed], Tensor]  # as `flash_attention`
-    dense: Callable[[Tensor, Tensor, Tensor], Tensor] | None  # as `cudnn_attention`; None: no faster than packed
+    packed: Callable[[Tensor, Tensor, Tensor, Packed, float], Tensor]  # has the signature of `flash_attention`
+    dense: Callable[..., Tensor] | None  # has the signature of `cudnn_attention`; None where packed is as fast
 
 
 class PrefillAttention:
-    """`begin_step` comes before the first layer of a step, then each layer calls the object."""
+    """Attention of the chunks of one step after another.
+
+    `begin_step` comes before the first layer of a step, then each layer calls the object.
+    """
 
     def __init__(self, max_tokens: int, backends: Backends | None = None) -> None:
-        """`max_tokens` of a step; `backends`: by default what is fastest on the device."""
+        """A step has at most `max_tokens` tokens. `backends` are by default those that are fastest on the device."""
         self._max_tokens = max_tokens
         self._backends = backends
         self._plan: Plan | None = None
         self._num_seen: Counter[tuple[int, int]] = Counter()  # steps, by number and length of rows of equal length
 
     def begin_step(self, slot_mapping: Tensor) -> None:
-        """slot_mapping [T] int64, of the step's tokens."""
+        """slot_mapping [T] int64 has the slots of the step's tokens."""
         self._slot_mapping, self._plan = slot_mapping, None
 
     def __call__(
         self,
         q: Tensor,  # [T, num_heads, head_dim], all tokens of the step
-        kv: Tensor,  # KV storage
+        kv: Tensor,
         layer: int,
-        rows: Sequence[Any],  # the same in each layer, in the order of their tokens, which are the step's last ones
+        spec: AttentionSpec,
+        rows: Rows,  # the same in each layer, in the order of their tokens, the last ones of the step
     ) -> Tensor:
         """Causal attention of the rows over their histories and themselves, all already stored in the cache.
 
         Returns [T, num_heads, head_dim]; what it holds for tokens of no row is undefined.
         """
         if self._backends is None:
-            self._backends = fastest_backends(q, kv.shape[3])
+            self._backends = fastest_backends(q, spec)
             if self._backends.dense is not None:
-                self._warm_up(q, kv.shape[3], self._backends)
+                self._warm_up(q, spec, self._backends)
         if self._plan is None:
             has_dense = self._backends.dense is not None
-            self._plan = make_plan(rows, self._slot_mapping, kv.shape[4], has_dense, self._is_frequent(rows))
-        return attend(q, gather(kv, layer, self._plan), self._plan, self._backends)
+            self._plan = make_plan(rows, self._slot_mapping, spec.layout.block_size, has_dense, self._is_frequent(rows))
+        return attend(q, gather(kv, layer, self._plan), self._plan, self._backends, spec.scale)
 
-    def _is_frequent(self, rows: Sequence[Any]) -> bool:
-        """Whether the rows are of equal length, and as many of it have come together before."""
+    def _is_frequent(self, rows: Rows) -> bool:
+        """Whether the rows are of equal length, and as many of that length have come together REPEATS times before."""
         length, *others = {row.end - row.start for row in rows}
         if others:
             return False
         self._num_seen[len(rows), length] += 1
         return self._num_seen[len(rows), length] > REPEATS
 
-    def _warm_up(self, q: Tensor, num_kv_heads: int, backends: Backends) -> None:
-        """Lets the dense backend make its plans for the heads of all lengths now: 1 s for 8,192 tokens on an H200."""
+    def _warm_up(self, q: Tensor, spec: AttentionSpec, backends: Backends) -> None:
+        """Lets the dense backend make its plans for heads of all lengths: 1 s for 8,192 tokens on an H200."""
         queries = q.new_zeros(self._max_tokens, *q.shape[1:])
-        context = q.new_zeros(self._max_tokens, 2, num_kv_heads, q.shape[2])
+        context = q.new_zeros(self._max_tokens, 2, spec.layout.num_kv_heads, q.shape[2])
         nowhere = torch.empty(0, dtype=torch.int64)
         for length in range(LONG, self._max_tokens + 1, GRAIN):
-            attend(queries, context, Plan(nowhere, nowhere, [Dense(0, 1, length, 0)], None), backends)
+            plan = Plan(nowhere, nowhere, [Dense(0, 1, length, 0)], None)
+            attend(queries, context, plan, backends, spec.scale)
 
 
-def make_plan(rows: Sequence[Any], slot_mapping: Tensor, block_size: int, has_dense: bool, share_call: bool) -> Plan:
-    """Decides which tokens go where; `share_call`: rows of equal length may share a call of the dense backend."""
+def make_plan(rows: Rows, slot_mapping: Tensor, block_size: int, has_dense: bool, share_call: bool) -> Plan:
+    """Decides which call computes which tokens. With `share_call`, rows of equal length may share a dense call."""
     lengths = [row.end - row.start for row in rows]
     is_fresh = [has_dense and not row.num_cached for row in rows]
     are_alike = share_call and all(is_fresh) and len(set(lengths)) == 1 and lengths[0] % GRAIN == 0
     is_long = [fresh and (length >= LONG or are_alike) for fresh, length in zip(is_fresh, lengths, strict=True)]
     heads = [length // GRAIN * GRAIN if long else 0 for length, long in zip(lengths, is_long, strict=True)]
     has_rest = [head < length for head, length in zip(heads, lengths, strict=True)]
-    segments = [(rows[0].start, 0)]  # the decode rows, then each row's head: they have no keys here
+    segments = [(rows[0].start, 0)]  # the decode rows and the heads of rows are segments without keys
     for row, length, head in zip(rows, lengths, heads, strict=True):
         segments += [(head, 0), (length - head, row.num_cached + length)]
-    # contexts of packed rows first, so that they follow each other
+    # Contexts of packed rows come first, so that they follow each other.
     order = sorted(range(len(rows)), key=lambda i: not has_rest[i])
     contexts = [rows[i].num_cached + lengths[i] for i in order]
     where = dict(zip(order, accumulate(contexts, initial=0), strict=False))
@@ -135,8 +143,8 @@ def make_plan(rows: Sequence[Any], slot_mapping: Tensor, block_size: int, has_de
     return Plan(slots // block_size, slots % block_size, dense, packed)
 
 
-def _slots(row: Any, slot_mapping: Tensor, block_size: int) -> Tensor:
-    """[num_cached + length] int64, where K and V of the row's context lie."""
+def _slots(row: PrefillRow, slot_mapping: Tensor, block_size: int) -> Tensor:
+    """The slots [num_cached + length] int64 of the tokens of the row's context."""
     if not row.num_cached:
         return slot_mapping[row.start : row.end]
     offsets = torch.arange(block_size, device=slot_mapping.device)
@@ -152,21 +160,21 @@ def _pack(segments: list[tuple[int, int]], device: torch.device) -> Packed:
 
 
 def gather(kv: Tensor, layer: int, plan: Plan) -> Tensor:
-    """K and V of the contexts, [num_context, 2, num_kv_heads, head_dim]: strides do not depend on their number."""
-    sixteen_bytes = kv.view(torch.complex128)  # at a time
+    """K and V of the contexts, [num_context, 2, num_kv_heads, head_dim]; no length changes their strides."""
+    sixteen_bytes = kv.view(torch.complex128)  # an index then copies 16 bytes at a time
     return sixteen_bytes[:, layer][plan.blocks, :, :, plan.offsets].view(kv.dtype)
 
 
-def attend(q: Tensor, context: Tensor, plan: Plan, backends: Backends) -> Tensor:
-    """One layer; context as from `gather`. Returns [T, num_heads, head_dim]."""
+def attend(q: Tensor, context: Tensor, plan: Plan, backends: Backends, scale: float) -> Tensor:
+    """Computes one layer; `context` is a result of `gather`. Returns [T, num_heads, head_dim]."""
     keys, values = context.unbind(1)
-    out = None if plan.packed is None else backends.packed(q, keys, values, plan.packed)
+    out = None if plan.packed is None else backends.packed(q, keys, values, plan.packed, scale)
     for part in plan.dense:
         assert backends.dense
         size = part.count * part.length
         tokens, places = slice(part.start, part.start + size), slice(part.context, part.context + size)
         batch = (x.unflatten(0, (part.count, part.length)) for x in (q[tokens], keys[places], values[places]))
-        y = backends.dense(*(x.transpose(1, 2) for x in batch)).transpose(1, 2).flatten(0, 1)
+        y = backends.dense(*(x.transpose(1, 2) for x in batch), scale).transpose(1, 2).flatten(0, 1)
         if size == len(q):
             return y
         out = torch.empty_like(q) if out is None else out
@@ -176,38 +184,39 @@ def attend(q: Tensor, context: Tensor, plan: Plan, backends: Backends) -> Tensor
 
 
 def has_flash_attention(dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether torch has it, which all of this takes."""
+    """Whether torch has flash attention for heads of this type and size, without which nothing here works."""
     return dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
 
 
 def flash_attention(
     q: Tensor,  # [T, num_heads, head_dim]
     keys: Tensor,  # [>= sum of k_lens, num_kv_heads, head_dim]
-    values: Tensor,  # as keys
+    values: Tensor,  # the shape of keys
     packed: Packed,
+    scale: float,  # of the scores
 ) -> Tensor:
-    """As q; undefined where there are no keys."""
+    """Attention of packed segments: the shape of q, undefined where a segment has no keys."""
     seen = [q_len for q_len, k_len in zip(packed.q_lens, packed.k_lens, strict=True) if k_len]
-    max_q = max(2, *seen)  # 1 would mean that each segment has one query
+    max_q = max(2, *seen)  # torch takes 1 to mean that each segment has one query
     lens = packed.starts[0], packed.starts[1], max_q, max(packed.k_lens)
-    return torch.ops.aten._flash_attention_forward(q, keys, values, *lens, 0.0, True, False)[0]
+    return torch.ops.aten._flash_attention_forward(q, keys, values, *lens, 0.0, True, False, scale=scale)[0]
 
 
-def cudnn_attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Causal; q [count, num_heads, length, head_dim], keys and values [count, num_kv_heads, length, head_dim]."""
-    return torch.ops.aten._scaled_dot_product_cudnn_attention(q, keys, values, None, False, 0.0, True)[0]
+def cudnn_attention(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """Causal attention of q [count, num_heads, length, head_dim]; keys and values have num_kv_heads heads."""
+    return torch.ops.aten._scaled_dot_product_cudnn_attention(q, keys, values, None, False, 0.0, True, scale=scale)[0]
 
 
-def fastest_backends(q: Tensor, num_kv_heads: int) -> Backends:
-    """For queries like q [T, num_heads, head_dim]; measures on the current stream."""
+def fastest_backends(q: Tensor, spec: AttentionSpec) -> Backends:
+    """The fastest backends for queries like q [T, num_heads, head_dim], by a measurement on the current stream."""
     queries = q.new_zeros(MEASURED_TOKENS, *q.shape[1:])
-    keys = q.new_zeros(MEASURED_TOKENS, num_kv_heads, q.shape[2])
+    keys = q.new_zeros(MEASURED_TOKENS, spec.layout.num_kv_heads, q.shape[2])
     packed = _pack([(MEASURED_TOKENS, MEASURED_TOKENS)], q.device)
-    batch = [x.transpose(0, 1).unsqueeze(0) for x in (queries, keys, keys)]
-    flash_ms = _milliseconds(lambda: flash_attention(queries, keys, keys, packed))
+    batch_q, batch_k = (x.transpose(0, 1).unsqueeze(0) for x in (queries, keys))
+    flash_ms = _milliseconds(lambda: flash_attention(queries, keys, keys, packed, spec.scale))
     try:
-        cudnn_ms = _milliseconds(lambda: cudnn_attention(*batch))
-    except RuntimeError:  # not for this device or type
+        cudnn_ms = _milliseconds(lambda: cudnn_attention(batch_q, batch_k, batch_k, spec.scale))
+    except RuntimeError:  # cuDNN does not know this device or type
         return Backends(flash_attention, None)
     return Backends(flash_attention, cudnn_attention if cudnn_ms < flash_ms else None)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-if not hasattr(np, "row_stack"):  # numba-cuda 0.30 names it at its first compile; numpy 2.5 has dropped it
+if not hasattr(np, "row_stack"):  # numba-cuda 0.30 names row_stack at its first compile, numpy 2.5 has dropped it
     vars(np)["row_stack"] = np.vstack
 
 from llvmlite import ir
@@ -25,43 +25,46 @@ from numba.cuda import types as nt
 from numba.cuda.extending import intrinsic
 from numba.cuda.typing import signature
 
-# PTX constraint letter -> its type in LLVM and in numba
+# The types that a constraint letter of PTX has in LLVM and in numba.
 LLVM_TYPES = {"r": ir.IntType(32), "l": ir.IntType(64), "f": ir.FloatType()}
 NUMBA_TYPES = {"r": nt.int32, "l": nt.int64, "f": nt.float32}
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One PTX instruction. `text` numbers the operands, results first; a letter each: r int32, l int64, f float32."""
+    """One PTX instruction.
+
+    `text` numbers results and operands, results first. Each has a letter: r for int32, l for int64, f for float32.
+    """
 
     text: str
     results: str = ""
     operands: str = ""
-    effect: bool = False  # touches memory that others write, or synchronizes: it is kept, and kept in order
-    warp: bool = False  # all lanes take part: it must not move into or out of a branch
-    predicated: bool = False  # the last operand is an int32; lanes where it is 0 do nothing, and get -1
+    effect: bool = False  # it touches memory that others write, or synchronizes, so it is kept, and kept in order
+    warp: bool = False  # all lanes take part, so it must not move into or out of a branch
+    predicated: bool = False  # the last operand is an int32; lanes where it is 0 do nothing, and their result is -1
 
     def at(self, offset: int) -> Instruction:
-        """The same access `offset` bytes further. In the text it costs neither a register nor an addition."""
+        """The same access `offset` bytes further; an offset in the text costs neither a register nor an addition."""
         return replace(self, text=self.text.replace("]", f"+{offset}]", 1))
 
     def asm(self) -> str:
         if not self.predicated:
             return self.text
-        # NVVM passes no one-bit operands to inline assembly, so the predicate is made here
+        # NVVM passes no one-bit operands to inline assembly, so the predicate is made here.
         last = len(self.results) + len(self.operands) - 1
         default = "mov.b32 $0, -1; " if self.results else ""
         return f"{{.reg .pred p; setp.ne.s32 p, ${last}, 0; {default}@p {self.text}}}"
 
     def constraints(self) -> str:
-        # several instructions may write a result before they have read all operands
+        # A text of several instructions may write a result before it has read all operands.
         output = "=&" if self.asm().startswith("{") else "="
         letters = [output + letter for letter in self.results] + list(self.operands)
         return ",".join([*letters, "~{memory}"] if self.effect else letters)
 
 
 def emit_types(instruction: Instruction, *operands: object) -> Any:
-    """An `emit` that only tells the types of what comes out: a letter stands for a register."""
+    """An `emit` that only tells the types of the results: a letter stands for a register."""
     assert len(operands) == len(instruction.operands), instruction.text
     results = list(instruction.results)
     return None if not results else results[0] if len(results) == 1 else results
@@ -98,8 +101,8 @@ class Compiler:
 def macro(body: Callable[..., Any]) -> Any:
     """Makes `body(emit, *arguments)` callable in kernels as `body(*arguments)`.
 
-    An argument is a register, or a list of them where the kernel passes a tuple. It returns nothing, a register, or a
-    list of registers of one type, which the kernel sees as a tuple.
+    An argument is a register, or a list of them where the kernel passes a tuple. The body returns nothing, a register,
+    or a list of registers of one type, which the kernel sees as a tuple.
     """
 
     return _intrinsic(body, list(inspect.signature(body).parameters)[1:])
@@ -120,10 +123,10 @@ def _intrinsic(body: Callable[..., Any], parameters: list[str]) -> Any:
                 return emit.value(values, out)
             return cgutils.pack_array(builder, [emit.value(value, out) for value in values])
 
-        # numba converts what it is given to the types of the signature
+        # numba converts the arguments of a call to the types of the signature.
         return signature(*map(_numba_type, (result, *letters))), codegen
 
-    # numba reads the parameters, and does not take *types for them
+    # numba reads the names of the parameters, and does not accept *types in their place.
     positional = inspect.Parameter.POSITIONAL_ONLY
     signature_read = inspect.Signature([inspect.Parameter(name, positional) for name in ("context", *parameters)])
     vars(define)["__signature__"] = signature_read
@@ -133,12 +136,12 @@ def _intrinsic(body: Callable[..., Any], parameters: list[str]) -> Any:
 
 
 def inlined(python_function: Callable[..., Any]) -> Any:
-    """A part of a kernel, written as a function of its own; its body takes the place of each call."""
+    """Makes a part of a kernel from a Python function, whose body takes the place of each call."""
     return cuda.jit(device=True, inline="always")(python_function)
 
 
 def function(instruction: Instruction) -> Any:
-    """A single instruction as a function of a kernel."""
+    """Makes a function for kernels from a single instruction."""
 
     def body(emit: Any, *operands: object) -> Any:
         return emit(instruction, *operands)
@@ -148,7 +151,7 @@ def function(instruction: Instruction) -> Any:
 
 @intrinsic
 def shared_memory(_context: object) -> Any:
-    """The int32 address of the CTA's shared memory, whose size the launch gives; 128-byte aligned."""
+    """The int32 address of the CTA's shared memory, 128-byte aligned; the launch gives its size."""
 
     def codegen(_context: object, builder: ir.IRBuilder, _signature: object, _args: object) -> ir.Value:
         array = ir.ArrayType(ir.IntType(8), 0)
@@ -175,7 +178,7 @@ def _letter(value: object) -> str:
 
 
 def _numba_type(value: Any) -> Any:
-    """Of what a macro takes or returns: nothing, a letter or a number, or a list of them."""
+    """The type of an argument or result of a macro: nothing, a letter or a number, or a list of letters and numbers."""
     if isinstance(value, list):
         return nt.UniTuple(_numba_type(value[0]), len(value))
     return nt.none if value is None else NUMBA_TYPES[_letter(value)]

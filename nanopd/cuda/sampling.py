@@ -26,21 +26,21 @@ from nanopd.cuda import warp
 from nanopd.cuda.launch import Spec, kernel_of
 from nanopd.cuda.ptx import inlined, macro, shared_memory
 
-THREADS = 1024  # 32 warps, so that a lane can stand for a warp; also the bins of a histogram
-LEVEL_BITS = 10  # of a key, by which a histogram tells it: 2**10 bins
-BEST_KEY = 0x3F800000  # of 1.0
-LEAST_KEY = BEST_KEY - (40 << 23)  # of 2**-40, the least likelihood that has a weight
+THREADS = 1024  # 32 warps, so that a lane can stand for a warp; a histogram has as many bins
+LEVEL_BITS = 10  # bits of a key that choose its bin in a histogram
+BEST_KEY = 0x3F800000  # the key of 1.0
+LEAST_KEY = BEST_KEY - (40 << 23)  # the key of 2**-40, the least likelihood that has a weight
 KEY_BITS = 30
 MINUS_INFINITY = -math.inf
-# shared memory, in bytes
-TOTALS = 8 * THREADS  # behind the bins: int64 [32], of each warp
-FOUND = TOTALS + 8 * 32  # int64 [3]: bin, amount in the bins before it, amount in it
-MAXIMA = FOUND + 8 * 4  # float32 [32]
+# Offsets in shared memory, in bytes: the bins, int64 [THREADS], lie at 0.
+TOTALS = 8 * THREADS  # the totals of the warps, int64 [32]
+FOUND = TOTALS + 8 * 32  # int64 [3]: a bin, the amount in the bins before it, and the amount in it
+MAXIMA = FOUND + 8 * 4  # the maxima of the warps, float32 [32]
 SHARED_BYTES = MAXIMA + 4 * 32
-ROW_BYTES = 32  # of parameters
+ROW_BYTES = 32  # the parameters of a row
 SAMPLING_ARGUMENTS = "lllrr"
 
-# The weight of a key that is not below the second, else 0: the float32's mantissa as a multiple of 2**-40.
+# The weight of the first key, or 0 where it is below the second: the mantissa of its float32 as a multiple of 2**-40.
 WEIGHT = warp.Instruction(
     "{.reg .pred p; .reg .b32 x; .reg .b64 y; and.b32 x, $1, 0x7fffff; or.b32 x, x, 0x800000; cvt.u64.u32 y, x; "
     "shl.b64 y, y, 17; shr.u32 x, $1, 23; sub.u32 x, 127, x; shr.u64 y, y, x; setp.ge.s32 p, $1, $2; "
@@ -52,7 +52,7 @@ WEIGHT = warp.Instruction(
 
 @inlined
 def sums_of_warps(x, totals, thread):  # type: ignore[no-untyped-def]
-    """x of the warp's lanes up to this one; then what lane w gets: the sum of warp w, and of the warps up to w."""
+    """The sum of x over the warp's lanes up to this one; in lane w the sum of warp w, and that of the warps up to w."""
     up_to_lane = warp.prefix_sum_i64(x)
     warp.store_i64_of_cta_if(totals + 8 * (thread >> 5), up_to_lane, thread & 31 == 31)
     warp.sync_cta()
@@ -61,12 +61,12 @@ def sums_of_warps(x, totals, thread):  # type: ignore[no-untyped-def]
 
 
 def sampling_kernel(dtype: str) -> Callable[..., None]:
-    """One CTA per row; a chunk is 16 bytes of it, and each warp has a run of chunks."""
+    """One CTA takes a row. A chunk is 16 bytes of the row, and each warp has a run of chunks."""
     PER_CHUNK = 4 if dtype == "f32" else 8
 
     @macro
     def load(emit: Any, row: Any, chunk: Any, last: Any) -> list[Any]:
-        """Past the end of the row, its last chunk."""
+        """Loads a chunk; past the end of the row, the row's last one."""
         return emit(warp.LOAD_16_BYTES, emit(warp.MAD_WIDE, row, emit(warp.MIN_I32, chunk, last), 16))
 
     @macro
@@ -77,7 +77,7 @@ def sampling_kernel(dtype: str) -> Callable[..., None]:
 
     @macro
     def keys_of(emit: Any, registers: Any, chunk: Any, end: Any, best: Any, scale: Any) -> list[Any]:
-        """0 from chunk `end` on. What is no number counts as a best token."""
+        """The keys of a chunk, all 0 from chunk `end` on. A logit that is NaN counts as the best token."""
         keys, offset = [], emit(warp.SELECT, math.inf, best, emit(warp.SUB_I32, chunk, end))
         for x in warp.values_of(emit, dtype, registers):
             likelihood = emit(warp.EXP2, emit(warp.MUL_F32, emit(warp.SUB_F32, x, offset), scale))
@@ -90,7 +90,7 @@ def sampling_kernel(dtype: str) -> Callable[..., None]:
 
     @macro
     def count(emit: Any, bins: Any, keys: Any, first: Any, span: Any, shift: Any, by_mass: Any) -> None:
-        """Adds the keys from `first` down to `first - span + 1` to their bins: their number, or their weights."""
+        """Adds the keys from `first` down to `first - span + 1` to their bins, as a count or by their weights."""
         for key in keys:
             below = emit(warp.SUB_I32, first, key)
             amount = emit(warp.SELECT_I64, emit(WEIGHT, key, 0), 1, emit(warp.SUB_I32, by_mass, 1))
@@ -128,7 +128,7 @@ def sampling_kernel(dtype: str) -> Callable[..., None]:
         row = logits + warp.wide(warp.cta_index()) * num_chunks * 16
         param = params + warp.wide(warp.cta_index()) * ROW_BYTES
         last = i32(num_chunks - 1)
-        part = i32((num_chunks + 31) >> 5)  # the chunks of a warp
+        part = i32((num_chunks + 31) >> 5)  # chunks of a warp
         begin = i32(wid * part)
         end = warp.min_i32(begin + part, num_chunks)
         warp.wait_for_predecessor()
@@ -136,7 +136,7 @@ def sampling_kernel(dtype: str) -> Callable[..., None]:
 
         best = f32(MINUS_INFINITY)
         base = begin
-        following = load(row, base + lane, last)  # always one load ahead
+        following = load(row, base + lane, last)  # a load is always under way while the one before is computed
         while base < end:
             registers = following
             following = load(row, base + 32 + lane, last)
@@ -146,16 +146,16 @@ def sampling_kernel(dtype: str) -> Callable[..., None]:
         warp.sync_cta()
         best = warp.warp_max(warp.load_f32_of_cta(bins + MAXIMA + 4 * lane))
 
-        floor = warp.max_i32(LEAST_KEY, warp.load_i32(param + 24))  # the least key that is kept; a float32's bits
+        floor = warp.max_i32(LEAST_KEY, warp.load_i32(param + 24))  # the least key that is kept
         by_mass = i32(0)
-        while by_mass < 2:  # top-k counts tokens; top-p, of those that are left, their mass
+        while by_mass < 2:  # first top-k, which counts tokens, then top-p, by the mass of those left
             limit = warp.wide(warp.load_i32(param + 16))
             if by_mass == 1:
                 limit = warp.load_i64(param + 8)
             if limit != 0:
-                first = i32(BEST_KEY)  # of the keys of the first bin
+                first = i32(BEST_KEY)  # the largest key of the first bin
                 shift = i32(KEY_BITS)  # a bin has 2**shift keys
-                wanted = i64(0)  # of what is not in earlier bins
+                wanted = i64(0)  # the amount that is wanted beside that of earlier bins
                 inside = i64(-1)
                 while shift > 0 and inside != wanted:
                     shift = i32(shift - LEVEL_BITS)
@@ -191,8 +191,8 @@ def sampling_kernel(dtype: str) -> Callable[..., None]:
                 floor = warp.max_i32(floor, first - (1 << shift) + 1)
             by_mass = i32(by_mass + 1)
 
-        # where the cumulative weight, in the order of the vocabulary, passes the target: each warp sums a part, the
-        # part that has the target is split in turn, until it is one chunk
+        # The token is where the cumulative weight, in the order of the vocabulary, passes the target. Each warp sums a
+        # part of the chunks, and the part that has the target is divided in turn, until it is one chunk.
         start = i32(0)
         part = num_chunks
         target = i64(-1)
@@ -248,7 +248,7 @@ def draw_tokens(logits: Tensor, params: Tensor) -> Tensor:
 
 
 def in_chunks(logits: Tensor) -> tuple[Tensor, int]:
-    """Contiguous logits [num_rows, vocab_size] with -inf up to a multiple of 16 bytes; how many 16 bytes a row has."""
+    """Logits [num_rows, vocab_size], filled with -inf to whole chunks of 16 bytes; the number of chunks of a row."""
     assert logits.is_contiguous()
     per_chunk = 16 // logits.element_size()
     rest = -logits.shape[1] % per_chunk

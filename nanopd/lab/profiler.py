@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 from tqdm import tqdm
 
-from nanopd.config import EngineConfig, ModelConfig, allowed_routes
+from nanopd.config import ITEMSIZES, EngineConfig, ModelConfig, allowed_routes
 from nanopd.errors import WorkerError
 from nanopd.ipc.doorbell import Doorbell
 from nanopd.messages import BLOCK_COPY, SLOT_INIT, TABLE_UPDATE, Route, RowFlag, StepBatch, TransferPlan
@@ -30,7 +30,8 @@ from nanopd.routing import cost_model
 from nanopd.routing.closed_form import ClosedForm
 from nanopd.routing.cost_model import MoveSample, Parameters, Sample, StepSample, Terms, chunk_pairs
 from nanopd.workers.paths import send_plan
-from nanopd.workers.processes import WorkerProcess, WorkerProcesses
+from nanopd.workers.process import WorkerProcess
+from nanopd.workers.supervisor import WorkerSupervisor
 
 REPEATS = 5  # after a warm-up; the shortest counts, since whatever disturbs a measurement makes it longer
 ANSWER_TIMEOUT_S = 120.0
@@ -109,7 +110,7 @@ class Profile:
             machine=machine(config),
             model=Path(config.model).name,
             provenance=f"measured by nanopd profile on {time.strftime('%Y-%m-%d')}",
-            kv_bytes_per_token=model.kv_bytes_per_token(),
+            kv_bytes_per_token=config.kv_layout(model).bytes_per_token,
             num_kv_tokens=self.num_kv_tokens,
             terms=self.fit.terms,
             pair_bandwidth=self.pair_bandwidth,
@@ -131,7 +132,7 @@ def profile(config: EngineConfig, model: ModelConfig, path: Path, show_progress:
     Raises:
         WorkerError: a worker has failed, or does not answer.
     """
-    with closing(WorkerProcesses(config, model, path, Doorbell())) as processes:
+    with closing(WorkerSupervisor(config, model, path, Doorbell())) as processes:
         workers = processes.start()
         steps, moves = _measure(workers, FITTED, config, model, show_progress)
         held_steps, held_moves = _measure(workers, HELD_OUT, config, model, show_progress)
@@ -162,7 +163,7 @@ def _measure(
         # All tasks come once in each round, so that a disturbance of some seconds spoils one repeat of each, not all.
         rounds = [[run(task) for task in tasks] for _ in range(REPEATS + 1)]
     best_ms = np.min(rounds[1:], axis=0).tolist()
-    block_bytes = config.block_size * model.kv_bytes_per_token()
+    block_bytes = config.kv_layout(model).bytes_per_block
     of_routes: dict[Route, list[MoveSample]] = {route: [] for route in routes}
     for (route, count), ms in zip(moves, best_ms[len(shapes) :], strict=True):
         of_routes[route].append(MoveSample(count * block_bytes, ms))
@@ -262,7 +263,6 @@ def table(parameters: Parameters, model: ModelConfig) -> list[list[object]]:
     """Rows of COLUMNS: the seed's terms first, then the others; each with its error, and some as a rate per second."""
     terms, seed = parameters.terms, ClosedForm.of(parameters)
     weights = model.num_matrix_weights()
-    itemsize = 4 if model.dtype == "float32" else 2
     peaks = next((peaks for name, peaks in PEAKS.items() if name in parameters.machine), (None, None))
 
     def rate(amount: float, term: str, what: str, peak: float | None) -> str:
@@ -272,7 +272,7 @@ def table(parameters: Parameters, model: ModelConfig) -> list[list[object]]:
         return f"{amount / ms:.4g} {what}{share}" if ms > parameters.stderr.get(term, 0.0) else ""
 
     tflops = rate(2 * weights / 1e9, "a1", "TFLOP/s of matrix products", peaks[0])
-    reading = rate(weights * itemsize / 1e6, "beta", "GB/s of weights", peaks[1])
+    reading = rate(weights * ITEMSIZES[model.dtype] / 1e6, "beta", "GB/s of weights", peaks[1])
     context = rate(parameters.kv_bytes_per_token / 1e6, "kv", "GB/s", peaks[1])
     jumps = f"ms per step above {terms.batch_thresh:g} rows"
     fitted = [

@@ -1,4 +1,4 @@
-"""The tensors of one step, as the decoder sees them: no sequences, no sampling, no scheduling."""
+"""The tensors of one step, as the decoder sees them. Knows no sequences, no sampling and no scheduling."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class PrefillRow:
 
 @dataclass(slots=True)
 class InputBatch:
-    """One step. T tokens: those of the decode rows first (one each), then those of the prefill rows."""
+    """One step of T tokens: first those of the decode rows (one each), then those of the prefill rows."""
 
     token_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64
-    slot_mapping: Tensor  # [T] int64, block_id * block_size + offset: where each token's K and V go
+    slot_mapping: Tensor  # [T] int64, the slot that each token's K and V go to
     num_decode_rows: int
     decode_block_tables: Tensor  # [num_decode_rows, max_blocks] int32
     decode_seq_lens: Tensor  # [num_decode_rows] int32, context length including the current token
     prefill_rows: tuple[PrefillRow, ...]
-    logit_indices: Tensor | None  # [num_samples] int64, the tokens whose logits are wanted; None: all
+    logit_indices: Tensor | None  # [num_samples] int64, the tokens whose logits are wanted; None for all

@@ -35,7 +35,7 @@ def scaled_inv_freq(head_dim: int, theta: float, scaling: RopeScaling) -> Tensor
 
 
 def attention_factor(scaling: RopeScaling) -> float:
-    """What the table is multiplied by (yarn, section 3.4; mscale as DeepSeek uses it)."""
+    """The factor of the whole table (yarn, section 3.4; mscale as DeepSeek uses it)."""
     if scaling.kind != "yarn":
         return 1.0
     if scaling.attention_factor is not None:
@@ -50,22 +50,22 @@ def _mscale(factor: float, mscale: float) -> float:
 
 
 def _llama3(inv_freq: Tensor, scaling: RopeScaling) -> Tensor:
-    """Short wavelengths stay, long ones are divided by the factor, those between are blended."""
+    """Keeps short wavelengths, lengthens long ones by the factor, and blends those between."""
     assert scaling.original_max_position_embeddings is not None
-    turns = scaling.original_max_position_embeddings * inv_freq / (2 * math.pi)  # within the original context
+    turns = scaling.original_max_position_embeddings * inv_freq / (2 * math.pi)  # turns within the original context
     blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     blend = blend.clamp(0.0, 1.0)
     return (1 - blend) * inv_freq / scaling.factor + blend * inv_freq
 
 
 def _yarn(inv_freq: Tensor, head_dim: int, theta: float, scaling: RopeScaling) -> Tensor:
-    """Dimensions that turn often stay, those that turn seldom are interpolated, with a linear ramp between."""
+    """Keeps dimensions that turn often, interpolates those that turn seldom, with a linear ramp between."""
     low = _yarn_dim(scaling.beta_fast, head_dim, theta, scaling)
     high = _yarn_dim(scaling.beta_slow, head_dim, theta, scaling)
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
-    width = high - low or 0.001  # no division by zero
+    width = high - low or 0.001  # so that nothing is divided by zero
     ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / width).clamp(0.0, 1.0)
     return inv_freq / scaling.factor * ramp + inv_freq * (1 - ramp)
 

@@ -54,6 +54,10 @@ class AdaptivePolicy:
         self._switcher = RoleSwitcher(roles, has_limits=self.slo != SLO())
         self._feasible = RouteSet(())  # of the last choice
 
+    def set_routes(self, routes: list[Route]) -> None:
+        """See `Policy.set_routes`."""
+        self.routes = routes
+
     def choose(self, feasible: list[Route], seq: Sequence, workers: Workers[WorkerLoad], now_s: float) -> Decision:
         """See `Policy.choose`."""
         demand, num_tokens, num_generated = self.demand, seq.num_tokens, seq.num_tokens - seq.num_prompt_tokens
@@ -68,7 +72,7 @@ class AdaptivePolicy:
             self._feasible = RouteSet(feasible)
         taken, best_other = forecast.best(self._feasible)
         roles: RoleChanges = ()
-        if seq.fixed_route is None:
+        if seq.request.route is None:
             roles = self._switcher.changes(self._feasible, taken, lambda routes: forecast.best(routes)[0], workers)
         is_late = self._is_late(taken)
         if self.admission == "reject" and seq.decision is None and is_late:

@@ -91,6 +91,10 @@ class ClosedFormPolicy:
         self.costs = None  # The closed form's terms are not corrected.
         self._form = ClosedForm.of(parameters)
 
+    def set_routes(self, routes: list[Route]) -> None:
+        """See `Policy.set_routes`."""
+        self.routes = routes
+
     def choose(self, feasible: list[Route], seq: Sequence, workers: Workers[WorkerLoad], now_s: float) -> Decision:
         """See `Policy.choose`."""
         num_generated = seq.num_tokens - seq.num_prompt_tokens

@@ -81,6 +81,9 @@ class Policy(Protocol):
     def costs(self) -> CostModel | None:
         """The model that it predicts with, to be told of measured times; None: it does not use measured times."""
 
+    def set_routes(self, routes: list[Route]) -> None:
+        """Choose from these routes from now on, as roles have changed."""
+
     def choose(self, feasible: list[Route], seq: Sequence, workers: Workers[WorkerLoad], now_s: float) -> Decision:
         """A route for `seq` out of `feasible`, which is not empty and in the order of `routes`.
 
@@ -104,6 +107,10 @@ class FixedPolicy:
         self.name = name
         self.routes = routes
         self._next = 0  # round_robin: the index into `routes` of the next one
+
+    def set_routes(self, routes: list[Route]) -> None:
+        """See `Policy.set_routes`."""
+        self.routes = routes
 
     def choose(self, feasible: list[Route], seq: Sequence, workers: Workers[WorkerLoad], now_s: float) -> Decision:
         """See `Policy.choose`."""

@@ -1,8 +1,8 @@
 """Changes the logits of the rows whose sequences ask for it: penalties, biases, banned words, users' own functions.
 
-Owns what is needed for that of every slot: how often each token was seen, what is added to its logit, the last tokens,
-and, for users' functions, all generated tokens on the host. `SlotExtras` says how a slot begins, `note` what is drawn
-in it, so nothing is asked of the parent in between. On a GPU nothing here waits, but for users' functions.
+Owns what that needs for every slot: how often each token was seen, what is added to its logit, the last tokens, and,
+for users' functions, all generated tokens on the host. `SlotExtras` says how a slot begins and `note` which token was
+drawn in it, so the parent is asked nothing in between. On a GPU nothing here waits for it but users' functions.
 
 Order, as in vLLM: users' functions, biases (with -inf for what is not allowed or banned), repetition penalty, frequency
 penalty, presence penalty. `adjust_logits` here and the kernel of `nanopd.cuda.adjusting` are the same arithmetic.
@@ -19,21 +19,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanopd.config import MAX_STEPS_IN_FLIGHT
 from nanopd.messages import MAX_BAD_WORD_TOKENS, LogitsProcessor, SlotExtras
 from nanopd.worker.upload import Uploader, upload_once
 
-IN_PROMPT = 1 << 24  # of a count: the token stands in the prompt; what is below says how often it was generated
-WIDTH_MULTIPLE = 8  # of a table's rows: what a thread of the kernel takes
+IN_PROMPT = 1 << 24  # bit of a count: the token stands in the prompt; the lower bits say how often it was generated
+WIDTH_MULTIPLE = 8  # the width of a table's rows is a multiple of what a thread of the kernel takes
 
-# How a row's logits change; the kernel reads these records.
+# How the logits of a row change. The kernel reads these records.
 ADJUSTMENT = np.dtype(
     [
-        ("row", "<i4"),  # of the tables
+        ("row", "<i4"),  # of the tables; 0: nothing changes
         ("presence", "<f4"),
         ("frequency", "<f4"),
-        ("repetition", "<f4"),  # factor of logits of tokens seen before that are not positive
-        ("inverse", "<f4"),  # of those that are
+        ("repetition", "<f4"),  # factor of the logits of tokens seen before, where the logit is not positive
+        ("inverse", "<f4"),  # the same where the logit is positive
         ("padding", "<i4"),
     ]
 )
@@ -44,20 +43,20 @@ class Adjustments:
 
     def __init__(self, max_slots: int, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
-        self._upload = Uploader(device, MAX_STEPS_IN_FLIGHT + 1)
+        self._upload = Uploader(device)
         self._records = np.zeros(max_slots, ADJUSTMENT)
         self._tables = _Tables(-(-vocab_size // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, device)
-        self._words: dict[int, np.ndarray] = {}  # of a slot: [num_words, MAX_BAD_WORD_TOKENS] int64, -1 in front
-        self._recent = torch.full((max_slots, MAX_BAD_WORD_TOKENS - 1), -1, device=device)  # int64, generated; -1: none
+        self._words: dict[int, np.ndarray] = {}  # by slot: [num_words, MAX_BAD_WORD_TOKENS] int64, with -1 in front
+        self._recent = torch.full((max_slots, MAX_BAD_WORD_TOKENS - 1), -1, device=device)  # last generated
         self._processing: dict[int, _Processing] = {}  # by slot
-        self._failed: dict[int, str] = {}  # rows of this step whose users' functions have failed
+        self._failed: dict[int, str] = {}  # by row of this step whose user's function has failed: the traceback
 
     def concern(self, slots: np.ndarray) -> bool:
         """Whether any of the rows' logits are to be changed; slots [num_rows] int64."""
         return bool(self._records["row"][slots].any())
 
     def enter(self, slot: int, extras: SlotExtras | None) -> None:
-        """A sequence enters a slot; what the last one had there is forgotten."""
+        """A sequence enters a slot, which forgets what its last sequence had."""
         if row := int(self._records["row"][slot]):
             self._tables.free.append(row)
             self._words.pop(slot, None)
@@ -97,7 +96,7 @@ class Adjustments:
         return logits
 
     def note(self, slots: np.ndarray, token_ids: Tensor) -> None:
-        """What was drawn: slots [num_rows] int64; token_ids [num_rows] int64, where -1 is set for rows that failed."""
+        """The drawn tokens: slots, token_ids [num_rows] int64. Sets the token to -1 in rows that failed."""
         table_rows = self._records["row"][slots].astype(np.int64)
         counted = np.flatnonzero(table_rows)
         if len(counted):
@@ -141,7 +140,7 @@ class Adjustments:
         before, end, of_slot = self._upload([words[:, :-1].ravel(), ends, slots[row_of_word]])
         before = before.view(len(words), -1)
         is_next = ((before == self._recent[of_slot]) | (before < 0)).all(-1)
-        # the least, as several words may have the same last token
+        # The least value wins, as several words may have the same last token.
         logits.view(-1).scatter_reduce_(0, end, torch.where(is_next, -torch.inf, torch.inf), "amin")
 
 
@@ -151,16 +150,16 @@ def _rows_in(holders: dict[int, Any], slots: np.ndarray) -> list[int]:
 
 
 class _Tables:
-    """Of each sequence a row of counts and one of biases, in memory that grows with the number of such sequences.
+    """A row of counts and one of biases for each sequence that needs them, in memory that grows with their number.
 
-    Row 0 is of zeros: it changes nothing.
+    Row 0 is all zeros, which changes nothing.
     """
 
     def __init__(self, width: int, device: torch.device) -> None:
         self.width = width  # at least vocab_size
         self.counts = torch.zeros(1, width, dtype=torch.int32, device=device)  # [num_rows, width], see IN_PROMPT
-        self.biases: Tensor | None = None  # [num_rows, width] float32; None: nobody has one
-        self.free: list[int] = []  # rows
+        self.biases: Tensor | None = None  # [num_rows, width] float32; None: no sequence has had a bias yet
+        self.free: list[int] = []  # rows of no sequence
         self._one = torch.ones(1, dtype=torch.int32, device=device)
 
     def take(self, extras: SlotExtras, banned: np.ndarray) -> int:
@@ -192,17 +191,17 @@ class _Tables:
         biases.index_fill_(0, upload_once(banned, device), -torch.inf)
 
     def count(self, cells: Tensor) -> None:
-        """One more of each; cells [*] int64, row * width + token id."""
+        """Count one more of each token; cells [*] int64, row * width + token id."""
         self.counts.view(-1).index_add_(0, cells, self._one.expand(len(cells)))
 
 
 @dataclass(slots=True)
 class _Processing:
-    """Users' functions of one slot."""
+    """The users' functions of one slot."""
 
     pickled: bytes
     token_ids: list[int]  # generated so far
-    functions: tuple[LogitsProcessor, ...] | None = None  # None: not unpickled so far
+    functions: tuple[LogitsProcessor, ...] | None = None  # None: not unpickled yet
 
     def __call__(self, logits: Tensor) -> Tensor:
         """logits [vocab_size] float32 -> the same; raises whatever the functions raise."""

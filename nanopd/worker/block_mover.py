@@ -17,11 +17,12 @@ from torch import Tensor
 if TYPE_CHECKING:
     from nanopd.cuda.peer_memory import PeerMemory
 
-MAX_CTAS = 64  # of a copy: 370 GB/s over NVLink, as with any higher number (32: 357), and half of the GPU's processors
-HOST_CTAS = 16  # of a copy to or from host memory: all that the bus carries
-PRIORITY = -1  # of the stream: blocks that a sequence waits for go before the rest of a running step
-HOST_CHUNK_BYTES = 1 << 20  # of a copy on the CPU: what is between source and destination stays in the cache
-NUM_STAGED_IDS = 4096  # pinned memory is asked for in one size, so that it is used again
+# A copy of 64 CTAs reaches 370 GB/s over NVLink, as with any higher number (32 reach 357), on half of the processors.
+MAX_CTAS = 64
+HOST_CTAS = 16  # a copy to or from host memory fills the bus with as many CTAs
+PRIORITY = -1  # of the stream, so that blocks that a sequence waits for go before the rest of a running step
+HOST_CHUNK_BYTES = 1 << 20  # a copy on the CPU takes as much at a time, which stays in the processor's cache
+NUM_STAGED_IDS = 4096  # pinned memory is asked for in this one size, so that torch can use it again
 
 
 class DigestMismatch(RuntimeError):
@@ -32,29 +33,29 @@ class Mark(Protocol):
     """A moment in a mover's work."""
 
     def query(self) -> bool:
-        """Whether all that was queued before has been done."""
+        """Whether all work that was queued before this mark has been done."""
 
     def elapsed_time(self, end: Any) -> float:
-        """Milliseconds from this one to `end`, when both have come."""
+        """Milliseconds from this mark to `end`; all work before both must have been done."""
 
 
 class Mover(Protocol):
-    """Ids are those that `ids` gave; a slot is host memory, [*] uint8, with room for the blocks one after the other."""
+    """Ids are those that `ids` gave. A buffer is host memory, [*] uint8, that holds the blocks one after the other."""
 
     def ids(self, *columns: np.ndarray) -> list[Tensor]:
-        """Columns of block ids, each [num_blocks] int32, on the device."""
+        """Brings columns of block ids, each [num_blocks] int32, to the device."""
 
     def pull(self, peer: Any, src_ids: Tensor, dst_ids: Tensor) -> None:
-        """Copy blocks of a peer's cache (`Tensor` on the CPU, `PeerMemory` on a GPU), of the same shape, into this."""
+        """Copies blocks of a peer's cache (a `Tensor` on the CPU, a `PeerMemory` on a GPU) into this one."""
 
-    def pack(self, ids: Tensor, slot: Tensor) -> None: ...
+    def pack(self, ids: Tensor, buffer: Tensor) -> None: ...
 
-    def unpack(self, slot: Tensor, ids: Tensor) -> None: ...
+    def unpack(self, buffer: Tensor, ids: Tensor) -> None: ...
 
     def mark(self) -> Mark: ...
 
     def digest(self, ids: Tensor, peer: Any = None) -> int:
-        """64 bits, signed, of the bytes of blocks, this cache's or a peer's. For debugging: waits for the device."""
+        """A signed hash of 64 bits of blocks, of this cache or a peer's. For debugging, it waits for the device."""
 
 
 class HostMark:
@@ -80,11 +81,11 @@ class HostMover:
         for src, dst in zip(src_ids.split(self._chunk), dst_ids.split(self._chunk)):
             self._kv.index_copy_(0, dst, _rows(peer).index_select(0, src))
 
-    def pack(self, ids: Tensor, slot: Tensor) -> None:
-        torch.index_select(self._kv, 0, ids, out=self._blocks_of(slot, len(ids)))
+    def pack(self, ids: Tensor, buffer: Tensor) -> None:
+        torch.index_select(self._kv, 0, ids, out=self._blocks_of(buffer, len(ids)))
 
-    def unpack(self, slot: Tensor, ids: Tensor) -> None:
-        self._kv.index_copy_(0, ids, self._blocks_of(slot, len(ids)))
+    def unpack(self, buffer: Tensor, ids: Tensor) -> None:
+        self._kv.index_copy_(0, ids, self._blocks_of(buffer, len(ids)))
 
     def mark(self) -> Mark:
         return HostMark()
@@ -92,16 +93,16 @@ class HostMover:
     def digest(self, ids: Tensor, peer: Tensor | None = None) -> int:
         return _digest((self._kv if peer is None else _rows(peer)).index_select(0, ids))
 
-    def _blocks_of(self, slot: Tensor, num_blocks: int) -> Tensor:
+    def _blocks_of(self, buffer: Tensor, num_blocks: int) -> Tensor:
         size = self._kv.shape[1]
-        return slot.view(self._kv.dtype)[: num_blocks * size].view(num_blocks, size)
+        return buffer.view(self._kv.dtype)[: num_blocks * size].view(num_blocks, size)
 
 
 class CudaMover:
-    """For the thread that computes on the GPU of `kv`."""
+    """The mover of a GPU, for the thread that computes on it."""
 
     def __init__(self, kv: Tensor) -> None:
-        from nanopd.cuda import Side, move_blocks  # not at the top: numba's CUDA side is needed by GPU workers only
+        from nanopd.cuda import Side, move_blocks  # imported here, as CPU workers load nothing of CUDA
 
         self._side, self._move_blocks = Side, move_blocks
         self._kv, self._device = _rows(kv), kv.get_device()
@@ -121,11 +122,11 @@ class CudaMover:
         src, dst = self._side(peer.address, self._block_bytes, src_ids), self._side.of(self._kv, dst_ids)
         self._move(src, dst, len(dst_ids), self.max_ctas)
 
-    def pack(self, ids: Tensor, slot: Tensor) -> None:
-        self._move(self._side.of(self._kv, ids), self._side(slot.data_ptr(), self._block_bytes), len(ids), HOST_CTAS)
+    def pack(self, ids: Tensor, buffer: Tensor) -> None:
+        self._move(self._side.of(self._kv, ids), self._side(buffer.data_ptr(), self._block_bytes), len(ids), HOST_CTAS)
 
-    def unpack(self, slot: Tensor, ids: Tensor) -> None:
-        self._move(self._side(slot.data_ptr(), self._block_bytes), self._side.of(self._kv, ids), len(ids), HOST_CTAS)
+    def unpack(self, buffer: Tensor, ids: Tensor) -> None:
+        self._move(self._side(buffer.data_ptr(), self._block_bytes), self._side.of(self._kv, ids), len(ids), HOST_CTAS)
 
     def mark(self) -> Mark:
         event = torch.cuda.Event(enable_timing=True)
@@ -145,21 +146,21 @@ class CudaMover:
 
 
 def copy_blocks(src: Tensor, src_ids: Tensor, dst: Tensor, dst_ids: Tensor) -> None:
-    """From one cache to another of the same kind, in the order of the current stream; ids [n] int64.
+    """Copies blocks from one cache to another of the same layout, in the order of the current stream; ids [n] int64.
 
-    On a GPU either may lie in host memory that it can address; the ids are on the device.
+    On a GPU either cache may lie in host memory that the GPU can address; the ids are on the device.
     """
     if not src_ids.is_cuda:
         HostMover(dst).pull(src, src_ids, dst_ids)
         return
-    from nanopd.cuda import Side, move_blocks  # see CudaMover
+    from nanopd.cuda import Side, move_blocks  # imported here, as CPU workers load nothing of CUDA
 
     sides = Side.of(src, src_ids), Side.of(dst, dst_ids)
     move_blocks(*sides, len(src_ids), src[0].nbytes, src_ids.get_device(), HOST_CTAS)
 
 
 def mover_for(kv: Tensor) -> Mover:
-    """kv [num_blocks, ...], contiguous."""
+    """The mover of a cache kv [num_blocks, ...], which is contiguous."""
     return CudaMover(kv) if kv.is_cuda else HostMover(kv)
 
 

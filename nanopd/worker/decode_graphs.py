@@ -21,9 +21,9 @@ from nanopd.models.decoder import Decoder
 from nanopd.worker.step_inputs import FROM_SLOT, StepInputs
 from nanopd.worker.upload import Uploader
 
-NUM_COLUMNS = 4  # token ids, slots, positions, slot mapping
+NUM_COLUMNS = 4  # the inputs of a graph: token ids, slots, positions, slot mapping
 LADDER = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
-LADDER_STEP = 64  # above
+LADDER_STEP = 64  # the distance of batch sizes above those of LADDER
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +45,10 @@ class DecodeGraphs:
     """The graphs of one model on one GPU."""
 
     def __init__(self, decoder: Decoder, kv: Tensor, tables: Tensor, last_tokens: Tensor, max_rows: int) -> None:
-        """Capture all.
+        """Captures all graphs.
 
         Args:
-            tables: [num_slots, max_blocks] int32; it and last_tokens [num_slots] int64 stay at their address
+            tables: [num_slots, max_blocks] int32; tables and last_tokens [num_slots] int64 must stay at their addresses
         """
         self._decoder, self._kv, self._tables, self._last_tokens = decoder, kv, tables, last_tokens
         self._sizes = ladder(max_rows)
@@ -79,7 +79,7 @@ class DecodeGraphs:
         return graph.logits[:num_rows], graph.tokens[:num_rows]
 
     def _fillers(self) -> tuple[int, int, int, int]:
-        return 0, len(self._last_tokens) - 1, -1, 0  # position -1 makes a context of 0 tokens
+        return 0, len(self._last_tokens) - 1, -1, 0  # position -1 gives a context of 0 tokens
 
     def _capture(self, size: int, pool: Any) -> _Graph:
         columns = self._columns[: NUM_COLUMNS * size].view(NUM_COLUMNS, size)
@@ -87,7 +87,7 @@ class DecodeGraphs:
             column.fill_(filler)
         stream = torch.cuda.Stream(self._kv.device)
         with torch.cuda.stream(stream):
-            self._forward(columns)  # kernels compile and load, workspaces are made
+            self._forward(columns)  # this compiles and loads kernels and makes workspaces
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=stream):

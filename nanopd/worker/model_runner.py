@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nanopd.config import MAX_STEPS_IN_FLIGHT, EngineConfig, ModelConfig
+from nanopd.config import EngineConfig, ModelConfig
 from nanopd.messages import SlotExtras, StepBatch, StepResult
 from nanopd.models.batch import InputBatch, PrefillRow
 from nanopd.models.decoder import Decoder
@@ -24,8 +25,8 @@ from nanopd.worker.sampler import Sampler, TokenLogprobs, joined, token_logprobs
 from nanopd.worker.step_inputs import FROM_SLOT, ChunkInputs, StepInputs, step_inputs
 from nanopd.worker.upload import Uploader
 
-WARM_UP_RATIO = 1.25  # of one length to the next
-PROMPT_PIECE = 256  # tokens of prompts whose logits are there at a time
+WARM_UP_RATIO = 1.25  # of a length of the warm-up to the next
+PROMPT_PIECE = 256  # as many tokens of prompts have their logits in memory at a time
 
 
 class LaunchedStep:
@@ -39,7 +40,7 @@ class LaunchedStep:
             self._events[0].record()
 
     def set_outputs(self, tokens: Tensor, logprobs: TokenLogprobs, errors: np.ndarray) -> None:
-        """Everything has been queued; tokens [num_samples] on the device."""
+        """Takes the outputs when everything has been queued; tokens [num_samples] are on the device."""
         self._logprob_rows, self._errors = logprobs.rows, errors
         self._outputs = [_to_host(t) for t in (tokens.int(), logprobs.ids, logprobs.values)]
         if self._events:
@@ -49,7 +50,7 @@ class LaunchedStep:
         return not self._events or self._events[1].query()
 
     def result(self) -> StepResult:
-        """To be called when the step is done."""
+        """The outputs on the host; the step must be done."""
         token_ids, ids, values = (output.numpy() for output in self._outputs)
         if self._events:
             duration_us = self._events[0].elapsed_time(self._events[1]) * 1e3
@@ -63,16 +64,17 @@ class ModelRunner:
 
     def __init__(self, decoder: Decoder, kv: Tensor, config: EngineConfig, model: ModelConfig) -> None:
         max_len = config.max_len_of(model)
-        num_slots = config.num_slots + 1  # the last one is for rows that only fill up a graph
+        num_slots = config.num_slots + 1  # the last slot is for rows that only fill up a graph
         self._decoder = decoder
-        self._kv = kv  # [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]
+        self._kv = kv  # of the layout that the decoder was loaded with
         self._host_kv = allocate_host_kv(kv, config, model)
+        self.num_host_blocks = len(self._host_kv)
         self._block_size = config.block_size
         self._host_tables = np.zeros((num_slots, -(-max_len // config.block_size)), np.int32)
-        self._tables = torch.from_numpy(self._host_tables).to(kv.device)  # on the CPU, the same memory
+        self._tables = torch.from_numpy(self._host_tables).to(kv.device)  # on the CPU both are the same memory
         self._last_tokens = torch.zeros(num_slots, dtype=torch.int64, device=kv.device)
         self._sampler = Sampler(num_slots, model.vocab_size, kv.device)
-        self._upload = Uploader(kv.device, MAX_STEPS_IN_FLIGHT + 1)
+        self._upload = Uploader(kv.device)
         self._graphs: DecodeGraphs | None = None
         with torch.inference_mode():
             self._sampler.warm_up(self._warm_up(2))
@@ -82,9 +84,9 @@ class ModelRunner:
                 self._graphs = DecodeGraphs(decoder, kv, self._tables, self._last_tokens, config.max_decode_rows)
 
     def _warm_up(self, num_tokens: int) -> Tensor:
-        """Logits of a decode row, beside a chunk in blocks that nobody has yet.
+        """Logits of a decode row, computed beside a chunk in blocks that no sequence has yet.
 
-        Kernels are compiled, loaded and chosen now, and memory is taken, rather than at the first requests.
+        So kernels are compiled, loaded and chosen now, and memory is taken, rather than at the first requests.
         """
         zeros = np.zeros(1 + num_tokens, np.int64)
         positions = np.concatenate([zeros[:1], np.arange(num_tokens)])
@@ -93,20 +95,23 @@ class ModelRunner:
         return self._run(inputs)[0]
 
     def take_extras(self, extras: SlotExtras) -> None:
-        """Of a sequence that enters a slot in the next step."""
+        """Takes what a sequence that enters a slot in the next step has beside its slot's record."""
         self._sampler.take_extras(extras)
 
     @torch.inference_mode()
-    def launch(self, batch: StepBatch) -> LaunchedStep:
-        """Queue a step on the device; on the CPU, execute it."""
+    def launch(self, batch: StepBatch, between_layers: Callable[[], object]) -> LaunchedStep:
+        """Queues a step on the device; on the CPU, executes it.
+
+        `between_layers` is called between the layers of a step, unless the step is a captured graph.
+        """
         self._apply_changes(batch)
         inputs = step_inputs(batch, self._host_tables, self._block_size)
-        step = LaunchedStep(batch.step_id, self._kv.device)  # its time begins when its work is there to be started
+        step = LaunchedStep(batch.step_id, self._kv.device)  # a step's time begins when its work can be started
         of_prompts: list[TokenLogprobs] = []
         if self._graphs is not None and self._graphs.can_run(inputs):
             logits, tokens = self._graphs.run(inputs, self._upload)
         else:
-            (logits, of_prompts), tokens = self._run(inputs), None
+            (logits, of_prompts), tokens = self._run(inputs, between_layers), None
         host_slots, positions = inputs.sampled_slots, inputs.sampled_positions
         if tokens is None or not self._sampler.is_plain_argmax(host_slots, positions):
             tokens = self._sampler.sample(logits, host_slots, positions)
@@ -130,7 +135,7 @@ class ModelRunner:
             self._copy_blocks(*(batch.copies[name].astype(np.int64) for name in ("src", "dst")))
 
     def _copy_blocks(self, src_ids: np.ndarray, dst_ids: np.ndarray) -> None:
-        """Within the cache, then out to host memory, then in from there; ids [n] int64, negative for host blocks."""
+        """Copies blocks within the cache, then to host memory, then from there; ids [n] int64, negative on the host."""
         kinds = (dst_ids < 0) + 2 * (src_ids < 0)
         order, counts = np.argsort(kinds, kind="stable"), np.bincount(kinds, minlength=3).tolist()
         uploaded = self._upload([np.abs(src_ids[order]), np.abs(dst_ids[order])])
@@ -139,7 +144,9 @@ class ModelRunner:
         copy_blocks(self._kv, out[0], self._host_kv, out[1])
         copy_blocks(self._host_kv, back[0], self._kv, back[1])
 
-    def _run(self, inputs: StepInputs) -> tuple[Tensor, list[TokenLogprobs]]:
+    def _run(
+        self, inputs: StepInputs, between_layers: Callable[[], object] = lambda: None
+    ) -> tuple[Tensor, list[TokenLogprobs]]:
         """Logits [num_samples, vocab_size] of any step, in the model's dtype, and the logprobs of prompts."""
         n = inputs.num_decode_rows
         token_ids, slots, positions, slot_mapping, logit_indices = self._upload(
@@ -155,11 +162,11 @@ class ModelRunner:
             prefill_rows=tuple(map(self._prefill_row, inputs.chunks)),
             logit_indices=logit_indices,
         )
-        x = self._decoder.hidden(batch, self._kv)  # [T, hidden]
+        x = self._decoder.hidden(batch, self._kv, between_layers)  # [T, hidden]
         return self._decoder.logits(x.index_select(0, logit_indices)), self._prompt_logprobs(inputs, x)
 
     def _prompt_logprobs(self, inputs: StepInputs, x: Tensor) -> list[TokenLogprobs]:
-        """Of the prompts whose sequences ask for it, a piece at a time: the logits of a whole prompt are large."""
+        """The logprobs of prompts that ask for them, by pieces, as the logits of a whole prompt are large."""
         targets = self._sampler.prompt_targets(inputs.token_slots, inputs.positions)
         if targets is None:
             return []
@@ -179,12 +186,12 @@ class ModelRunner:
 
 
 def warm_up_lengths(most: int) -> list[int]:
-    """Of chunks, the longest first: what is chosen by shape changes between them, if anywhere."""
+    """Lengths of chunks, the longest first, so close that hardly any choice by shape changes only in between."""
     return [round(most / WARM_UP_RATIO**i) for i in range(1 + int(math.log(most / 2, WARM_UP_RATIO)))]
 
 
 def _to_host(tensor: Tensor) -> Tensor:
-    """A copy that is there when the step is done."""
+    """A copy on the host, complete when the step is done."""
     if not tensor.is_cuda:
         return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

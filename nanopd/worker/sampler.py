@@ -1,9 +1,9 @@
 """Chooses the next token of every row of a step.
 
 Owns what each slot asked for (temperature, top-k, top-p, min-p, seed, stop ids) and the arithmetic from logits to
-token ids and logprobs; what changes the logits before is in adjustments.py. Knows nothing of sequences, blocks or
-models. What a slot asked for stays on the host, so the path is chosen without reading the device, and on a GPU nothing
-here waits for it.
+token ids and logprobs. Changes of the logits before that are the part of adjustments.py. Knows nothing of sequences,
+blocks or models. What a slot asked for stays on the host, so the path is chosen without reading the device, and on a
+GPU nothing here waits for it.
 
 A row's token depends on its logits, its seed and its position, never on the other rows: one Philox number per
 (seed, position) is looked up in the row's cumulative distribution. A token's likelihood is relative to the best
@@ -13,38 +13,36 @@ of `nanopd.cuda.sampling` are the same rule.
 
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nanopd.config import MAX_STEPS_IN_FLIGHT
 from nanopd.messages import MAX_LOGPROBS, SLOT_INIT, SlotExtras
 from nanopd.worker.adjustments import Adjustments
 from nanopd.worker.upload import Uploader
 
-GREEDY_BELOW = 1e-5  # temperatures below are greedy, as in vLLM
+GREEDY_BELOW = 1e-5  # sampling with a lower temperature is greedy, as in vLLM
 ONE = 2.0**40  # fixed point: a token less likely than 2**-40 of the best one is never drawn
 LOG2_E = 1.4426950408889634
-NUM_CANDIDATES = 256  # best tokens looked at first for top-p
-GROUP = 64  # tokens of which the best one is looked at first for logprobs
-GROWTH = 16  # times as many where these do not reach it
+NUM_CANDIDATES = 256  # top-p looks at that many best tokens first,
+GROWTH = 16  # and at that many times as many where these do not reach it
+GROUP = 64  # the search for the best tokens looks at the best one of each group of that many first
 
-# What a row's token is drawn by; uniform and top_p in multiples of 2**-64. The kernel reads these records.
+# What a row's token is drawn by. uniform and top_p are multiples of 2**-64. The kernel reads these records.
 DRAW = np.dtype(
     [
         ("uniform", "<u8"),
         ("top_p", "<u8"),  # 0: off
         ("top_k", "<i4"),  # 0: off
         ("scale", "<f4"),  # log2(e) / temperature
-        ("min_p", "<f4"),  # the least likelihood that is kept
+        ("min_p", "<f4"),  # tokens of less likelihood are dropped
         ("padding", "<i4"),
     ]
 )
-MIN_SCALE = 1e-30  # -inf times it is -inf
-GREEDY = (0, 0, 0, 1e30, 0, 0)  # the first of the best tokens: all others have no likelihood
+MIN_SCALE = 1e-30  # not 0, as -inf times the scale has to be -inf
+GREEDY = (0, 0, 0, 1e30, 0, 0)  # draws the first of the best tokens, as all others have no likelihood
 
 PHILOX_MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], np.uint64)
 PHILOX_WEYL = np.array([[0x9E3779B9], [0xBB67AE85]], np.uint64)
@@ -56,7 +54,7 @@ SHIFT_32 = np.uint64(32)
 class TokenLogprobs(NamedTuple):
     """Logprobs in the layout of `StepResult`; columns are the chosen token, then the best ones."""
 
-    rows: np.ndarray  # [num_logprob_rows] int32, indices into the sampled rows; of prompts -1 - slot
+    rows: np.ndarray  # [num_logprob_rows] int32, indices into the sampled rows; for a token of a prompt -1 - slot
     ids: Tensor  # [num_logprob_rows * (1 + MAX_LOGPROBS)] int32, -1: none
     values: Tensor  # the same shape, float32, -inf: none
 
@@ -71,10 +69,10 @@ def joined(parts: list[TokenLogprobs]) -> TokenLogprobs:
 class PromptTargets(NamedTuple):
     """Tokens of prompts whose logprobs are wanted; all [*] int64."""
 
-    indices: np.ndarray  # of the token before, in the step
-    token_ids: np.ndarray
-    wanted: np.ndarray  # how many best ones beside it
-    slots: np.ndarray
+    indices: np.ndarray  # into the step's tokens: the token before each target
+    token_ids: np.ndarray  # the targets
+    wanted: np.ndarray  # how many best tokens are wanted beside each target
+    slots: np.ndarray  # of the targets' sequences
 
 
 class Sampler:
@@ -82,16 +80,16 @@ class Sampler:
 
     def __init__(self, max_slots: int, vocab_size: int, device: torch.device) -> None:
         self.vocab_size = vocab_size
-        self._upload = Uploader(device, MAX_STEPS_IN_FLIGHT + 1)
+        self._upload = Uploader(device)
         self._slots = np.zeros(max_slots, SLOT_INIT)  # row s: the record that last entered slot s
         self._stop_ids = [np.empty(0, np.int32)] * max_slots
         self._adjustments = Adjustments(max_slots, vocab_size, device)
-        self._arrived: dict[int, SlotExtras] = {}  # by slot, for the step to come
-        self._prompts: dict[int, SlotExtras] = {}  # by slot: whose prompts' logprobs are wanted
+        self._arrived: dict[int, SlotExtras] = {}  # by slot that a sequence enters in the step to come
+        self._prompts: dict[int, SlotExtras] = {}  # by slot of a sequence that asks for logprobs of its prompt
 
     def take_extras(self, extras: SlotExtras) -> None:
-        """They hold from when a sequence enters their slot, which is in the next step."""
-        self._arrived[extras.slot] = deepcopy(extras)  # the message's memory is used again
+        """The extras hold from when a sequence enters their slot, which is in the next step."""
+        self._arrived[extras.slot] = extras
 
     def apply(
         self,
@@ -102,7 +100,7 @@ class Sampler:
         self._slots[slot_inits["slot"]] = slot_inits
         ends = np.cumsum(slot_inits["num_stop_ids"])
         for slot, ids in zip(slot_inits["slot"].tolist(), np.split(stop_ids, ends[:-1]), strict=False):
-            self._stop_ids[slot] = ids.copy()  # the message's memory is used again
+            self._stop_ids[slot] = ids
             extras = self._arrived.pop(slot, None)
             self._adjustments.enter(slot, extras)
             self._prompts.pop(slot, None)
@@ -123,7 +121,7 @@ class Sampler:
         return token_ids
 
     def warm_up(self, logits: Tensor) -> None:
-        """Kernels compile and load: those that most requests need, and those of `take_extras`."""
+        """Have kernels compile and load: those that most requests need, and those that extras need."""
         zeros = np.zeros(len(logits), np.int64)
         self.sample(logits, zeros, zeros)
         self._draw(self._adjustments.apply(logits, zeros), zeros, zeros)
@@ -133,7 +131,7 @@ class Sampler:
         return self._adjustments.take_errors()
 
     def _draw(self, logits: Tensor, slots: np.ndarray, positions: np.ndarray) -> Tensor:
-        """As `sample`, from logits that are not changed any more."""
+        """As `sample`, once the adjustments have been applied to the logits."""
         params = self._slots[slots]
         logits = self._mask_stop_ids(logits, params, positions)
         draws = draws_of(params, positions)
@@ -142,7 +140,7 @@ class Sampler:
 
             return draw_tokens(logits, *self._upload([draws.view(np.int64)]))
         token_ids = logits.argmax(-1)
-        # A row at a time: the temporaries stay in the cache (measured: a batch's take up to six times as long).
+        # One row at a time, as its temporaries stay in the cache (measured: a batch's take up to six times as long).
         for row in np.flatnonzero(params["temperature"] >= GREEDY_BELOW).tolist():
             token_ids[row] = draw_token(logits[row].float(), *draws[row].item()[:-1])
         return token_ids
@@ -163,7 +161,7 @@ class Sampler:
         return [TokenLogprobs(host_rows.astype(np.int32), ids, values)]
 
     def prompt_targets(self, slots: np.ndarray, positions: np.ndarray) -> PromptTargets | None:
-        """Which logits of a step's tokens (slots, positions [T] int64) are asked for beside those to sample from."""
+        """The prompt tokens of a step whose logprobs are asked for; slots, positions [T] int64 of all its tokens."""
         parts = []
         for slot, extras in self._prompts.items():
             indices = np.flatnonzero((slots == slot) & (positions + 1 < extras.num_prompt_tokens))
@@ -208,14 +206,17 @@ def token_logprobs(
     best = best_tokens(logits, num_best)
     ids[:, 0] = token_ids
     ids[:, 1 : 1 + num_best] = best
-    found = ids[:, : 1 + num_best].clamp(min=0)  # there is no token where a user's function has failed
+    found = ids[:, : 1 + num_best].clamp(min=0)  # the token is -1 where a user's function has failed
     values[:, : 1 + num_best] = logits.log_softmax(-1, torch.float32).gather(-1, found)
     unwanted = torch.arange(ids.shape[1], device=logits.device) > wanted[:, None]
     return ids.masked_fill_(unwanted, -1).int().flatten(), values.masked_fill_(unwanted, -torch.inf).flatten()
 
 
 def best_tokens(logits: Tensor, count: int) -> Tensor:
-    """[num_rows, count] int64, the best one first: they are within the `count` groups with the largest maxima."""
+    """The ids of the best tokens, [num_rows, count] int64, the best one first.
+
+    All of them are within the `count` groups of tokens with the largest maxima.
+    """
     num_rows, vocab_size = logits.shape
     num_groups = vocab_size // GROUP
     if vocab_size % GROUP or num_groups <= count:
@@ -227,7 +228,7 @@ def best_tokens(logits: Tensor, count: int) -> Tensor:
 
 
 def draws_of(params: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """What rows are drawn by: params [num_rows] SLOT_INIT, positions [num_rows] int64 -> [num_rows] DRAW."""
+    """What tokens are drawn by: params [num_rows] SLOT_INIT, positions [num_rows] int64 -> [num_rows] DRAW."""
     draws = np.zeros(len(params), DRAW)
     is_random = params["temperature"] >= GREEDY_BELOW
     draws["uniform"] = random_numbers(params["seed"], positions)
@@ -249,7 +250,7 @@ def draw_token(logits: Tensor, uniform: int, top_p: int, top_k: int, scale: floa
 
     logits [vocab_size] float32; the others are the fields of a DRAW.
     """
-    likelihood = ((logits - logits.max()) * scale).exp2_().nan_to_num_(1.0)  # what is no number may be drawn
+    likelihood = ((logits - logits.max()) * scale).exp2_().nan_to_num_(1.0)  # a NaN counts as the best
     cdf = kept_weights(likelihood, top_k, top_p, min_p).numpy().cumsum()
     return int(np.searchsorted(cdf, int(cdf[-1]) * uniform >> 64, side="right"))
 

@@ -11,14 +11,14 @@ import numpy as np
 
 from nanopd.messages import RowFlag, StepBatch
 
-FROM_SLOT = -1  # in place of a token id: the one last sampled in the token's slot
+FROM_SLOT = -1  # in place of a token id: stands for the token last sampled in the row's slot
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkInputs:
     """A row of several tokens: a chunk of a prompt."""
 
-    start: int  # its tokens are start .. end of the step's
+    start: int  # the chunk's tokens are start .. end of the step's tokens
     end: int
     num_cached: int  # tokens of the sequence before the chunk
     slot: int
@@ -28,11 +28,11 @@ class ChunkInputs:
 class StepInputs:
     """T tokens: those of the decode rows first, then those of the chunks. All arrays int64.
 
-    A draft is a decode row by itself, whose context ends with it: so rows with drafts need nothing of their own, and
-    what takes n decode rows (a graph, too) takes any that have n tokens together.
+    A draft is a decode row by itself, whose context ends with it. So rows with drafts need no code of their own, and
+    a kernel or a graph for n decode rows takes any rows with n tokens together.
     """
 
-    token_ids: np.ndarray  # [T], or FROM_SLOT
+    token_ids: np.ndarray  # [T], a token id or FROM_SLOT
     token_slots: np.ndarray  # [T]
     positions: np.ndarray  # [T]
     slot_mapping: np.ndarray  # [T], block_id * block_size + offset: where K and V of each token go

@@ -1,4 +1,4 @@
-"""Index arrays from the host to the device: one copy a call, through pinned memory that is used in turn."""
+"""Copies index arrays from the host to the device: one copy a call, through pinned buffers that are used in turn."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CALLS_PER_STEP = 5
-MIN_BYTES = 1 << 16
+from nanopd.config import MAX_STEPS_IN_FLIGHT
+
+CALLS_PER_STEP = 5  # of one Uploader, at most
+MIN_BYTES = 1 << 16  # of a buffer
 
 
 class Uploader:
     """Copies on torch's current stream and never waits for it.
 
-    A buffer is used again after `num_steps` steps; by then, the caller has seen the step's end.
+    A buffer is used again after as many steps as may be in flight, and one more; by then the first of them has ended.
     """
 
-    def __init__(self, device: torch.device, num_steps: int) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._buffers: list[Tensor] = [torch.empty(0, dtype=torch.int64)] * (num_steps * CALLS_PER_STEP)
+        num_buffers = (MAX_STEPS_IN_FLIGHT + 1) * CALLS_PER_STEP
+        self._buffers: list[Tensor] = [torch.empty(0, dtype=torch.int64)] * num_buffers
         self._next = 0
 
     def __call__(self, arrays: list[np.ndarray], out: Tensor | None = None) -> list[Tensor]:
@@ -41,6 +44,6 @@ class Uploader:
 
 
 def upload_once(array: np.ndarray, device: torch.device) -> Tensor:
-    """`array` on the device, through pinned memory of its own, as for something rare or large; does not wait."""
+    """`array` on the device, through pinned memory of its own: for what is rare or large. Does not wait."""
     tensor = torch.from_numpy(array)
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

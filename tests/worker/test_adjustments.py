@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 from transformers import (
     NoBadWordsLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
@@ -153,7 +154,7 @@ EXTRAS = st.fixed_dictionaries(
 
 @pytest.mark.parametrize("device", DEVICES)
 @given(rows=st.lists(EXTRAS, min_size=1, max_size=6), vocab_size=st.sampled_from([16, 37, 64]), data=st.data())
-@settings(max_examples=60, deadline=None)
+@examples(0.6)
 def test_all_at_once_as_tokens_come(rows: list[dict], vocab_size: int, data: st.DataObject, device: str) -> None:
     """Slots that are entered midway know as much as those that saw their tokens come."""
     adjustments = Adjustments(8, vocab_size, torch.device(device))
