@@ -15,7 +15,6 @@ Bars are for Qwen3-8B in bfloat16 on two H200; vLLM's figures are of two replica
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,82 +22,62 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from load import Job, Workload, greedy, play
-from report import Row, emit
 
-from nanopd import LLM
+from bench.lib.load import Job, Workload, play, serving
+from bench.lib.report import Row, arguments, emit, gpu_name, greedy, load, median_and_p99, prompts
+from nanopd import LLM, EngineConfig
 from nanopd.messages import EventKind, RequestLog
-from nanopd.metrics import Percentiles, summarize
+from nanopd.metrics import summarize
 
 POLICIES = {"disaggregated": ("prefill", "decode"), "collocated": ("mixed", "mixed")}
 CHUNK, SMALL_CHUNK = 4096, 1024  # tokens of a step
 MOVED_BARS = {CHUNK: 1.5, SMALL_CHUNK: 0.75}  # ms, of 2048 tokens
 NUM_DECODING, DECODE_CONTEXT = 60, 512
+VLLM = Path(__file__).parent / "results" / "h200" / "vllm.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    num_in: int
-    num_out: int
+    lengths: str  # IN/OUT tokens
     requests_per_s: float
     warm_up_s: float = 3.0
     window_s: float = 20.0
 
     def __str__(self) -> str:
-        return f"{self.num_in}/{self.num_out} at {self.requests_per_s:g}/s"
+        return f"{self.lengths} at {self.requests_per_s:g}/s"
 
 
-LOADS = (Load(1024, 128, 24), Load(1024, 128, 32), Load(4096, 256, 6))
-# bars of the disaggregated pair: p50, p99 or either; None: there is none
-BARS: dict[tuple[str, str], tuple[float | None, float | None]] = {
-    ("1024/128 at 24/s", "TTFT"): (40, 150),
-    ("1024/128 at 32/s", "TTFT"): (65, 240),
-    ("4096/256 at 6/s", "TTFT"): (None, 520),
-    ("1024/128 at 24/s", "first gap"): (15, 20),
-    ("1024/128 at 32/s", "first gap"): (15, 20),
-    ("1024/128 at 24/s", "ITL"): (None, 8),
-    ("1024/128 at 32/s", "ITL"): (None, 8),
-    ("4096/256 at 6/s", "ITL"): (None, 9),
+LOADS = ("1024/128@24", "1024/128@32", "4096/256@6")
+# bars of the disaggregated pair: p50, p99 or either
+BARS = {
+    ("1024/128 at 24/s", "TTFT"): "40 / 150",
+    ("1024/128 at 32/s", "TTFT"): "65 / 240",
+    ("4096/256 at 6/s", "TTFT"): "- / 520",
+    ("1024/128 at 24/s", "first gap"): "15 / 20",
+    ("1024/128 at 32/s", "first gap"): "15 / 20",
+    ("1024/128 at 24/s", "ITL"): "- / 8",
+    ("1024/128 at 32/s", "ITL"): "- / 8",
+    ("4096/256 at 6/s", "ITL"): "- / 9",
 }
-PEERS: dict[tuple[str, str], tuple[float | None, float | None]] = {
-    ("1024/128 at 24/s", "TTFT"): (40, 97),
-    ("1024/128 at 32/s", "TTFT"): (43, 108),
-    ("4096/256 at 6/s", "TTFT"): (109, 444),
-    ("1024/128 at 24/s", "ITL"): (5.9, 33),
-    ("1024/128 at 32/s", "ITL"): (6.3, 35),
-    ("4096/256 at 6/s", "ITL"): (6.9, 90),
-    ("1024/128 at 24/s", "TPOT"): (7.5, 9.3),
-    ("1024/128 at 32/s", "TPOT"): (8.7, 11.0),
-    ("4096/256 at 6/s", "TPOT"): (9.5, 14.8),
-}
-
-
-def prompts(count: int, length: int, vocab_size: int) -> list[list[int]]:
-    return np.random.default_rng(count + length).integers(10, vocab_size, (count, length)).tolist()
 
 
 @contextmanager
-def serving(args: argparse.Namespace, policy: str, chunk: int) -> Iterator[LLM]:
-    workers = [{"device": d, "role": r} for d, r in zip(args.devices.split(","), POLICIES[policy], strict=True)]
-    with LLM(
+def pair_of(args: argparse.Namespace, policy: str, chunk: int) -> Iterator[LLM]:
+    config = EngineConfig(
         args.model,
         load_format=args.load_format,
         policy=policy,
-        workers=workers,
+        workers=[{"device": d, "role": r} for d, r in zip(args.devices.split(","), POLICIES[policy], strict=True)],
         transfer=args.transfer,
         max_model_len=args.max_model_len,
         max_num_seqs=256,
         max_num_batched_tokens=chunk,
         enable_prefix_caching=False,  # the same prompts may come again
-    ) as llm:
-        warm_up = prompts(8, args.prompt, llm.model_config.vocab_size)
-        llm.generate(warm_up, greedy(8), False)
+    )
+    with serving(config) as llm:
+        llm.generate(prompts(8, args.prompt, llm.model_config.vocab_size), greedy(8), False)
         llm.stats(reset=True)
         yield llm
-
-
-def take_logs(llm: LLM) -> list[RequestLog]:
-    return llm.stats(reset=True).logs
 
 
 def span_ms(log: RequestLog, start: EventKind, end: EventKind) -> float:
@@ -106,37 +85,27 @@ def span_ms(log: RequestLog, start: EventKind, end: EventKind) -> float:
     return (times[end] - times[start]) * 1e3
 
 
-def row(what: str, p50: float, p99: float | None, unit: str = "ms", **more: object) -> Row:
+def row(what: str, p50: float | None, p99: float | None, unit: str = "ms", **more: object) -> Row:
     return {"what": what, "p50": p50, "p99": p99, "unit": unit, "bar": None, "vLLM": None, **more}
 
 
-def percentile_row(what: str, values: Sequence[float], **more: object) -> Row:
-    found = Percentiles.of(np.array(values))
-    assert found is not None
-    return row(what, found.p50, found.p99, **more)
-
-
-# ------------------------------------------------------------------------------------------------- one hand-over
-
-
 def handover_rows(llm: LLM, num_tokens: int, chunk: int, repeats: int) -> list[Row]:
+    """Of single hand-overs."""
     for ids in prompts(repeats + 2, num_tokens, llm.model_config.vocab_size):
         llm.generate(ids, greedy(8), False)
-    logs = take_logs(llm)[2:]
+    logs = llm.stats(reset=True).logs[2:]
     name = f"{num_tokens} tokens, chunks of {min(chunk, num_tokens)}"
     moved = [span_ms(log, EventKind.MOVING, EventKind.MOVED) for log in logs]
     gaps = [np.diff(log.token_times_s) * 1e3 for log in logs]
     return [
-        percentile_row(f"moved, {name}", moved, bar=MOVED_BARS.get(chunk)),
-        percentile_row(f"first gap, {name}", [float(gap[0]) for gap in gaps]),
-        percentile_row(f"decode step after it, {name}", [float(np.median(gap[2:])) for gap in gaps]),
+        row(f"moved, {name}", *median_and_p99(moved), bar=MOVED_BARS.get(chunk)),
+        row(f"first gap, {name}", *median_and_p99([gap[0] for gap in gaps])),
+        row(f"decode step after it, {name}", *median_and_p99([np.median(gap[2:]) for gap in gaps])),
     ]
 
 
-def head_row(llm: LLM, device: str) -> Row | None:
+def head_ms(llm: LLM, device: str) -> float:
     """The matrix product of the output head for one token, by itself."""
-    if device == "cpu":
-        return None
     import torch
 
     model, dtype = llm.model_config, getattr(torch, llm.model_config.dtype)
@@ -149,14 +118,11 @@ def head_row(llm: LLM, device: str) -> Row | None:
             torch.nn.functional.linear(x, weight)
         events[1].record()
         torch.cuda.synchronize()
-    return row("head", events[0].elapsed_time(events[1]) / repeats, None)
+    return events[0].elapsed_time(events[1]) / repeats
 
 
-# ------------------------------------------------------------------------------------------------- interference
-
-
-def decode_gaps(llm: LLM, num_decoding: int, jobs: Sequence[Job], seconds: float) -> list[float]:
-    """Gaps between tokens, in ms, of sequences that decode while `jobs` arrive, over `seconds`."""
+def decode_gaps(llm: LLM, num_decoding: int, jobs: Sequence[Job], seconds: float) -> np.ndarray:
+    """[gaps] float64, ms between tokens of sequences that decode while `jobs` arrive, over `seconds`."""
     vocab_size, room = llm.model_config.vocab_size, llm.config.max_model_len - DECODE_CONTEXT
     decoding = [llm.submit(ids, greedy(room)) for ids in prompts(num_decoding, DECODE_CONTEXT, vocab_size)]
     time.sleep(1.0)  # until all decode
@@ -168,49 +134,54 @@ def decode_gaps(llm: LLM, num_decoding: int, jobs: Sequence[Job], seconds: float
         handle.abort()
     for handle in decoding:
         handle.result()
-    times = [log.token_times_s for log in take_logs(llm)]
-    return np.concatenate([np.diff(t[(t > start_s) & (t < end_s)]) * 1e3 for t in times]).tolist()
+    times = [log.token_times_s for log in llm.stats(reset=True).logs]
+    return np.concatenate([np.diff(t[(t > start_s) & (t < end_s)]) * 1e3 for t in times])
 
 
 def interference_rows(llm: LLM, load: Load, num_decoding: int, seconds: float) -> list[Row]:
-    moving = Workload(f"{load.num_in}/2", load.requests_per_s, seed=1).jobs(llm, seconds)
+    moving = Workload(f"{load.lengths.partition('/')[0]}/2", load.requests_per_s, seed=1).jobs(llm, seconds)
     cases = {"alone": [], f"beside {load.requests_per_s:g} hand-overs/s": moving}
     gaps = {name: decode_gaps(llm, num_decoding, jobs, seconds) for name, jobs in cases.items()}
-    rows = [percentile_row(f"decode step, {num_decoding} x {DECODE_CONTEXT}, {name}", g) for name, g in gaps.items()]
+    what = f"decode step, {num_decoding} x {DECODE_CONTEXT}"
     alone, beside = (float(np.median(g)) for g in gaps.values())
+    rows = [row(f"{what}, {name}", *median_and_p99(g)) for name, g in gaps.items()]
     return [*rows, row("slow-down of a decode step", beside / alone - 1, None, unit="share", bar=0.05)]
 
 
-# ------------------------------------------------------------------------------------------------------- loads
+def vllm_figures() -> dict[tuple[str, str], str]:
+    """p50 / p99 of two replicas, by load and figure."""
+    names = {"TTFT": "ttft_ms", "ITL": "itl_ms", "TPOT": "tpot_ms"}
+    return {
+        (f"{of['workload']} at {of['rate']}/s", name): f"{of[key]['p50']} / {of[key]['p99']}"
+        for of in load(VLLM)["rows"]
+        for name, key in names.items()
+    }
 
 
 def load_rows(llm: LLM, policy: str, load: Load) -> list[Row]:
     end_s = load.warm_up_s + load.window_s
-    jobs = Workload(f"{load.num_in}/{load.num_out}", load.requests_per_s, seed=1).jobs(llm, end_s)
-    run = play(llm, jobs, f"{policy}, {load}")
-    summary = summarize(run.logs, window_s=(run.start_s + load.warm_up_s, run.start_s + end_s))
-    figures = {
-        "TTFT": summary.ttft_ms,
-        "first gap": summary.first_gap_ms,
-        "ITL": summary.itl_without_first_gap_ms,
-        "TPOT": summary.tpot_ms,
-    }
+    run = play(llm, Workload(load.lengths, load.requests_per_s, seed=1).jobs(llm, end_s), f"{policy}, {load}")
+    of = summarize(run.logs, window_s=(run.start_s + load.warm_up_s, run.start_s + end_s))
+    figures = {"TTFT": of.ttft_ms, "first gap": of.first_gap_ms, "ITL": of.itl_without_first_gap_ms, "TPOT": of.tpot_ms}
+    bars, peers = BARS if policy == "disaggregated" else {}, vllm_figures()
     rows = []
     for name, found in figures.items():
         assert found is not None
-        bars, peers = (table.get((str(load), name), (None, None)) for table in (BARS, PEERS))
-        shown = {"bar": slashed(*bars) if policy == "disaggregated" else None, "vLLM": slashed(*peers)}
+        shown = {"bar": bars.get((str(load), name)), "vLLM": peers.get((str(load), name))}
         rows.append(row(f"{policy}, {load}: {name}", found.p50, found.p99, **shown))
-    rate = summary.output_tokens_per_s
-    return [*rows, row(f"{policy}, {load}: output", rate, None, unit="tok/s", requests=summary.num_completed)]
+    output = row(f"{policy}, {load}: output", of.output_tokens_per_s, None, unit="tok/s", requests=of.num_completed)
+    return [*rows, output]
 
 
-def slashed(p50: float | None, p99: float | None) -> str | None:
-    return None if (p50, p99) == (None, None) else f"{p50 or '-'} / {p99 or '-'}"
+def loads_of(args: argparse.Namespace) -> list[Load]:
+    texts = args.loads or LOADS
+    window_s = args.window or (8.0 if args.quick else 20.0)
+    parts = [text.partition("@") for text in (texts[:1] if args.quick else texts)]
+    return [Load(lengths, float(rate), min(3.0, window_s), window_s) for lengths, _, rate in parts]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--model", default="Qwen3-8B")
     parser.add_argument("--load-format", default="dummy")
     parser.add_argument("--devices", default="cuda:0,cuda:1", help="of the two workers")
@@ -223,47 +194,24 @@ def main() -> None:
     parser.add_argument("--loads", nargs="+", help="IN/OUT@RATE, for others than the three of the bars")
     parser.add_argument("--window", type=float, help="seconds of each load")
     parser.add_argument("--quick", action="store_true", help="the first load only, and shorter")
-    parser.add_argument("--json", type=Path, help="write the report here too")
     args = parser.parse_args()
-    loads = [parse_load(text) for text in args.loads] if args.loads else list(LOADS)
-    if args.quick or args.window:
-        window_s = args.window or 8.0
-        kept = loads[:1] if args.quick else loads
-        loads = [Load(x.num_in, x.num_out, x.requests_per_s, min(3.0, window_s), window_s) for x in kept]
+    loads, repeats, device = loads_of(args), 4 if args.quick else 20, args.devices.split(",")[0]
     rows: list[Row] = []
     for policy in args.policies:
-        with serving(args, policy, args.chunk) as llm:
+        with pair_of(args, policy, args.chunk) as llm:
             if policy == "disaggregated":
-                rows += handover_rows(llm, args.prompt, args.chunk, 4 if args.quick else 20)
+                rows += handover_rows(llm, args.prompt, args.chunk, repeats)
                 rows += interference_rows(llm, loads[0], args.decoding, 2.0 if args.quick else 8.0)
-            for load in loads:
-                rows += load_rows(llm, policy, load)
-            model = llm
+            for each in loads:
+                rows += load_rows(llm, policy, each)
         if policy == "disaggregated":
-            with serving(args, policy, SMALL_CHUNK) as llm:
-                rows += handover_rows(llm, args.prompt, SMALL_CHUNK, 4 if args.quick else 20)
-    device = args.devices.split(",")[0]
-    head = head_row(model, device)
-    rows += [head] if head else []
+            with pair_of(args, policy, SMALL_CHUNK) as llm:
+                rows += handover_rows(llm, args.prompt, SMALL_CHUNK, repeats)
+    if device != "cpu":
+        rows.append(row("head", head_ms(llm, device), None))
     settings = {"model": args.model, "devices": args.devices, "transfer": args.transfer, "chunk": args.chunk}
     columns = ["what", "p50", "p99", "unit", "bar", "vLLM"]
-    report = emit("handover", settings, rows, columns, device=device_name(device))
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
-
-
-def parse_load(text: str) -> Load:
-    lengths, _, rate = text.partition("@")
-    num_in, _, num_out = lengths.partition("/")
-    return Load(int(num_in), int(num_out), float(rate))
-
-
-def device_name(device: str) -> str | None:
-    if device == "cpu":
-        return None
-    import torch
-
-    return torch.cuda.get_device_name(device)
+    emit("handover", settings, rows, columns, gpu_name(device), path=args.json)
 
 
 if __name__ == "__main__":

@@ -25,21 +25,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from math import inf
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
-from load import Run, Workload, add_arguments, device_name, engine_config, play, serving, settings_of
-from report import Row, emit, make_report, save
-from transfer import BLOCK_SIZE, Pool, pool_config
 
+from bench.lib.load import Run, Workload, engine_config, play, serving, serving_arguments, settings_of
+from bench.lib.report import Row, arguments, device_name, emit, make_report, median_and_p99, save
+from bench.micro.transfer import BLOCK_SIZE, Pool, pool_config
 from nanopd import LLM, EngineConfig, Route
 from nanopd.checkpoints.model_files import read_model_config, resolve
 from nanopd.core.sequence import SequenceStatus
 from nanopd.engine.engine import Engine
 from nanopd.messages import EventKind, FinishReason, RequestLog
-from nanopd.metrics import Percentiles
 from nanopd.workers.processes import WorkerProcess
 
 SECTIONS = ("start", "hops", "feed", "kill", "transfer")
@@ -57,9 +55,8 @@ def row(what: str, value: float | None, unit: str, bar: float | None = None) -> 
 
 
 def percentile_rows(what: str, values: Sequence[float] | np.ndarray, unit: str = "ms") -> Iterator[Row]:
-    found = Percentiles.of(values)
-    yield row(f"{what}, p50", found.p50 if found else None, unit)
-    yield row(f"{what}, p99", found.p99 if found else None, unit)
+    for name, value in zip(("p50", "p99"), median_and_p99(values), strict=True):
+        yield row(f"{what}, {name}", value, unit)
 
 
 def ask(llm: LLM, question: Callable[[Engine], Any]) -> Any:
@@ -80,10 +77,6 @@ def pid_of(engine: Engine, worker: int) -> int:
     process = engine.workers[worker]
     assert isinstance(process, WorkerProcess) and process._process.pid is not None
     return process._process.pid
-
-
-def take_logs(llm: LLM) -> list[RequestLog]:
-    return llm.stats(reset=True).logs
 
 
 # ---------------------------------------------------------------------------------------------------- a quiet engine
@@ -114,7 +107,7 @@ def hop_rows(llm: LLM, num_tokens: int) -> Iterator[Row]:
     (job,) = Workload(f"{num_tokens}/{(num_hops + 2) * 4 * STAY}", inf).jobs(llm, inf, 1)
     here = Route(0, 0)
     alone = llm.submit(job.prompt, job.params, route=here).result()
-    take_logs(llm)
+    llm.stats(reset=True)
     handle = llm.submit(job.prompt, job.params, route=here, request_id="walker", stream=True)
     steps = iter(handle)
     for hop in range(num_hops):
@@ -124,7 +117,7 @@ def hop_rows(llm: LLM, num_tokens: int) -> Iterator[Row]:
         wait_until(llm, lambda engine: engine.seqs["walker"].worker == worker)  # noqa: B023
     tokens = handle.result().outputs[0].token_ids
     is_same = [a == b for a, b in zip(tokens, alone.outputs[0].token_ids, strict=True)]
-    (log,) = take_logs(llm)
+    (log,) = llm.stats(reset=True).logs
     counted = slice(num_workers, None)
     moving, moved = (event_times(log, kind)[counted] for kind in (EventKind.MOVING, EventKind.MOVED))
     after = np.searchsorted(log.token_times_s, moved)
@@ -282,8 +275,7 @@ def rows_of(config: EngineConfig, args: argparse.Namespace) -> Iterator[Row]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
+    parser = serving_arguments(arguments(__doc__))
     parser.add_argument("--workers", type=int, nargs="+", help="how many; default: all of the configuration")
     parser.add_argument("--sections", nargs="+", default=SECTIONS, choices=SECTIONS)
     parser.add_argument("--tokens", type=int, default=2048, help="of what is moved")
@@ -292,7 +284,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--load", default="1024/128", help="IN/OUT, tokens of the requests beside the kill")
     parser.add_argument("--rate", type=float, default=8.0, help="of these, requests/s per worker")
     parser.add_argument("--seconds", type=float, default=30.0, help="in which they arrive")
-    parser.add_argument("--json", type=Path, help="write the report here too, anew after each row")
     args = parser.parse_args(argv)
     base = engine_config(args)
     device = device_name(base)
@@ -305,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows.append({"workers": count, **found})
             print(*rows[-1].values(), sep="  ", file=sys.stderr, flush=True)
             if args.json:
-                save(make_report("scaling", settings, rows, device), args.json)
+                save(make_report("scaling", settings, rows, device), args.json)  # anew after each row
     emit("scaling", settings, rows, device=device)
 
 

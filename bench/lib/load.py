@@ -3,6 +3,7 @@
 Every bench that serves requests over time plays them here, through `LLM.submit`. The clock of a request starts when its
 arrival is due, whether or not anybody is ready to take it. Prompts and arrivals follow from a workload's name, its rate
 and a seed alone, so each policy is given the same. Ctrl-C ends a run early: its row tells of what was done by then.
+The requests come from the caller's thread; another one looks at the engine meanwhile.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from math import ceil
@@ -24,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from report import Row, emit, figures_of, save
 from tqdm import tqdm
 
+from bench.lib.report import Row, greedy
+from bench.lib.rows import limits_of
 from nanopd import LLM, EngineConfig, NanopdError, SamplingParams
 from nanopd.cli import DEMO_PROMPTS
 from nanopd.config import POLICIES, ModelConfig, load_config, routes_for_policy
@@ -145,8 +147,8 @@ class Workload:
         Runs in one engine share no prompts, unless a trace does.
         """
         salt = zlib.crc32(f"{self.label} {self.rate} {self.seed}".encode()) << 40
-        is_trace = self.is_trace
-        requests = self._trace(max_len, seconds, max_requests) if is_trace else self._synthetic(seconds, max_requests)
+        traced = self.is_trace
+        requests = self._trace(max_len, seconds, max_requests) if traced else self._synthetic(seconds, max_requests)
         return [
             replace(r, prompt_seed=r.prompt_seed + salt, hash_ids=tuple(h + salt for h in r.hash_ids))
             for r in requests
@@ -194,10 +196,6 @@ class Workload:
 def _as_chat(llm: LLM, text: str) -> Prompt:
     has_template = llm.tokenizer is not None and llm.tokenizer.chat_template is not None
     return llm.encode_chat([{"role": "user", "content": text}]) if has_template else text
-
-
-def greedy(max_tokens: int) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
 
 
 # ------------------------------------------------------------------------------------------------------- driver
@@ -330,14 +328,15 @@ def result_row(run: Run, key: Row, slo: SLO | None, window_s: tuple[float, float
     done = sorted((r for r in requests if r.is_completed), key=lambda r: r.arrived_s)
     routes = Counter(str(r.route) for r in requests)
     gaps = np.concatenate([np.empty(0), *(r.itl_ms for r in done)])
-    samples = {name: [_rounded(getattr(r, name)) for r in done] for name in SAMPLES}
+    figures = {name: [getattr(r, name) for r in done] for name in SAMPLES}
+    samples = {name: [None if x is None else round(x, 2) for x in values] for name, values in figures.items()}
     quantiles = np.percentile(gaps, range(101)).round(3).tolist() if len(gaps) else []
     return {
         **key,
         "num_devices": run.num_devices,
         "offered_per_s": len(requests) / (end_s - start_s) if window_s else None,
         "late_ms_max": 1e3 * max(run.late_s, default=0.0),
-        "slo": slo and {name: limit for name, limit in asdict(slo).items() if limit is not None},
+        "slo": slo and limits_of(slo),
         **asdict(summary),
         "output_tokens_per_s_per_device": summary.output_tokens_per_s / run.num_devices,
         "requests_per_s_per_device": summary.requests_per_s / run.num_devices,
@@ -348,10 +347,6 @@ def result_row(run: Run, key: Row, slo: SLO | None, window_s: tuple[float, float
         "is_interrupted": run.is_interrupted,
         "samples": {**samples, "itl_ms_percentiles": quantiles},
     }
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 2)
 
 
 def save_timeline(run: Run, config: EngineConfig, title: str, path: Path, window_s: tuple[float, float]) -> None:
@@ -386,19 +381,11 @@ def _event(work: Work, start_s: float) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ command lines
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What all serving benches take."""
+def serving_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The parser with what says which engine serves."""
     parser.add_argument("--config", default="cpu-demo", help="a shipped configuration, or a YAML file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
-
-
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """What those take that serve one arrangement."""
-    add_arguments(parser)
-    parser.add_argument("--policy", help="[policy:]split, as 2M, 1P1D, adaptive:2M; default: the configuration's own")
-    parser.add_argument("--slo", type=SLO.parse, help="limits in ms, as ttft=200,tpot=10")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write the report here, with samples; bench/report.py draws it")
+    return parser
 
 
 def engine_config(args: argparse.Namespace, defaults: Sequence[str] = ()) -> EngineConfig:
@@ -417,31 +404,7 @@ def serving(config: EngineConfig) -> Iterator[LLM]:
         yield llm
 
 
-def serve_and_report(
-    bench: str, args: argparse.Namespace, measure: Callable[[LLM, Row], list[Row]], **settings: object
-) -> None:
-    """Start the engine of the command line, `measure` with it and the key of its arrangement, and report."""
-    base = engine_config(args)
-    arrangement = Arrangement.parse(args.policy) if args.policy else Arrangement.of(base)
-    config = arrangement.applied(base)
-    with serving(config) as llm:
-        rows = measure(llm, {"policy": arrangement.policy, "split": arrangement.split, "seed": args.seed})
-    settings = {"engine": settings_of(config), **settings}
-    report = emit(bench, settings, rows, device=device_name(config), table=[figures_of(row) for row in rows])
-    if args.json:
-        save(report, args.json)
-
-
 def settings_of(config: EngineConfig) -> dict[str, Any]:
     """What a report says of an engine; the arrangement is the rows' own."""
     rest = {name: value for name, value in asdict(config).items() if name not in ("policy", "workers")}
     return {**rest, "devices": [worker.device for worker in config.workers]}
-
-
-def device_name(config: EngineConfig) -> str | None:
-    """Of the GPUs; None: the CPU."""
-    if config.workers[0].device == "cpu":
-        return None
-    import torch
-
-    return f"{len(config.workers)} x {torch.cuda.get_device_name(config.workers[0].device)}"

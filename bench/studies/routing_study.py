@@ -10,7 +10,6 @@ The traces azure_2023_code.csv, azure_2023_conv.csv and mooncake_conversation.js
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from collections import defaultdict
@@ -18,10 +17,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from report import Row, emit, load, make_report, save
-from simulate import base_config, workload
 from tqdm import tqdm
 
+from bench.lib.report import Row, arguments, emit, load, make_report, save
+from bench.studies.simulate import base_config, workload
 from nanopd.lab.planner import Arrangement, Goodput, Scenario, default_slo, search
 from nanopd.lab.tables import format_table
 from nanopd.lab.workload import WorkloadRequest, read_trace
@@ -35,6 +34,7 @@ WORKLOADS["shifting"] = "+".join(WORKLOADS.values())
 NUM_WORKERS = 8
 STATICS = ("8M/512", "8M/2048", *(f"{k}P{8 - k}D" for k in range(1, 8)))
 ROUTERS = ("adaptive:8M", "oracle:8M", "closed_form:8M")
+RESULT = Path(__file__).parents[1] / "results" / "simulated" / "routing_study.json"
 QUANTILES = (0.1, 0.5, 0.9)
 
 
@@ -123,11 +123,11 @@ def _shown(row: Row) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
+    parser.set_defaults(json=RESULT)
     parser.add_argument("--params", nargs="+", default=["8x4090", "8xh20", "8xh200"])
     parser.add_argument("--workloads", nargs="+", default=[*WORKLOADS], choices=[*WORKLOADS])
     parser.add_argument("--max-requests", type=int, default=3000)
-    parser.add_argument("--json", type=Path, default=Path("bench/results/routing-study.json"))
     parser.add_argument("--predict", action="store_true", help="measure the length predictor instead")
     args = parser.parse_args()
     if args.predict:

@@ -10,16 +10,15 @@ front of the prompts then. `step_ms` is the mean time of a step by the worker's 
 from __future__ import annotations
 
 import argparse
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from report import Row, emit
 
 import nanopd.core.scheduler
 import nanopd.engine.engine
+from bench.lib.report import Row, arguments, emit, gpu_name, load
 from nanopd import LLM, SamplingParams
 from nanopd.checkpoints.demo_model import NAME as DEMO_MODEL
 from nanopd.core.speculation import Drafter, rounds_of
@@ -133,17 +132,17 @@ def answer(llm: LLM, sample: dict[str, Any], args: argparse.Namespace) -> dict[s
     }
 
 
+def compared(drafts: int, accepted: int, plain_tok_s: float, tok_s: float) -> dict[str, float]:
+    rates = {"plain_tok_s": round(plain_tok_s, 1), "tok_s": round(tok_s, 1), "ratio": round(tok_s / plain_tok_s, 3)}
+    return {"drafts": drafts, "accepted": accepted, "share": round(accepted / max(drafts, 1), 2), **rates}
+
+
 def make_row(sample: dict[str, Any], plain: dict[str, Any], drafted: dict[str, Any]) -> Row:
     return {
         "kind": sample["kind"],
         "prompt": len(sample["prompt_token_ids"]),
         "answer": len(plain["token_ids"]),
-        "drafts": drafted["drafts"],
-        "accepted": drafted["accepted"],
-        "share": round(drafted["accepted"] / max(drafted["drafts"], 1), 2),
-        "plain_tok_s": round(plain["tok_s"], 1),
-        "tok_s": round(drafted["tok_s"], 1),
-        "ratio": round(drafted["tok_s"] / plain["tok_s"], 2),
+        **compared(drafted["drafts"], drafted["accepted"], plain["tok_s"], drafted["tok_s"]),
         "plain_step_ms": round(plain["step_ms"], 2),
         "step_ms": round(drafted["step_ms"], 2),
         "same_tokens": "answer" in sample or plain["token_ids"] == drafted["token_ids"],  # of a replay it means nothing
@@ -151,30 +150,16 @@ def make_row(sample: dict[str, Any], plain: dict[str, Any], drafted: dict[str, A
     }
 
 
-def means(rows: list[Row]) -> list[Row]:
-    """Of each kind: means over its requests."""
-    table = []
-    for kind in PROMPTS:
-        of_kind = [row for row in rows if row["kind"] == kind]
-        rates = {
-            name: round(len(of_kind) / sum(1 / row[name] for row in of_kind), 1) for name in ("plain_tok_s", "tok_s")
-        }
-        drafts, accepted = (sum(row[name] for row in of_kind) for name in ("drafts", "accepted"))
-        table.append(
-            {
-                "kind": f"all of {kind}",
-                "drafts": drafts,
-                "accepted": accepted,
-                "share": round(accepted / max(drafts, 1), 2),
-                **rates,
-                "ratio": round(rates["tok_s"] / rates["plain_tok_s"], 3),
-            }
-        )
-    return table
+def mean_of(kind: str, rows: list[Row]) -> Row:
+    """Of the requests of a kind: all drafts, and the harmonic means of the rates."""
+    of_kind = [row for row in rows if row["kind"] == kind]
+    rates = (len(of_kind) / sum(1 / row[name] for row in of_kind) for name in ("plain_tok_s", "tok_s"))
+    counts = (sum(row[name] for row in of_kind) for name in ("drafts", "accepted"))
+    return {"kind": f"all of {kind}", **compared(*counts, *rates)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("--model", help="the demo model, or with --replay Qwen3-8B")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--drafts", type=int, default=7, help="num_speculative_tokens")
@@ -182,24 +167,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--context", type=int, default=0, help="random tokens before each prompt")
     parser.add_argument("--replay", type=Path, help="what --json has written; its texts are said by random weights")
-    parser.add_argument("--json", type=Path, help="write the report here too")
     args = parser.parse_args()
-    is_replay = args.replay is not None
-    keys = {"load_format": "dummy"} if is_replay else {}
-    model = args.model or ("Qwen3-8B" if is_replay else DEMO_MODEL)
-    samples: list[dict[str, Any]] = []
-    if is_replay:
-        samples = [row["samples"] for row in json.loads(args.replay.read_text())["rows"]]
+    model, load_format = (args.model or "Qwen3-8B", "dummy") if args.replay else (args.model or DEMO_MODEL, "auto")
+    samples: list[dict[str, Any]] = [row["samples"] for row in load(args.replay)["rows"]] if args.replay else []
     answers = []
     for num_drafts in (0, args.drafts):
         with LLM(
             model,
+            load_format=load_format,
             workers=[{"device": args.device}],
             max_model_len=args.context + 2048,
             max_num_seqs=8,
             enable_prefix_caching=False,
             num_speculative_tokens=num_drafts,
-            **keys,
         ) as llm:
             if not samples:
                 texts = [(kind, text) for kind, prompts in PROMPTS.items() for text in prompts]
@@ -208,21 +188,10 @@ def main() -> None:
             answers.append(answer_all(llm, samples, args))
     rows = [make_row(*parts) for parts in zip(samples, *answers, strict=True)]
     columns = [name for name in rows[0] if name != "samples"]
-    config = {
-        "model": model,
-        "drafts": args.drafts,
-        "tokens": args.tokens,
-        "replay": str(args.replay or ""),
-        "context": args.context,
-    }
-    device = None
-    if args.device != "cpu":
-        import torch
-
-        device = torch.cuda.get_device_name()
-    report = emit("speculation", config, rows, columns, device, [*rows, *means(rows)])
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    config = {"model": model, "drafts": args.drafts, "tokens": args.tokens, "replay": str(args.replay or "")}
+    table = [*rows, *(mean_of(kind, rows) for kind in PROMPTS)]
+    config["context"] = args.context
+    emit("speculation", config, rows, columns, gpu_name(args.device), table, args.json)
 
 
 if __name__ == "__main__":

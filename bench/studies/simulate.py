@@ -8,14 +8,13 @@ goodput count all arrivals. With several `--rates` the same requests come at oth
 
 from __future__ import annotations
 
-import argparse
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from report import Row, emit
 
+from bench.lib.report import Row, arguments, emit
 from nanopd.config import EngineConfig, load_config
 from nanopd.lab.planner import Arrangement, Scenario, at_rate, default_slo
 from nanopd.lab.workload import MIXED_PROMPTS, FixedLength, WorkloadRequest, read_trace, synthetic_requests
@@ -82,7 +81,7 @@ def run(scenario: Scenario, arrangement: Arrangement, rate: float) -> Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("--params", default="8x4090", help="a parameter file, or the name of a shipped one")
     parser.add_argument("--config", help="takes block size and limits from there; default: those of EngineConfig")
     parser.add_argument("--trace", default="mixed", help="*.csv, *.jsonl, mixed, or several joined by + (shifting)")
@@ -99,7 +98,7 @@ def main() -> None:
     slo = SLO.parse(args.slo) if args.slo else default_slo(parameters, requests)
     scenario = Scenario.of(base, parameters, requests, slo)
     rows = [run(scenario, Arrangement.parse(text), rate) for rate in args.rates for text in args.split]
-    emit("simulate", {"params": args.params, "trace": Path(args.trace).name, "slo": str(slo)}, rows)
+    emit("simulate", {"params": args.params, "trace": Path(args.trace).name, "slo": str(slo)}, rows, path=args.json)
 
 
 if __name__ == "__main__":

@@ -8,22 +8,18 @@ attention read contiguous K and V, which no engine has.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import io
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
-from report import Row, emit
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.lib.report import Row, arguments, emit, gpu_name, seconds_of
 from nanopd import cuda
 from nanopd.cuda import linear
 from nanopd.cuda.elementwise import norm_spec
@@ -332,37 +328,28 @@ def bench_launch(report: Report) -> None:
         times = []
         for _ in range(7):
             torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(300):
-                call()
-            times.append((time.perf_counter() - start) / 300)
+            times.append(seconds_of(lambda call=call: [call() for _ in range(300)]) / 300)
         report.rows.append({"kernel": "CPU per launch", "shape": name, "us": min(times) * 1e6})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--only", nargs="*", help="attention, linear, elementwise, blocks, launch (default: all)")
-    parser.add_argument("--json", type=Path, help="write the last line to this file too")
     args = parser.parse_args()
-    benches: dict[str, Call] = {
-        "attention": lambda: bench_attention(report, args.block_size),
-        "linear": lambda: bench_linear(report),
-        "elementwise": lambda: bench_elementwise(report),
-        "blocks": lambda: bench_blocks(report),
-        "launch": lambda: bench_launch(report),
+    benches: dict[str, Callable[[Report], None]] = {
+        "attention": partial(bench_attention, block_size=args.block_size),
+        "linear": bench_linear,
+        "elementwise": bench_elementwise,
+        "blocks": bench_blocks,
+        "launch": bench_launch,
     }
     report = Report()
     for name in args.only or benches:
-        benches[name]()
+        benches[name](report)
         torch.cuda.empty_cache()
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        config = {"block_size": args.block_size, "copy_bytes_per_s": report.copy_speed}
-        emit("kernels", config, report.rows, COLUMNS, torch.cuda.get_device_name())
-    print(printed.getvalue(), end="")
-    if args.json:
-        args.json.write_text(printed.getvalue().splitlines()[-1] + "\n")
+    config = {"block_size": args.block_size, "copy_bytes_per_s": report.copy_speed}
+    emit("kernels", config, report.rows, COLUMNS, gpu_name("cuda"), path=args.json)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The entry of a worker of bench/transfer.py: a KV cache and its transfers, without a model."""
+"""The entry of a worker of bench/micro/transfer.py: a KV cache and its transfers, without a model."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class PoolTransfer(KVTransfer):
 
 
 def main(*args: Any) -> None:
+    """Run the real worker with these parts in place of its own."""
     worker.KVTransfer = PoolTransfer
     worker.load_model = worker.cuda_operations = worker.ModelRunner = lambda *_: SimpleNamespace()
     real.main(*args)

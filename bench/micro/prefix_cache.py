@@ -18,9 +18,9 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from load import Job, device_name, greedy, play, result_row, serving, settings_of
-from report import Row, emit, save
 
+from bench.lib.load import Job, play, result_row, serving, settings_of
+from bench.lib.report import Row, arguments, device_name, emit, greedy
 from nanopd.checkpoints.demo_model import NAME as DEMO_MODEL
 from nanopd.config import EngineConfig, ModelConfig
 from nanopd.core.block_manager import extend_keys
@@ -31,8 +31,6 @@ from nanopd.messages import RequestLog, RowFlag, StepBatch, StepResult, Transfer
 
 BAR = 0.95  # of the hits of an endless cache, with room for all blocks
 VOCAB_SIZE = 150_000
-
-Prompts = Sequence[list[int]]
 
 
 def scaled(request: WorkloadRequest, scale: int, vocab_size: int) -> tuple[list[int], int]:
@@ -81,21 +79,16 @@ def serve(requests: Sequence[tuple[list[int], int]], num_blocks: int, block_size
     return {"blocks": num_blocks, "hit_rate": hit_rate(logs), "preempted": preempted, "s": time.perf_counter() - start}
 
 
-def num_distinct_blocks(prompts: Prompts, block_size: int) -> int:
-    distinct: set[bytes] = set()
-    for prompt in prompts:
-        keys: list[bytes] = []
-        extend_keys(keys, prompt, block_size, b"")
-        distinct.update(keys)
-    return len(distinct)
-
-
 def curve(trace: Sequence[WorkloadRequest], args: argparse.Namespace) -> list[Row]:
     requests = [scaled(request, args.scale, VOCAB_SIZE) for request in trace]
-    num_tokens = sum(len(prompt) + num_output for prompt, num_output in requests)
-    num_distinct = num_distinct_blocks([prompt for prompt, _ in requests], args.block_size)
+    num_tokens, distinct = 0, set[bytes]()
+    for prompt, num_output in requests:
+        keys: list[bytes] = []
+        extend_keys(keys, prompt, args.block_size, b"")
+        distinct.update(keys)
+        num_tokens += len(prompt) + num_output
     pools = {None: num_tokens // args.block_size + 2 * len(requests)}
-    pools |= {percent: num_distinct * percent // 100 for percent in args.pools}
+    pools |= {percent: len(distinct) * percent // 100 for percent in args.pools}
     rows: list[Row] = []
     for percent, num_blocks in pools.items():
         row = serve(requests, num_blocks, args.block_size, args.at_once)
@@ -155,14 +148,13 @@ def gain(trace: Sequence[WorkloadRequest], args: argparse.Namespace) -> tuple[li
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("trace", type=Path, help="a Mooncake trace, *.jsonl")
     parser.add_argument("--scale", type=int, default=32, help="what all lengths are divided by")
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--pools", type=int, nargs="*", default=[25, 50, 100], help="percent of the distinct blocks")
     parser.add_argument("--at-once", type=int, default=32, help="requests under way")
     parser.add_argument("--max-requests", type=int, help="the first ones of the trace")
-    parser.add_argument("--json", type=Path, help="write the report here")
     device = parser.add_argument_group("with a device")
     device.add_argument("--device", help="cpu or cuda:N")
     device.add_argument("--model", default=DEMO_MODEL)
@@ -176,13 +168,11 @@ def main() -> None:
     settings = {"trace": args.trace.name, "scale": args.scale}
     if args.device is None:
         settings |= {"block_size": args.block_size, "at_once": args.at_once, "requests": len(trace)}
-        report = emit("prefix_cache", settings, curve(trace, args))
+        emit("prefix_cache", settings, curve(trace, args), path=args.json)
     else:
         rows, table, config = gain(trace, args)
         settings |= {"engine": settings_of(config), "before": args.before, "window": args.window}
-        report = emit("prefix_cache", settings, rows, device=device_name(config), table=table)
-    if args.json:
-        save(report, args.json)
+        emit("prefix_cache", settings, rows, device=device_name(config), table=table, path=args.json)
 
 
 if __name__ == "__main__":

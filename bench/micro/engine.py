@@ -12,18 +12,17 @@ or at the same time on another GPU (`--peer-device`).
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import multiprocessing
 import time
-from pathlib import Path
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
-from report import Row, emit
 
-from nanopd import LLM, SamplingParams
+from bench.lib.report import Row, arguments, emit, gpu_name, greedy, prompts, seconds_of
+from nanopd import LLM
 from nanopd.checkpoints.model_files import resolve
 
 # batch, context -> floor ms, vLLM 0.26 ms
@@ -57,14 +56,6 @@ SAMPLED = {
 }
 NONE = (None, None)
 REFERENCES = ("floor", "of_floor", "vLLM 0.26")
-
-
-def prompts(count: int, length: int, vocab_size: int) -> list[list[int]]:
-    return np.random.default_rng(count + length).integers(10, vocab_size, (count, length)).tolist()
-
-
-def greedy(max_tokens: int, **params: Any) -> SamplingParams:
-    return SamplingParams(**{"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True, **params})
 
 
 def decode_step(llm: LLM, batch: int, context: int, **params: Any) -> float:
@@ -101,16 +92,14 @@ def idle(llm: LLM, batch: int, context: int) -> float:
     return 1 - stats.busy_s[0] / seconds
 
 
-def many_prompts(llm: LLM, count: int, length: int) -> float:
-    """Prompt tokens per second."""
-    work = prompts(count, length, llm.model_config.vocab_size)
-    start = time.perf_counter()
-    llm.generate(work, greedy(1), False)
-    return count * length / (time.perf_counter() - start)
+def offline(llm: LLM, count: int, num_in: int, num_out: int) -> float:
+    """Output tokens per second of requests that are submitted at once."""
+    work = prompts(count, num_in, llm.model_config.vocab_size)
+    return count * num_out / seconds_of(lambda: llm.generate(work, greedy(num_out), False))
 
 
-def peer_transformers(model: str, device: str, count: int, num_in: int, num_out: int, out: Any) -> None:
-    """Puts output tokens per second of `generate_batch` with random weights into the queue `out`."""
+def peer_transformers(model: str, device: str, count: int, num_in: int, num_out: int, out: Connection) -> None:
+    """Sends output tokens per second of `generate_batch` with random weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -123,33 +112,27 @@ def peer_transformers(model: str, device: str, count: int, num_in: int, num_out:
     start = time.perf_counter()
     done = peer.generate_batch(prompts(count, num_in, config.vocab_size), generation_config=settings)
     seconds = time.perf_counter() - start
-    out.put(sum(len(output.generated_tokens) for output in done.values()) / seconds)
+    out.send(sum(len(output.generated_tokens) for output in done.values()) / seconds)
 
 
-class Peer:
-    """transformers at work, in another process."""
-
-    def __init__(self, model: str, device: str) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._out = context.Queue()
-        self._process = context.Process(target=peer_transformers, args=(model, device, *PEER_WORK, self._out))
-        self._process.start()
-
-    def row(self) -> Row:
-        while self._process.is_alive() and self._out.empty():
-            time.sleep(0.5)
-        value = None if self._out.empty() else self._out.get()
-        self._process.join()
-        count, num_in, num_out = PEER_WORK
-        return row(f"transformers, offline, {count} x {num_in}/{num_out}", value or math.nan, "tok/s", NONE)
+def start_peer(model: str, device: str) -> tuple[BaseProcess, Connection]:
+    """transformers at work in another process, and where its figure comes."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=peer_transformers, args=(model, device, *PEER_WORK, there))
+    process.start()
+    there.close()  # so that the end of the process ends `recv`
+    return process, here
 
 
-def offline(llm: LLM, count: int, num_in: int, num_out: int) -> float:
-    """Output tokens per second."""
-    work = prompts(count, num_in, llm.model_config.vocab_size)
-    start = time.perf_counter()
-    llm.generate(work, greedy(num_out), False)
-    return count * num_out / (time.perf_counter() - start)
+def peer_row(process: BaseProcess, answer: Connection) -> Row:
+    count, num_in, num_out = PEER_WORK
+    try:
+        value = answer.recv()
+    except EOFError:
+        value = math.nan
+    process.join()  # its memory is free then
+    return row(f"transformers, offline, {count} x {num_in}/{num_out}", value, "tok/s", NONE)
 
 
 def row(what: str, value: float, unit: str, reference: tuple[float | None, float | None]) -> Row:
@@ -173,28 +156,21 @@ def latency_rows(llm: LLM, quick: bool) -> list[Row]:
     for length, reference in PREFILL_FLOORS.items():
         rows.append(row(f"prefill, {length}", prefill(llm, length), "ms", reference))
     count, length, *reference = MANY_PROMPTS
-    rows.append(row(f"prefill, {count} x {length}", many_prompts(llm, count, length), "tok/s", tuple(reference)))
+    rows.append(row(f"prefill, {count} x {length}", length * offline(llm, count, length, 1), "tok/s", tuple(reference)))
     return rows
 
 
-def gpu_name() -> str:
-    import torch
-
-    return torch.cuda.get_device_name()
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("--model", default="Qwen3-8B")
     parser.add_argument("--devices", nargs="+", default=["cuda:0"])
     parser.add_argument("--quick", action="store_true", help="a few rows")
     parser.add_argument("--peer", choices=["transformers"])
     parser.add_argument("--peer-device", help="of another GPU than the engine's")
-    parser.add_argument("--json", type=Path, help="write the report here too")
     args = parser.parse_args()
     num_devices = len(args.devices)
-    peer = Peer(args.model, args.peer_device or args.devices[0]) if args.peer else None
-    peer_rows = [peer.row()] if peer and args.peer_device is None else []
+    peer = start_peer(args.model, args.peer_device or args.devices[0]) if args.peer else None
+    peer_rows = [peer_row(*peer)] if peer and args.peer_device is None else []
     start = time.perf_counter()
     with LLM(
         args.model,
@@ -213,13 +189,12 @@ def main() -> None:
             reference = OFFLINE_FLOORS[count, num_in, num_out] if num_devices == 1 else NONE
             rows.append(row(f"offline, {count * num_devices} x {num_in}/{num_out}", value, "tok/s", reference))
     if peer and args.peer_device is not None:
-        peer_rows = [peer.row()]
+        peer_rows = [peer_row(*peer)]
     rows += peer_rows
-    if args.model != "Qwen3-8B" or "H200" not in gpu_name():
+    device = gpu_name(args.devices[0])
+    if args.model != "Qwen3-8B" or "H200" not in (device or ""):
         rows = [{name: value for name, value in found.items() if name not in REFERENCES} for found in rows]
-    report = emit("engine", {"model": args.model, "devices": args.devices}, rows, device=gpu_name())
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    emit("engine", {"model": args.model, "devices": args.devices}, rows, device=device, path=args.json)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Figures of serving benches: latency and throughput over the rate, attainment, distributions, what workers did when.
 
 Each function takes rows as `load.result_row` makes them and returns a matplotlib figure. Rows of others, which have no
-samples, are drawn where their figures allow. Only bench/report.py imports this, as matplotlib is an extra.
+samples, are drawn where their figures allow. Only bench.report imports this module, as matplotlib is an extra.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from matplotlib.axis import Axis
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-from report import Row, attainment, policy_of
 
+from bench.lib.report import Row
+from bench.lib.rows import attainment, policy_of
 from nanopd.metrics import SLO
 
 COLOURS = {
