@@ -15,9 +15,10 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from bench.lib.load import (
 from bench.lib.report import Row, device_name, emit, load, make_report, save
 from bench.lib.rows import figures_of, limits_of
 from bench.report import write_page
-from nanopd import LLM, EngineConfig
+from nanopd import EngineConfig
 from nanopd.checkpoints.model_files import read_model_config, resolve
 from nanopd.config import LEVELS, ModelConfig
 from nanopd.errors import ConfigError
@@ -50,6 +51,7 @@ TIMELINE_S = 1.5
 PROGRESS = ("policy", "workload", "requests/s", "served", "TTFT", "TPOT", "attained")  # of each run, as it ends
 REFERENCES = Path(__file__).parent / "results"  # the project's own, and others'
 RESULTS = Path("results")
+PEER = Arrangement("transformers", "one by one")
 
 Machine = tuple[ModelConfig, Parameters]
 
@@ -107,35 +109,18 @@ class Point:
     window_s: float
     warm_up_s: float
 
-    def key(self, arrangement: Arrangement) -> dict[str, Any]:
-        """What tells its row from all others."""
-        return {
-            "workload": self.workload.label,
-            "rate": self.workload.rate,
-            "seed": self.workload.seed,
-            "cv": self.workload.cv,
-            "policy": arrangement.policy,
-            "split": arrangement.split,
-            "window_s": self.window_s,
-        }
-
     @property
     def end_s(self) -> float:
         return self.warm_up_s + self.window_s
 
+    def key(self, arrangement: Arrangement) -> dict[str, Any]:
+        """What tells its row from all others."""
+        of = self.workload
+        key = {"workload": of.label, "rate": of.rate, "seed": of.seed, "cv": of.cv}
+        return {**key, "policy": arrangement.policy, "split": arrangement.split, "window_s": self.window_s}
+
     def title(self, arrangement: Arrangement) -> str:
         return f"{arrangement}, {self.workload.label} at {self.workload.rate:g} requests/s"
-
-    def row(self, run: Run, arrangement: Arrangement) -> Row:
-        return result_row(run, self.key(arrangement), self.slo, (self.warm_up_s, self.end_s))
-
-    def serve(self, llm: LLM, arrangement: Arrangement, timeline: Path | None) -> Row:
-        title = self.title(arrangement)
-        run = play(llm, self.workload.jobs(llm, self.end_s), title)
-        if timeline is not None:
-            middle_s = (self.warm_up_s + self.end_s) / 2
-            save_timeline(run, llm.config, title, timeline, (middle_s, middle_s + TIMELINE_S))
-        return self.row(run, arrangement)
 
 
 class Results:
@@ -152,8 +137,9 @@ class Results:
                 raise ConfigError("out", str(path), "a new file, or one of the same model, devices and settings")
             self.rows = before["rows"]
 
-    def has(self, key: dict[str, Any]) -> bool:
-        return any(key.items() <= row.items() for row in self.rows)
+    def missing(self, points: list[Point], arrangement: Arrangement) -> list[Point]:
+        keys = [(point, point.key(arrangement)) for point in points]
+        return [point for point, key in keys if not any(key.items() <= row.items() for row in self.rows)]
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
@@ -170,54 +156,40 @@ def points_of(sweep: Sweep, seeds: Sequence[int], cv: float) -> list[Point]:
     ]
 
 
-def missing(
-    policies: Sequence[str], points: list[Point], results: Results
-) -> Iterator[tuple[Arrangement, list[Point]]]:
-    for arrangement in map(Arrangement.parse, policies):
-        if todo := [point for point in points if not results.has(point.key(arrangement))]:
-            yield arrangement, todo
+# Who serves an arrangement: as long as the context lasts, by a function that plays a point.
+Player = Callable[[Point], Run]
+Server = Callable[[Arrangement], AbstractContextManager[Player]]
 
 
-def runs(
-    base: EngineConfig, policies: Sequence[str], points: list[Point], results: Results, has_peer: bool
-) -> Generator[Row]:
-    """Every run that there is no result of yet, policy by policy, and of transformers last."""
-    shown = points[min(1, len(points) - 1)]  # of which timelines are kept
-    for arrangement, todo in missing(policies, points, results):
-        timeline = results.path.with_name(f"{results.path.stem}-timeline-{arrangement.policy}.json")
-        with ExitStack() as stack:
-            try:
-                llm = stack.enter_context(serving(arrangement.applied(base)))
-            except ConfigError as error:
-                if error.field != "params":
-                    raise
-                print(f"{arrangement} is left out: {error}", file=sys.stderr)
-                continue
-            for point in todo:
-                yield point.serve(llm, arrangement, timeline if point is shown else None)
-    if has_peer:
-        yield from peer_runs(base, points, results)
+@contextmanager
+def engine(base: EngineConfig, shown: Point, path: Path, arrangement: Arrangement) -> Iterator[Player]:
+    """On the devices of `base`; a timeline of `shown` is kept beside the report at `path`."""
+    with serving(arrangement.applied(base)) as llm:
+
+        def run(point: Point) -> Run:
+            title = point.title(arrangement)
+            found = play(llm, point.workload.jobs(llm, point.end_s), title)
+            if point is shown:
+                beside = path.with_name(f"{path.stem}-timeline-{arrangement.policy}.json")
+                middle_s = (point.warm_up_s + point.end_s) / 2
+                save_timeline(found, llm.config, title, beside, (middle_s, middle_s + TIMELINE_S))
+            return found
+
+        yield run
 
 
-def peer_runs(base: EngineConfig, points: list[Point], results: Results) -> Generator[Row]:
-    from bench.lib.peer import ARRANGEMENT, Peer  # imports torch, which those do without who only simulate
+@contextmanager
+def transformers(base: EngineConfig, arrangement: Arrangement) -> Iterator[Player]:
+    from bench.lib.peer import Peer  # imports torch, which those do without who only simulate
 
-    if todo := [point for point in points if not results.has(point.key(ARRANGEMENT))]:
-        peer = Peer(base)
-        for point in todo:
-            run = peer.play(point.workload.requests(peer.max_len, point.end_s), point.title(ARRANGEMENT))
-            yield point.row(run, ARRANGEMENT)
+    peer = Peer(base)
+    yield lambda point: peer.play(point.workload.requests(peer.max_len, point.end_s), point.title(arrangement))
 
 
-def simulations(
-    base: EngineConfig, machine: Machine, policies: Sequence[str], points: list[Point], results: Results
-) -> Generator[Row]:
-    """As `runs`."""
-    for arrangement, todo in missing(policies, points, results):
-        simulation = Simulation(arrangement.applied(base), *machine)
-        for point in todo:
-            run = simulation.play(simulation.requests(point.workload, point.end_s))
-            yield point.row(run, arrangement)
+@contextmanager
+def simulation(base: EngineConfig, machine: Machine, arrangement: Arrangement) -> Iterator[Player]:
+    simulated = Simulation(arrangement.applied(base), *machine)
+    yield lambda point: simulated.play(simulated.requests(point.workload, point.end_s))
 
 
 def machine_of(base: EngineConfig) -> Machine:
@@ -227,17 +199,34 @@ def machine_of(base: EngineConfig) -> Machine:
     return model, find_parameters(base.params, cache_file(base, model) if on_cpu else None)
 
 
+def runs(served: Sequence[tuple[Arrangement, Server]], points: list[Point], results: Results) -> Generator[Row]:
+    """Every run that there is no result of yet, arrangement by arrangement."""
+    for arrangement, serve in served:
+        if todo := results.missing(points, arrangement):
+            with ExitStack() as stack:
+                try:
+                    run = stack.enter_context(serve(arrangement))
+                except ConfigError as error:
+                    if error.field != "params":
+                        raise
+                    print(f"{arrangement} is left out: {error}", file=sys.stderr)
+                    continue
+                for point in todo:
+                    window_s = (point.warm_up_s, point.end_s)
+                    yield result_row(run(point), point.key(arrangement), point.slo, window_s)
+
+
 def carry_out(rows: Generator[Row], results: Results, budget_s: float, run_s: float) -> str:
     """All rows, until the end, Ctrl-C, or no time is left for a run of `run_s`; returns how it ended."""
     end_s = time.monotonic() + budget_s
     with closing(rows):
         for row in rows:
+            shown = figures_of(row)
             if row["is_interrupted"]:
                 print("of the run that was interrupted, which is not kept:")
-                emit("sweep", {}, [row], table=[figures_of(row)])
+                emit("sweep", {}, [row], table=[shown])
                 return "interrupted"
             results.add(row)
-            shown = figures_of(row)
             print(*(f"{name} {shown[name]}" for name in PROGRESS), sep=", ", file=sys.stderr, flush=True)
             if time.monotonic() + 1.2 * run_s > end_s:
                 return "out of time"
@@ -296,10 +285,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         machine = machine_of(base)
         config["parameters"] = asdict(machine[1])
         results = Results(out, config, f"simulated: {machine[1].machine}")
-        rows = simulations(base, machine, sweep.policies, points, results)
+        serve = partial(simulation, base, machine)
     else:
         results = Results(out, config, device_name(base))
-        rows = runs(base, sweep.policies, points, results, args.peer is not None)
+        serve = partial(engine, base, points[min(1, len(points) - 1)], out)
+    served = [(Arrangement.parse(policy), serve) for policy in sweep.policies]
+    rows = runs([*served, (PEER, partial(transformers, base))] if args.peer else served, points, results)
     outcome = carry_out(rows, results, args.budget_s, 0.0 if args.simulate else sweep.warm_up_s + sweep.window_s)
     if results.rows:
         table = [figures_of(row) for row in results.rows]

@@ -14,13 +14,11 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.generation import BaseStreamer
 
-from bench.lib.load import Arrangement, Run, num_devices
+from bench.lib.load import Run, num_devices
 from nanopd.checkpoints.model_files import read_model_config, resolve
 from nanopd.config import EngineConfig, ModelConfig
 from nanopd.lab.workload import WorkloadRequest, prompt_token_ids
 from nanopd.messages import EventKind, FinishReason, RequestEvent, RequestLog, Route
-
-ARRANGEMENT = Arrangement("transformers", "one by one")
 
 
 class _Times(BaseStreamer):

@@ -1,10 +1,10 @@
 """What drafts are worth: tokens per second of one request at a time, with and without `num_speculative_tokens`.
 
-On the CPU the demo model answers prompts that ask for a quotation, for an edit of code, and for text of its own (drawn,
-so that it does not fall into a loop). `--json` keeps the texts. With `--replay` of such a file, a model of any shape
-with random weights, on a GPU, takes as long as if it said the same: everything is real (engine, drafter, steps, their
-verification), but whatever a step samples counts as the recorded text's next tokens. `--context` puts random tokens in
-front of the prompts then. `step_ms` is the mean time of a step by the worker's own clock.
+On the CPU the demo model answers prompts (of speculation.json) that ask for a quotation, for an edit of code, and for
+text of its own (drawn, so that it does not fall into a loop). `--json` keeps the texts. With `--replay` of such a file,
+a model of any shape with random weights, on a GPU, takes as long as if it said the same: everything is real (engine,
+drafter, steps, their verification), but whatever a step samples counts as the recorded text's next tokens. `--context`
+puts random tokens in front of the prompts then. `step_ms` is the mean time of a step by the worker's own clock.
 """
 
 from __future__ import annotations
@@ -24,59 +24,7 @@ from nanopd.checkpoints.demo_model import NAME as DEMO_MODEL
 from nanopd.core.speculation import Drafter, rounds_of
 from nanopd.messages import Work
 
-CODE = """\
-class Inventory:
-    def __init__(self, capacity):
-        self.capacity = capacity
-        self.items = {}
-
-    def add(self, name, count):
-        if count <= 0:
-            raise ValueError("count must be positive")
-        if self.total() + count > self.capacity:
-            raise ValueError("not enough room")
-        self.items[name] = self.items.get(name, 0) + count
-
-    def remove(self, name, count):
-        if self.items.get(name, 0) < count:
-            raise KeyError(name)
-        self.items[name] -= count
-        if self.items[name] == 0:
-            del self.items[name]
-
-    def total(self):
-        return sum(self.items.values())
-"""
-NOTICE = """\
-The harbour office closes at noon on the last Friday of each month. Boats that arrive later must anchor outside the \
-northern pier and report by radio on channel nine. The pilot, Ms. Okafor, will come aboard before dawn, together with \
-a customs officer, and each crew member should have a passport and the yellow form at hand. Fresh water is sold at \
-berth fourteen; diesel, at berth twenty. Whoever ties up without a permit pays a fine of two hundred crowns."""
-MINUTES = """\
-Ada opened the meeting at nine. Bo reported that the new pump delivers forty litres a minute, five more than planned, \
-and that the filter has to be cleaned every third week. Chen asked whether the old tank could be kept as a reserve; \
-Ada thought so, if it passes the inspection in March. It was agreed to order two valves and a spare motor."""
-RECIPE = """\
-Peel four carrots and two parsnips, cut them into thin slices and fry them in butter until they are soft. Add a litre \
-of broth, a spoonful of honey and a pinch of nutmeg, and let it simmer for twenty minutes. Pour it through a sieve, \
-stir in half a cup of cream, and serve it with toasted bread and chopped parsley."""
-PROMPTS = {
-    "quote": [
-        f"Repeat the following text word for word, and nothing else.\n\n{NOTICE}",
-        f"Copy this text exactly.\n\n{MINUTES}",
-        f"Repeat the following text word for word, and nothing else.\n\n{RECIPE}",
-    ],
-    "edit": [
-        f"Rename the method `total` to `num_items` and show the whole program.\n\n```python\n{CODE}```",
-        f"Add a docstring to the class and show the whole program.\n\n```python\n{CODE}```",
-        f"Correct the spelling of this text and write it out again.\n\n{MINUTES.replace('report', 'repport')}",
-    ],
-    "free": [
-        "Write a short story about a lighthouse keeper who finds a letter in a bottle.",
-        "Explain why the sky is blue, and why sunsets are red.",
-        "What should one think about before moving to another country?",
-    ],
-}
+PROMPTS = Path(__file__).with_suffix(".json")  # texts by kind
 
 
 class Replay(Drafter):
@@ -170,7 +118,7 @@ def main() -> None:
     args = parser.parse_args()
     model, load_format = (args.model or "Qwen3-8B", "dummy") if args.replay else (args.model or DEMO_MODEL, "auto")
     samples: list[dict[str, Any]] = [row["samples"] for row in load(args.replay)["rows"]] if args.replay else []
-    answers = []
+    prompts, answers = load(PROMPTS), []
     for num_drafts in (0, args.drafts):
         with LLM(
             model,
@@ -182,15 +130,14 @@ def main() -> None:
             num_speculative_tokens=num_drafts,
         ) as llm:
             if not samples:
-                texts = [(kind, text) for kind, prompts in PROMPTS.items() for text in prompts]
-                encode = llm.encode_chat
-                samples = [{"kind": k, "prompt_token_ids": encode([{"role": "user", "content": t}])} for k, t in texts]
+                chats = [(kind, [{"role": "user", "content": t}]) for kind, texts in prompts.items() for t in texts]
+                samples = [{"kind": kind, "prompt_token_ids": llm.encode_chat(chat)} for kind, chat in chats]
             answers.append(answer_all(llm, samples, args))
     rows = [make_row(*parts) for parts in zip(samples, *answers, strict=True)]
     columns = [name for name in rows[0] if name != "samples"]
-    config = {"model": model, "drafts": args.drafts, "tokens": args.tokens, "replay": str(args.replay or "")}
-    table = [*rows, *(mean_of(kind, rows) for kind in PROMPTS)]
-    config["context"] = args.context
+    config = {"model": model, "drafts": args.drafts, "tokens": args.tokens, "context": args.context}
+    table = [*rows, *(mean_of(kind, rows) for kind in prompts)]
+    config["replay"] = str(args.replay or "")
     emit("speculation", config, rows, columns, gpu_name(args.device), table, args.json)
 
 
