@@ -89,24 +89,28 @@ class Report:
         self.copy_speed = copy_speed()
         self.rows: list[Row] = []
 
-    def add(
-        self, kernel: str, shape: str, num_bytes: float, plain: float, overlapped: float | None = None, **more: object
+    def measure(
+        self,
+        kernel: str,
+        shape: str,
+        num_bytes: float,
+        calls: Callable[[bool], Sequence[Call]] | Sequence[Call],
+        peers: dict[str, Sequence[Call]] | None = None,
+        **more: object,
     ) -> None:
+        """`calls(overlap)`, or `calls`, are what a graph holds; a peer that cannot do the shape is left out."""
+        plain, *overlapped = map(time_graph, map(calls, (False, True)) if callable(calls) else [calls])
         floor = num_bytes / self.copy_speed
-        row: dict[str, object] = {"kernel": kernel, "shape": shape, "us": plain * 1e6, "floor_us": floor * 1e6}
-        row["of_floor"] = floor / plain
-        if overlapped is not None:
-            row |= {"overlapped_us": overlapped * 1e6, "overlapped_of_floor": floor / overlapped}
+        row = {"kernel": kernel, "shape": shape, "us": plain * 1e6, "floor_us": floor * 1e6, "of_floor": floor / plain}
+        for time_s in overlapped:
+            row |= {"overlapped_us": time_s * 1e6, "overlapped_of_floor": floor / time_s}
+        if peers:
+            times: dict[str, float] = {}
+            for name, peer in peers.items():
+                with contextlib.suppress(RuntimeError):
+                    times[name] = time_graph(peer) * 1e6
+            row |= {"peers": " ".join(f"{name} {us:.1f}" for name, us in times.items()), "peers_us": times}
         self.rows.append(row | more)
-
-
-def peers_of(calls: dict[str, Sequence[Call]]) -> dict[str, object]:
-    """Microseconds of each peer, also as one cell of the table; a peer that cannot do the shape is left out."""
-    times: dict[str, float] = {}
-    for name, peer in calls.items():
-        with contextlib.suppress(RuntimeError):
-            times[name] = time_graph(peer) * 1e6
-    return {"peers": " ".join(f"{name} {t:.1f}" for name, t in times.items()), "peers_us": times}
 
 
 # ---- decode attention
@@ -172,23 +176,20 @@ def bench_attention(report: Report, block_size: int) -> None:
     backends = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
     for num_rows, context in ((1, 512), (1, 4096), (8, 4096), (64, 2048), (256, 1024), (16, 32768)):
         case = AttentionCase([context] * num_rows, block_size)
+        peers = {name: sdpa_calls(num_rows, context, backend) for name, backend in backends.items()}
         shape, error = f"{num_rows} x {context}", case.error()
-        times = [time_graph(case.calls(overlap)) for overlap in (False, True)]
-        num_bytes = case.num_bytes
-        del case
-        peers = peers_of({name: sdpa_calls(num_rows, context, backend) for name, backend in backends.items()})
-        report.add("decode attention", shape, num_bytes, *times, error=error, **peers)
+        report.measure("decode attention", shape, case.num_bytes, case.calls, peers, error=error)
+        del case, peers
         torch.cuda.empty_cache()
     generator = torch.Generator().manual_seed(3)
     spread = torch.rand(64, generator=generator) * math.log(32768 / 64) + math.log(64)
     ragged = [int(n) for n in spread.exp()]
     for name, seq_lens, queries in (("64 x 64..32k", ragged, 1), ("64 x 2048, 2 queries", [2048] * 64, 2)):
         case = AttentionCase(seq_lens, block_size, queries)
-        error, times = case.error(), [time_graph(case.calls(overlap)) for overlap in (False, True)]
-        report.add("decode attention", name, case.num_bytes, *times, error=error)
-        del case
+        error = case.error()
+        report.measure("decode attention", name, case.num_bytes, case.calls, error=error)
     case = AttentionCase([100] * 256, block_size)
-    report.add("decode plan", "256 rows", 2048, time_graph([case.plan] * 20))
+    report.measure("decode plan", "256 rows", 2048, [case.plan] * 20)
 
 
 # ---- matrix products of few rows, with the norm before them, and the sum or SiLU behind them
@@ -225,17 +226,19 @@ def product_in_torch(name: str, x: Tensor, norm: Tensor, weight: Tensor) -> Tens
 
 def bench_product(report: Report, name: str, x: Tensor, norm: Tensor, matrices: list[Tensor]) -> None:
     cold = matrices * (4 if len(matrices) == 1 else 1)
-    times = [time_graph([partial(product_of, name, x, norm, w, overlap=o) for w in cold]) for o in (False, True)]
     expected = product_in_torch(name, x.double(), norm.double(), matrices[0].double())
     error = relative_error(product_of(name, x, norm, matrices[0]), expected)
-    peers = peers_of({"torch": [partial(product_in_torch, name, x, norm, w) for w in cold]})
-    report.add("products", f"{x.shape[0]} x {name}", matrices[0].nbytes, *times, error=error, **peers)
+    peers = {"torch": [partial(product_in_torch, name, x, norm, w) for w in cold]}
+
+    calls = partial(with_overlap, [partial(product_of, name, x, norm, w) for w in cold])
+    report.measure("products", f"{x.shape[0]} x {name}", matrices[0].nbytes, calls, peers, error=error)
 
 
 def bench_linears_of_a_step(report: Report, weights: dict[str, list[Tensor]], norm: Tensor) -> None:
     """12 layers of products and the last one, each reading the output of the one before."""
 
-    def step(x: Tensor, product: Callable[..., Tensor]) -> Tensor:
+    def step(x: Tensor, product: Callable[..., Tensor], **keys: bool) -> Tensor:
+        product = partial(product, **keys)
         for qkv, o_proj, gate_up, down in zip(*(weights[name] for name in ("qkv", "o_proj", "gate_up", "down"))):
             x = product("o_proj", product("qkv", x, norm, qkv)[:, :HIDDEN].contiguous(), norm, o_proj)
             x = product("down", product("gate_up", x, norm, gate_up), norm, down)
@@ -244,10 +247,9 @@ def bench_linears_of_a_step(report: Report, weights: dict[str, list[Tensor]], no
     num_bytes = sum(w.nbytes for matrices in weights.values() for w in matrices)
     for num_rows in (1, 4, 8, 16):
         x = random(num_rows, HIDDEN)
-        ways = (product_of, partial(product_of, overlap=True), product_in_torch)
-        plain, overlapped, peer = (time_graph([partial(step, x, way)]) for way in ways)
-        peers = {"peers": f"torch {peer * 1e6:.1f}", "peers_us": {"torch": peer * 1e6}}
-        report.add("products of a step", f"{num_rows} rows, 12 layers", num_bytes, plain, overlapped, **peers)
+        peers = {"torch": [partial(step, x, product_in_torch)]}
+        calls = partial(with_overlap, [partial(step, x, product_of)])
+        report.measure("products of a step", f"{num_rows} rows, 12 layers", num_bytes, calls, peers)
 
 
 # ---- what lies between
@@ -259,40 +261,24 @@ def bench_elementwise(report: Report) -> None:
     norm, head_norm = random(HIDDEN), random(HEAD_DIM)
     for num_rows in (1, 64, 8192):
         copies = 4 if num_rows > 1000 else 20
-        x = random(copies, num_rows, HIDDEN)
-        bench_each(
-            report,
-            f"RMS norm, {num_rows} rows",
-            2 * x[0].nbytes,
-            [partial(cuda.rms_norm, a, norm, 1e-6) for a in x],
-            [partial(F.rms_norm, a, norm.shape, norm, 1e-6) for a in x],
-        )
-        gate_up = random(copies, num_rows, 2 * INTERMEDIATE)
-        bench_each(
-            report,
-            f"SiLU and multiply, {num_rows} rows",
-            gate_up[0].nbytes * 3 // 2,
-            [partial(cuda.silu_and_mul, a) for a in gate_up],
-            [partial(silu_and_mul_in_torch, a) for a in gate_up],
-        )
+        x, gate_up = random(copies, num_rows, HIDDEN), random(copies, num_rows, 2 * INTERMEDIATE)
         tokens = torch.arange(num_rows, device=DEVICE)
         qkv = random(copies, num_rows, (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM)
         where = (tokens, tokens, cos_sin, kv, 1, head_norm, head_norm)
-        num_bytes = 2 * qkv[0].nbytes + num_rows * HEAD_DIM * 4
-        name = f"rotary + norms + KV store, {num_rows} rows"
-        bench_each(report, name, num_bytes, [partial(cuda.rotary_and_store, a, *where) for a in qkv])
+        norms = [partial(F.rms_norm, a, norm.shape, norm, 1e-6) for a in x]
+        silus = [partial(silu_and_mul_in_torch, a) for a in gate_up]
+        num_bytes = 2 * x[0].nbytes, gate_up[0].nbytes * 3 // 2, 2 * qkv[0].nbytes + num_rows * HEAD_DIM * 4
+        works: list[tuple[str, int, list[Callable[..., object]], dict[str, Sequence[Call]] | None]] = [
+            ("RMS norm", num_bytes[0], [partial(cuda.rms_norm, a, norm, 1e-6) for a in x], {"torch": norms}),
+            ("SiLU and multiply", num_bytes[1], [partial(cuda.silu_and_mul, a) for a in gate_up], {"torch": silus}),
+            ("rotary + norms + KV store", num_bytes[2], [partial(cuda.rotary_and_store, a, *where) for a in qkv], None),
+        ]
+        for kernel, nbytes, calls, peers in works:
+            report.measure(kernel, f"{num_rows} rows", nbytes, partial(with_overlap, calls), peers)
 
 
-def bench_each(
-    report: Report,
-    name: str,
-    num_bytes: int,
-    calls: Sequence[Callable[..., object]],
-    peer: Sequence[Call] | None = None,
-) -> None:
-    times = [time_graph([partial(call, overlap=overlap) for call in calls]) for overlap in (False, True)]
-    kernel, _, shape = name.rpartition(", ")
-    report.add(kernel, shape, num_bytes, *times, **(peers_of({"torch": peer}) if peer else {}))
+def with_overlap(calls: Sequence[Callable[..., object]], overlap: bool) -> list[Call]:
+    return [partial(call, overlap=overlap) for call in calls]
 
 
 def silu_and_mul_in_torch(gate_up: Tensor) -> Tensor:
@@ -308,7 +294,7 @@ def bench_blocks(report: Report) -> None:
     for max_ctas in (8, 32, 132, 1 << 16):
         call = partial(cuda.move_blocks, src, dst, 256, block_bytes, 0, max_ctas)
         shape = f"256 x {block_bytes / 1e6:.2f} MB, at most {max_ctas} CTAs"
-        report.add("move blocks", shape, 2 * 256 * block_bytes, time_graph([call] * 4))
+        report.measure("move blocks", shape, 2 * 256 * block_bytes, [call] * 4)
 
 
 def bench_launch(report: Report) -> None:
