@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.lib.load import Job, Workload, play, serving
-from bench.lib.report import Row, arguments, emit, gpu_name, greedy, load, median_and_p99, prompts
+from bench.lib.report import Row, abort_all, arguments, emit, gpu_name, greedy, load, median_and_p99, prompts
 from nanopd import LLM, EngineConfig
 from nanopd.messages import EventKind, RequestLog
 from nanopd.metrics import summarize
@@ -130,10 +130,7 @@ def decode_gaps(llm: LLM, num_decoding: int, jobs: Sequence[Job], seconds: float
     play(llm, jobs)
     time.sleep(max(0.0, start_s + seconds - time.monotonic()))
     end_s = time.monotonic()
-    for handle in decoding:
-        handle.abort()
-    for handle in decoding:
-        handle.result()
+    abort_all(decoding)
     times = [log.token_times_s for log in llm.stats(reset=True).logs]
     return np.concatenate([np.diff(t[(t > start_s) & (t < end_s)]) * 1e3 for t in times])
 

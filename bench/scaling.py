@@ -31,7 +31,7 @@ import numpy as np
 import psutil
 
 from bench.lib.load import Run, Workload, engine_config, play, serving, serving_arguments, settings_of
-from bench.lib.report import Row, arguments, device_name, emit, make_report, median_and_p99, save
+from bench.lib.report import Row, abort_all, arguments, device_name, emit, make_report, median_and_p99, save
 from bench.micro.transfer import BLOCK_SIZE, Pool, pool_config
 from nanopd import LLM, EngineConfig, Route
 from nanopd.checkpoints.model_files import read_model_config, resolve
@@ -128,10 +128,7 @@ def decoding(llm: LLM, batch: int, num_tokens: int) -> Iterator[None]:
     handles = [llm.submit(job.prompt, job.params, route=route) for job, route in zip(jobs, routes, strict=True)]
     wait_until(llm, lambda engine: all(seq.status is SequenceStatus.RUNNING for seq in engine.seqs.values()))
     yield
-    for handle in handles:
-        handle.abort()
-    for handle in handles:
-        handle.result()
+    abort_all(handles)
     wait_until(llm, lambda engine: not engine.has_unfinished)
 
 

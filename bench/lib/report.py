@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from nanopd import EngineConfig, SamplingParams
+from nanopd import EngineConfig, RequestHandle, SamplingParams
 from nanopd.lab.tables import format_table
 from nanopd.metrics import Percentiles
 
@@ -140,6 +140,14 @@ def prompts(count: int, length: int, vocab_size: int) -> list[list[int]]:
 def greedy(max_tokens: int, **params: Any) -> SamplingParams:
     """Sampling parameters of an answer that has exactly `max_tokens` tokens."""
     return SamplingParams(**{"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True, **params})
+
+
+def abort_all(handles: Sequence[RequestHandle]) -> None:
+    """Abort what is under way, and wait until the engine has let go of it."""
+    for handle in handles:
+        handle.abort()
+    for handle in handles:
+        handle.result()
 
 
 def seconds_of(action: Callable[[], object]) -> float:

@@ -15,13 +15,12 @@ from __future__ import annotations
 import math
 import multiprocessing
 import time
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import numpy as np
 
-from bench.lib.report import Row, arguments, emit, gpu_name, greedy, prompts, seconds_of
+from bench.lib.report import Row, abort_all, arguments, emit, gpu_name, greedy, prompts, seconds_of
 from nanopd import LLM
 from nanopd.checkpoints.model_files import resolve
 
@@ -42,17 +41,12 @@ PEER_WORK = (256, 512, 128)
 MANY_PROMPTS = (32, 2048, 42_400, 42_400)  # count, tokens, floor and vLLM in tokens/s
 OFFLINE_FLOORS = {(256, 512, 128): (7200, 6656), (256, 1024, 512): (8400, 7775), (64, 4096, 256): (1660, 1591)}
 NUM_STEPS = 48
-SAMPLED = {
-    "top-k 50, top-p 0.95": {"temperature": 0.8, "top_k": 50, "top_p": 0.95},
-    "the same and 5 logprobs": {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "logprobs": 5},
-    "top-p 0.95, penalties and 5 logprobs": {
-        "temperature": 0.8,
-        "top_p": 0.95,
-        "logprobs": 5,
-        "presence_penalty": 0.5,
-        "frequency_penalty": 0.2,
-        "repetition_penalty": 1.1,
-    },
+LIKELY = {"temperature": 0.8, "top_p": 0.95}
+PENALTIES = {"presence_penalty": 0.5, "frequency_penalty": 0.2, "repetition_penalty": 1.1}
+SAMPLED: dict[str, dict[str, Any]] = {
+    "top-k 50, top-p 0.95": {**LIKELY, "top_k": 50},
+    "the same and 5 logprobs": {**LIKELY, "top_k": 50, "logprobs": 5},
+    "top-p 0.95, penalties and 5 logprobs": {**LIKELY, "logprobs": 5, **PENALTIES},
 }
 NONE = (None, None)
 REFERENCES = ("floor", "of_floor", "vLLM 0.26")
@@ -85,10 +79,7 @@ def idle(llm: LLM, batch: int, context: int) -> float:
     start = time.perf_counter()
     time.sleep(1.0)
     stats, seconds = llm.stats(), time.perf_counter() - start
-    for handle in handles:
-        handle.abort()
-    for handle in handles:
-        handle.result()
+    abort_all(handles)
     return 1 - stats.busy_s[0] / seconds
 
 
@@ -98,8 +89,8 @@ def offline(llm: LLM, count: int, num_in: int, num_out: int) -> float:
     return count * num_out / seconds_of(lambda: llm.generate(work, greedy(num_out), False))
 
 
-def peer_transformers(model: str, device: str, count: int, num_in: int, num_out: int, out: Connection) -> None:
-    """Sends output tokens per second of `generate_batch` with random weights."""
+def peer_transformers(model: str, device: str, count: int, num_in: int, num_out: int) -> float:
+    """Output tokens per second of `generate_batch` with random weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -112,27 +103,7 @@ def peer_transformers(model: str, device: str, count: int, num_in: int, num_out:
     start = time.perf_counter()
     done = peer.generate_batch(prompts(count, num_in, config.vocab_size), generation_config=settings)
     seconds = time.perf_counter() - start
-    out.send(sum(len(output.generated_tokens) for output in done.values()) / seconds)
-
-
-def start_peer(model: str, device: str) -> tuple[BaseProcess, Connection]:
-    """transformers at work in another process, and where its figure comes."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=peer_transformers, args=(model, device, *PEER_WORK, there))
-    process.start()
-    there.close()  # so that the end of the process ends `recv`
-    return process, here
-
-
-def peer_row(process: BaseProcess, answer: Connection) -> Row:
-    count, num_in, num_out = PEER_WORK
-    try:
-        value = answer.recv()
-    except EOFError:
-        value = math.nan
-    process.join()  # its memory is free then
-    return row(f"transformers, offline, {count} x {num_in}/{num_out}", value, "tok/s", NONE)
+    return sum(len(output.generated_tokens) for output in done.values()) / seconds
 
 
 def row(what: str, value: float, unit: str, reference: tuple[float | None, float | None]) -> Row:
@@ -169,8 +140,11 @@ def main() -> None:
     parser.add_argument("--peer-device", help="of another GPU than the engine's")
     args = parser.parse_args()
     num_devices = len(args.devices)
-    peer = start_peer(args.model, args.peer_device or args.devices[0]) if args.peer else None
-    peer_rows = [peer_row(*peer)] if peer and args.peer_device is None else []
+    peer = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    work = (args.model, args.peer_device or args.devices[0], *PEER_WORK)
+    figure = peer.submit(peer_transformers, *work) if args.peer else None
+    if args.peer_device is None:
+        peer.shutdown()  # its memory is free then
     start = time.perf_counter()
     with LLM(
         args.model,
@@ -188,9 +162,10 @@ def main() -> None:
             value = offline(llm, count * num_devices, num_in, num_out)
             reference = OFFLINE_FLOORS[count, num_in, num_out] if num_devices == 1 else NONE
             rows.append(row(f"offline, {count * num_devices} x {num_in}/{num_out}", value, "tok/s", reference))
-    if peer and args.peer_device is not None:
-        peer_rows = [peer_row(*peer)]
-    rows += peer_rows
+    if figure is not None:
+        count, num_in, num_out = PEER_WORK
+        what = f"transformers, offline, {count} x {num_in}/{num_out}"
+        rows.append(row(what, math.nan if figure.exception() else figure.result(), "tok/s", NONE))
     device = gpu_name(args.devices[0])
     if args.model != "Qwen3-8B" or "H200" not in (device or ""):
         rows = [{name: value for name, value in found.items() if name not in REFERENCES} for found in rows]

@@ -61,7 +61,7 @@ class Pool:
         self._processes = WorkerProcesses(config, model, path, Doorbell())
         with mock.patch.object(processes, "WORKER_ENTRY", "bench.lib.pool_worker"):
             self._workers: list[WorkerProcess] = self._processes.start()
-        self._num_plans = 0
+        self.close, self._num_plans = self._processes.close, 0
 
     def path(self, src: int = 0, dst: int = 1) -> TransferPath:
         return self._workers[dst].paths[src]
@@ -86,9 +86,6 @@ class Pool:
         times = [self.move(pairs, num_blocks, ctas) for _ in range(repeats + 2)][2:]
         return statistics.median(t[0] for t in times), statistics.median(t[1] for t in times)
 
-    def close(self) -> None:
-        self._processes.close()
-
     def _plan(self, src: int, dst: int, num_blocks: int, ctas: int) -> TransferPlan:
         self._num_plans += 1
         ids = [1 + self._rng.permutation(self._num_blocks - 1)[:num_blocks].astype(np.int32) for _ in range(2)]
@@ -99,19 +96,14 @@ def timed_ms(copy: Callable[[], object], devices: Sequence[str], count: int = 8)
     """Of one of `count` copies in a row, which hide what it costs to begin and to wait: the median of five."""
     times = []
     for _ in range(6):
-        _synchronize(devices)
-        start = time.perf_counter()
-        for _ in range(count):
-            copy()
-        _synchronize(devices)
-        times.append((time.perf_counter() - start) * 1e3 / count)
-    return statistics.median(times[1:])
-
-
-def _synchronize(devices: Sequence[str]) -> None:
-    for device in devices:
-        if device != "cpu":
-            torch.cuda.synchronize(device)
+        for is_end in (False, True):
+            for _ in range(count if is_end else 0):
+                copy()
+            for device in devices:
+                if device != "cpu":
+                    torch.cuda.synchronize(device)
+            times.append(time.perf_counter())
+    return statistics.median(np.diff(times)[2::2]) * 1e3 / count
 
 
 class PlainCopies:
