@@ -1,4 +1,4 @@
-"""The hand-over from prefill to decode through `LLM`: one worker prefills, one decodes, beside two collocated replicas.
+"""The hand-over from prefill to decode through `LLM`: one worker prefills, one decodes.
 
 1. Hand-over of one request while nothing else runs: `moved` is the time from the parent's reading of the first token to
    its reading of the last acknowledgement (MOVING to MOVED in the request's log). The first token comes after the last
@@ -7,77 +7,31 @@
 2. Decode steps of 60 sequences on the decode worker, the median gap between their tokens: alone, and while requests of
    1024 tokens, which decode one token each, are handed over to it at 24 requests/s. (A step then has up to 64 rows:
    the same graph.)
-3. Open-loop Poisson arrivals, an arrival being when it was due. Figures of the requests of the window, after a warm-up.
 
-Bars are for Qwen3-8B in bfloat16 on two H200; vLLM's figures are of two replicas of vLLM 0.26 there.
+Bars are for Qwen3-8B in bfloat16 on two H200. Loads over time, beside two collocated replicas and vLLM's, are a sweep:
+`python -m bench.run sweep --config 2xh200 --policies 1P1D 2M --points 1024/128@24,32 4096/256@6`.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from bench.lib.load import Job, Workload, play, serving
-from bench.lib.report import Row, abort_all, arguments, emit, gpu_name, greedy, load, median_and_p99, prompts
-from nanopd import LLM, EngineConfig
+from bench.lib.load import Job, Workload, engine_config, play, serving, serving_arguments, settings_of
+from bench.lib.report import Row, abort_all, arguments, device_name, emit, greedy, median_and_p99, prompts
+from nanopd import LLM
 from nanopd.messages import EventKind, RequestLog
-from nanopd.metrics import summarize
 
-POLICIES = {"disaggregated": ("prefill", "decode"), "collocated": ("mixed", "mixed")}
-CHUNK, SMALL_CHUNK = 4096, 1024  # tokens of a step
-MOVED_BARS = {CHUNK: 1.5, SMALL_CHUNK: 0.75}  # ms, of 2048 tokens
-NUM_DECODING, DECODE_CONTEXT = 60, 512
-VLLM = Path(__file__).parent / "results" / "h200" / "vllm.json"
+SETTINGS = ("model=Qwen3-8B", "load_format=dummy", "enable_prefix_caching=false")  # the same prompts may come again
+MOVED_BARS = {4096: 1.5, 1024: 0.75}  # tokens of a step -> ms, of 2048 tokens
+DECODE_CONTEXT = 512
+MOVES_PER_S = 24.0
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
-    lengths: str  # IN/OUT tokens
-    requests_per_s: float
-    warm_up_s: float = 3.0
-    window_s: float = 20.0
-
-    def __str__(self) -> str:
-        return f"{self.lengths} at {self.requests_per_s:g}/s"
-
-
-LOADS = ("1024/128@24", "1024/128@32", "4096/256@6")
-# bars of the disaggregated pair: p50, p99 or either
-BARS = {
-    ("1024/128 at 24/s", "TTFT"): "40 / 150",
-    ("1024/128 at 32/s", "TTFT"): "65 / 240",
-    ("4096/256 at 6/s", "TTFT"): "- / 520",
-    ("1024/128 at 24/s", "first gap"): "15 / 20",
-    ("1024/128 at 32/s", "first gap"): "15 / 20",
-    ("1024/128 at 24/s", "ITL"): "- / 8",
-    ("1024/128 at 32/s", "ITL"): "- / 8",
-    ("4096/256 at 6/s", "ITL"): "- / 9",
-}
-
-
-@contextmanager
-def pair_of(args: argparse.Namespace, policy: str, chunk: int) -> Iterator[LLM]:
-    config = EngineConfig(
-        args.model,
-        load_format=args.load_format,
-        policy=policy,
-        workers=[{"device": d, "role": r} for d, r in zip(args.devices.split(","), POLICIES[policy], strict=True)],
-        transfer=args.transfer,
-        max_model_len=args.max_model_len,
-        max_num_seqs=256,
-        max_num_batched_tokens=chunk,
-        enable_prefix_caching=False,  # the same prompts may come again
-    )
-    with serving(config) as llm:
-        llm.generate(prompts(8, args.prompt, llm.model_config.vocab_size), greedy(8), False)
-        llm.stats(reset=True)
-        yield llm
+def row(what: str, p50: float | None, p99: float | None, unit: str = "ms", bar: float | None = None) -> Row:
+    return {"what": what, "p50": p50, "p99": p99, "unit": unit, "bar": bar}
 
 
 def span_ms(log: RequestLog, start: EventKind, end: EventKind) -> float:
@@ -85,23 +39,18 @@ def span_ms(log: RequestLog, start: EventKind, end: EventKind) -> float:
     return (times[end] - times[start]) * 1e3
 
 
-def row(what: str, p50: float | None, p99: float | None, unit: str = "ms", **more: object) -> Row:
-    return {"what": what, "p50": p50, "p99": p99, "unit": unit, "bar": None, "vLLM": None, **more}
-
-
-def handover_rows(llm: LLM, num_tokens: int, chunk: int, repeats: int) -> list[Row]:
+def handover_rows(llm: LLM, num_tokens: int, chunk: int, repeats: int) -> Iterator[Row]:
     """Of single hand-overs."""
-    for ids in prompts(repeats + 2, num_tokens, llm.model_config.vocab_size):
+    llm.stats(reset=True)
+    for ids in prompts(repeats + 4, num_tokens, llm.model_config.vocab_size):
         llm.generate(ids, greedy(8), False)
-    logs = llm.stats(reset=True).logs[2:]
+    logs = llm.stats(reset=True).logs[4:]
     name = f"{num_tokens} tokens, chunks of {min(chunk, num_tokens)}"
     moved = [span_ms(log, EventKind.MOVING, EventKind.MOVED) for log in logs]
     gaps = [np.diff(log.token_times_s) * 1e3 for log in logs]
-    return [
-        row(f"moved, {name}", *median_and_p99(moved), bar=MOVED_BARS.get(chunk)),
-        row(f"first gap, {name}", *median_and_p99([gap[0] for gap in gaps])),
-        row(f"decode step after it, {name}", *median_and_p99([np.median(gap[2:]) for gap in gaps])),
-    ]
+    yield row(f"moved, {name}", *median_and_p99(moved), bar=MOVED_BARS[chunk])
+    yield row(f"first gap, {name}", *median_and_p99([gap[0] for gap in gaps]))
+    yield row(f"decode step after it, {name}", *median_and_p99([np.median(gap[2:]) for gap in gaps]))
 
 
 def head_ms(llm: LLM, device: str) -> float:
@@ -123,7 +72,7 @@ def head_ms(llm: LLM, device: str) -> float:
 
 def decode_gaps(llm: LLM, num_decoding: int, jobs: Sequence[Job], seconds: float) -> np.ndarray:
     """[gaps] float64, ms between tokens of sequences that decode while `jobs` arrive, over `seconds`."""
-    vocab_size, room = llm.model_config.vocab_size, llm.config.max_model_len - DECODE_CONTEXT
+    vocab_size, room = llm.model_config.vocab_size, llm.config.max_len_of(llm.model_config) - DECODE_CONTEXT
     decoding = [llm.submit(ids, greedy(room)) for ids in prompts(num_decoding, DECODE_CONTEXT, vocab_size)]
     time.sleep(1.0)  # until all decode
     start_s = time.monotonic()
@@ -135,80 +84,35 @@ def decode_gaps(llm: LLM, num_decoding: int, jobs: Sequence[Job], seconds: float
     return np.concatenate([np.diff(t[(t > start_s) & (t < end_s)]) * 1e3 for t in times])
 
 
-def interference_rows(llm: LLM, load: Load, num_decoding: int, seconds: float) -> list[Row]:
-    moving = Workload(f"{load.lengths.partition('/')[0]}/2", load.requests_per_s, seed=1).jobs(llm, seconds)
-    cases = {"alone": [], f"beside {load.requests_per_s:g} hand-overs/s": moving}
+def interference_rows(llm: LLM, num_decoding: int, seconds: float) -> Iterator[Row]:
+    moving = Workload("1024/2", MOVES_PER_S, seed=1).jobs(llm, seconds)
+    cases = {"alone": [], f"beside {MOVES_PER_S:g} hand-overs/s": moving}
     gaps = {name: decode_gaps(llm, num_decoding, jobs, seconds) for name, jobs in cases.items()}
-    what = f"decode step, {num_decoding} x {DECODE_CONTEXT}"
-    alone, beside = (float(np.median(g)) for g in gaps.values())
-    rows = [row(f"{what}, {name}", *median_and_p99(g)) for name, g in gaps.items()]
-    return [*rows, row("slow-down of a decode step", beside / alone - 1, None, unit="share", bar=0.05)]
-
-
-def vllm_figures() -> dict[tuple[str, str], str]:
-    """p50 / p99 of two replicas, by load and figure."""
-    names = {"TTFT": "ttft_ms", "ITL": "itl_ms", "TPOT": "tpot_ms"}
-    return {
-        (f"{of['workload']} at {of['rate']}/s", name): f"{of[key]['p50']} / {of[key]['p99']}"
-        for of in load(VLLM)["rows"]
-        for name, key in names.items()
-    }
-
-
-def load_rows(llm: LLM, policy: str, load: Load) -> list[Row]:
-    end_s = load.warm_up_s + load.window_s
-    run = play(llm, Workload(load.lengths, load.requests_per_s, seed=1).jobs(llm, end_s), f"{policy}, {load}")
-    of = summarize(run.logs, window_s=(run.start_s + load.warm_up_s, run.start_s + end_s))
-    figures = {"TTFT": of.ttft_ms, "first gap": of.first_gap_ms, "ITL": of.itl_without_first_gap_ms, "TPOT": of.tpot_ms}
-    bars, peers = BARS if policy == "disaggregated" else {}, vllm_figures()
-    rows = []
-    for name, found in figures.items():
-        assert found is not None
-        shown = {"bar": bars.get((str(load), name)), "vLLM": peers.get((str(load), name))}
-        rows.append(row(f"{policy}, {load}: {name}", found.p50, found.p99, **shown))
-    output = row(f"{policy}, {load}: output", of.output_tokens_per_s, None, unit="tok/s", requests=of.num_completed)
-    return [*rows, output]
-
-
-def loads_of(args: argparse.Namespace) -> list[Load]:
-    texts = args.loads or LOADS
-    window_s = args.window or (8.0 if args.quick else 20.0)
-    parts = [text.partition("@") for text in (texts[:1] if args.quick else texts)]
-    return [Load(lengths, float(rate), min(3.0, window_s), window_s) for lengths, _, rate in parts]
+    for name, found in gaps.items():
+        yield row(f"decode step, {num_decoding} x {DECODE_CONTEXT}, {name}", *median_and_p99(found))
+    alone, beside = (float(np.median(found)) for found in gaps.values())
+    yield row("slow-down of a decode step", beside / alone - 1, None, unit="share", bar=0.05)
 
 
 def main() -> None:
-    parser = arguments(__doc__)
-    parser.add_argument("--model", default="Qwen3-8B")
-    parser.add_argument("--load-format", default="dummy")
-    parser.add_argument("--devices", default="cuda:0,cuda:1", help="of the two workers")
-    parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=POLICIES)
-    parser.add_argument("--transfer", default="auto")
-    parser.add_argument("--max-model-len", type=int, default=8448)
-    parser.add_argument("--chunk", type=int, default=CHUNK, help="tokens of a step")
+    parser = serving_arguments(arguments(__doc__))
+    parser.set_defaults(config="2xh200")
     parser.add_argument("--prompt", type=int, default=2048, help="tokens of the single hand-over")
-    parser.add_argument("--decoding", type=int, default=NUM_DECODING, help="sequences that decode beside hand-overs")
-    parser.add_argument("--loads", nargs="+", help="IN/OUT@RATE, for others than the three of the bars")
-    parser.add_argument("--window", type=float, help="seconds of each load")
-    parser.add_argument("--quick", action="store_true", help="the first load only, and shorter")
+    parser.add_argument("--decoding", type=int, default=60, help="sequences that decode beside hand-overs")
+    parser.add_argument("--quick", action="store_true", help="less often, and shorter")
     args = parser.parse_args()
-    loads, repeats, device = loads_of(args), 4 if args.quick else 20, args.devices.split(",")[0]
+    base = engine_config(args, SETTINGS)
+    workers = [{"device": w.device, "role": role} for w, role in zip(base.workers, ("prefill", "decode"))]
     rows: list[Row] = []
-    for policy in args.policies:
-        with pair_of(args, policy, args.chunk) as llm:
-            if policy == "disaggregated":
-                rows += handover_rows(llm, args.prompt, args.chunk, repeats)
-                rows += interference_rows(llm, loads[0], args.decoding, 2.0 if args.quick else 8.0)
-            for each in loads:
-                rows += load_rows(llm, policy, each)
-        if policy == "disaggregated":
-            with pair_of(args, policy, SMALL_CHUNK) as llm:
-                rows += handover_rows(llm, args.prompt, SMALL_CHUNK, repeats)
-    if device != "cpu":
-        rows.append(row("head", head_ms(llm, device), None))
-    settings = {"model": args.model, "devices": args.devices, "transfer": args.transfer, "chunk": args.chunk}
-    columns = ["what", "p50", "p99", "unit", "bar", "vLLM"]
-    emit("handover", settings, rows, columns, gpu_name(device), path=args.json)
+    for chunk in MOVED_BARS:
+        config = base.replace(policy="disaggregated", workers=workers, max_num_batched_tokens=chunk)
+        with serving(config) as llm:
+            rows += handover_rows(llm, args.prompt, chunk, 4 if args.quick else 20)
+            if chunk == max(MOVED_BARS):
+                rows += interference_rows(llm, args.decoding, 2.0 if args.quick else 8.0)
+    if config.workers[0].device != "cpu":
+        rows.append(row("head", head_ms(llm, config.workers[0].device), None))
+    emit("handover", {"engine": settings_of(base)}, rows, device=device_name(config), path=args.json)
 
 
 if __name__ == "__main__":

@@ -152,8 +152,6 @@ def timeline(traces: Sequence[dict[str, Any]]) -> Figure:
     return _finished(figure)
 
 
-# ------------------------------------------------------------------------------------------------------- pieces
-
 Draw = Callable[[Axes, Sequence[Row], str, str], None]  # of one policy, with a colour and a label
 
 

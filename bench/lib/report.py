@@ -129,9 +129,6 @@ def _commit() -> str | None:
     return done.stdout.strip() or None
 
 
-# ------------------------------------------------------------------------------------- what several benches measure
-
-
 def prompts(count: int, length: int, vocab_size: int) -> list[list[int]]:
     """`count` prompts of `length` random tokens, the same at each call."""
     return np.random.default_rng(count + length).integers(10, vocab_size, (count, length)).tolist()

@@ -113,9 +113,6 @@ class Report:
         self.rows.append(row | more)
 
 
-# ---- decode attention
-
-
 class AttentionCase:
     """A batch over a paged cache whose layers are the distinct data of consecutive calls."""
 
@@ -192,9 +189,6 @@ def bench_attention(report: Report, block_size: int) -> None:
     report.measure("decode plan", "256 rows", 2048, [case.plan] * 20)
 
 
-# ---- matrix products of few rows, with the norm before them, and the sum or SiLU behind them
-
-
 def bench_linear(report: Report) -> None:
     weights = {
         name: [random(*shape) * shape[1] ** -0.5 for _ in range(1 if name == "lm_head" else 12)]
@@ -250,9 +244,6 @@ def bench_linears_of_a_step(report: Report, weights: dict[str, list[Tensor]], no
         peers = {"torch": [partial(step, x, product_in_torch)]}
         calls = partial(with_overlap, [partial(step, x, product_of)])
         report.measure("products of a step", f"{num_rows} rows, 12 layers", num_bytes, calls, peers)
-
-
-# ---- what lies between
 
 
 def bench_elementwise(report: Report) -> None:

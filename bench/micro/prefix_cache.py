@@ -42,9 +42,6 @@ def hit_rate(logs: Sequence[RequestLog]) -> float:
     return sum(log.num_cached_tokens for log in logs) / sum(log.num_prompt_tokens for log in logs)
 
 
-# -------------------------------------------------------------------------------------------------- all of the trace
-
-
 class IdleWorker:
     """A WorkerClient that answers each step with zeros."""
 
@@ -97,9 +94,6 @@ def curve(trace: Sequence[WorkloadRequest], args: argparse.Namespace) -> list[Ro
     return rows
 
 
-# -------------------------------------------------------------------------------------------------- on a device
-
-
 def replay(trace: Sequence[WorkloadRequest], is_on: bool, args: argparse.Namespace) -> tuple[list[Row], EngineConfig]:
     """A row per rate: the windows follow one another, and behind the requests that fill the cache, if there is one."""
     config = EngineConfig(
@@ -130,21 +124,15 @@ def gain(trace: Sequence[WorkloadRequest], args: argparse.Namespace) -> tuple[li
     trace = [request for request in trace if request.num_prompt_tokens + request.num_output_tokens <= most]
     off, _ = replay(trace, False, args)
     on, config = replay(trace, True, args)
-    table = [
-        {
-            "requests/s": row["rate"],
-            "cache": row["cache"],
-            "hit_rate": row["hit_rate"],
-            **{f"ttft {p}": row["ttft_ms"][p] for p in ("p50", "p99")},
-            **{f"gain {p}": plain["ttft_ms"][p] / row["ttft_ms"][p] for p in ("p50", "p99")},
-            "tpot p50": row["tpot_ms"]["p50"],
-            "busy": row["busy"][0],
-            "served": row["num_completed"],
-        }
-        for plain, cached in zip(off, on, strict=True)
-        for row in (plain, cached)
-    ]
+    table = [gain_of(plain, row) for plain, cached in zip(off, on, strict=True) for row in (plain, cached)]
     return off + on, table, config
+
+
+def gain_of(plain: Row, row: Row) -> Row:
+    cells = {"requests/s": row["rate"], "cache": row["cache"], "hit_rate": row["hit_rate"]}
+    for p in ("p50", "p99"):
+        cells |= {f"ttft {p}": row["ttft_ms"][p], f"gain {p}": plain["ttft_ms"][p] / row["ttft_ms"][p]}
+    return {**cells, "tpot p50": row["tpot_ms"]["p50"], "busy": row["busy"][0], "served": row["num_completed"]}
 
 
 def main() -> None:

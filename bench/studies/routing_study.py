@@ -50,39 +50,23 @@ def study(params: str, name: str, count: int, rows: Sequence[Row]) -> Iterator[R
     }
     start = time.perf_counter()
     for arrangement, found in search(scenario, arrangements, known):
-        yield done.get(arrangement.text) or {
-            "machine": params,
-            "workload": name,
-            "arrangement": arrangement.text,
-            "goodput per worker": found.rate / NUM_WORKERS,
-            "is bound": found.is_bound,
-            "rates": [[round(rate, 3), round(attainment, 4)] for rate, attainment in found.points],
-            "requests": len(scenario.requests),
-            "slo": str(scenario.slo),
-            "wall s": round(time.perf_counter() - start, 1),
-        }
+        row = {"machine": params, "workload": name, "arrangement": arrangement.text}
+        row |= {"goodput per worker": found.rate / NUM_WORKERS, "is bound": found.is_bound}
+        row |= {"rates": [[round(rate, 3), round(attainment, 4)] for rate, attainment in found.points]}
+        row |= {"requests": len(scenario.requests), "slo": str(scenario.slo)}
+        yield done.get(arrangement.text) or {**row, "wall s": round(time.perf_counter() - start, 1)}
         start = time.perf_counter()
 
 
 def compare(rows: Sequence[Row]) -> Row:
     """Of the rows of one machine and workload: how the adaptive router does."""
     found = {row["arrangement"]: row["goodput per worker"] for row in rows}
-    bounds = {row["arrangement"] for row in rows if row["is bound"]}
     best = max((name for name in found if ":" not in name), key=lambda name: found[name])
     adaptive = found["adaptive:8M"]
-
-    def over(name: str) -> str:
-        return f"{'>' * (name in bounds)}{adaptive / found[name]:.3f}"
-
-    return {
-        "machine": rows[0]["machine"],
-        "workload": rows[0]["workload"],
-        "adaptive": adaptive,
-        "best static": best,
-        "adaptive / best static": over(best),
-        "adaptive / closed_form": over("closed_form:8M"),
-        "regret": 1 - adaptive / found["oracle:8M"],
-    }
+    over = {r["arrangement"]: f"{'>' * r['is bound']}{adaptive / r['goodput per worker']:.3f}" for r in rows}
+    cell = {"machine": rows[0]["machine"], "workload": rows[0]["workload"], "adaptive": adaptive, "best static": best}
+    ratios = {"adaptive / best static": over[best], "adaptive / closed_form": over["closed_form:8M"]}
+    return {**cell, **ratios, "regret": 1 - adaptive / found["oracle:8M"]}
 
 
 def predictions(name: str, requests: Sequence[WorkloadRequest]) -> Row:

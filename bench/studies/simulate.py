@@ -46,10 +46,9 @@ def shifting(parts: list[list[WorkloadRequest]]) -> list[WorkloadRequest]:
             chosen = part[half * middle : (half + 1) * middle]
             scale, first_s = weight / mean, chosen[0].arrival_s
             seed = (2 * number + half) << 40  # parts must not have prompts in common
-            requests += [
-                replace(r, arrival_s=start_s + (r.arrival_s - first_s) * scale, prompt_seed=r.prompt_seed + seed)
-                for r in chosen
-            ]
+            for r in chosen:
+                arrival_s = start_s + (r.arrival_s - first_s) * scale
+                requests.append(replace(r, arrival_s=arrival_s, prompt_seed=r.prompt_seed + seed))
             start_s = requests[-1].arrival_s + scale
     return requests
 
@@ -63,21 +62,13 @@ def run(scenario: Scenario, arrangement: Arrangement, rate: float) -> Row:
     logs = scenario.run(arrangement, rate or None)
     s = summarize(logs, scenario.slo)
     assert s.ttft_ms and s.tpot_ms
-    return {
-        "arrangement": arrangement.text,
-        "rate": rate or (len(scenario.requests) - 1) / scenario.requests[-1].arrival_s,
-        "attainment": s.slo_attainment,
-        "goodput/s": s.goodput_per_s,
-        "ttft p50": s.ttft_ms.p50,
-        "ttft p99": s.ttft_ms.p99,
-        "tpot p50": s.tpot_ms.p50,
-        "tpot p99": s.tpot_ms.p99,
-        "gap p99": s.first_gap_ms.p99 if s.first_gap_ms else None,
-        "tok/s": s.output_tokens_per_s,
-        "preempted": s.num_preemptions,
-        "collocated": float(np.mean([log.route is not None and log.route.is_collocated for log in logs])),
-        "wall s": time.perf_counter() - start,
-    }
+    offered = rate or (len(scenario.requests) - 1) / scenario.requests[-1].arrival_s
+    row = {"arrangement": arrangement.text, "rate": offered, "attainment": s.slo_attainment}
+    row |= {"goodput/s": s.goodput_per_s, "ttft p50": s.ttft_ms.p50, "ttft p99": s.ttft_ms.p99}
+    row |= {"tpot p50": s.tpot_ms.p50, "tpot p99": s.tpot_ms.p99, "gap p99": s.first_gap_ms and s.first_gap_ms.p99}
+    row |= {"tok/s": s.output_tokens_per_s, "preempted": s.num_preemptions}
+    collocated = float(np.mean([log.route is not None and log.route.is_collocated for log in logs]))
+    return {**row, "collocated": collocated, "wall s": time.perf_counter() - start}
 
 
 def main() -> None:
