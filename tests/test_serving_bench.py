@@ -18,8 +18,9 @@ import pytest
 from model_zoo import make_tiny_model
 
 from bench import report, run, scaling
-from bench.lib import load, rows
+from bench.lib import load
 from bench.lib.report import Row, make_report
+from bench.lib.rows import attainment, with_slo
 from nanopd import LLM, ConfigError, EngineConfig, Route
 from nanopd.lab.workload import prompt_token_ids
 from nanopd.messages import EventKind, FinishReason, RequestEvent, RequestLog, Work
@@ -180,8 +181,8 @@ def test_row_of_a_window_by_hand(row: Row) -> None:
 def test_attainment_under_other_levels_counts_all_arrivals(
     row: Row, limits: dict[str, float], scale: float, num_good: int
 ) -> None:
-    assert rows.attainment(row, SLO(**limits), scale) == num_good / 3
-    assert rows.with_slo(row, SLO(**limits))["num_requests"] == 3
+    assert attainment(row, SLO(**limits), scale) == num_good / 3
+    assert with_slo(row, SLO(**limits))["num_requests"] == 3
 
 
 def test_page_holds_rows_of_others_and_their_source(row: Row) -> None:
@@ -247,6 +248,28 @@ def test_the_peer_serves_the_same_requests_one_by_one(model: Path, tmp_path: Pat
     for name in ("num_requests", "num_completed", "num_prompt_tokens", "num_output_tokens", "offered_per_s"):
         assert own[name] == peer[name] > 3, name
     assert len(peer["samples"]["tpot_ms"]) == peer["num_requests"]
+
+
+@pytest.mark.slow
+def test_one_command_serves_three_sources(model: Path, tmp_path: Path) -> None:
+    trace, out = tmp_path / "trace.jsonl", tmp_path / "report.json"
+    lines = [{"timestamp": 100 * i, "input_length": 40, "output_length": 4, "hash_ids": [i]} for i in range(3)]
+    trace.write_text("\n".join(map(json.dumps, lines)))
+    base = ["--config", "cpu-demo", "--set", f"model={model}", "--set", "max_model_len=512", "--json", str(out)]
+    sources = {
+        "static": (["--workloads", "16/4", "--requests", "2", "--batches", "3"], [2, 3]),
+        "poisson": (["--workload", "16/4", "--rate", "20", "--warm-up", "0.1", "--window", "0.5"], [None]),
+        "trace": (["--trace", str(trace), "--speed", "2"], [3]),
+    }
+    for source, (options, counts) in sources.items():
+        assert run.main([source, *base, "--policy", "2M", *options]) == 0
+        found = json.loads(out.read_text())
+        assert found["bench"] == source
+        for count, row in zip(counts, found["rows"], strict=True):
+            assert row["num_completed"] == (count or row["num_requests"]) > 0
+            assert row["split"] == "2M"
+    assert run.main([]) == 0  # prints what there is
+    assert run.main(["nothing"]) == 2
 
 
 def test_a_moment_without_work_has_no_timeline(row: Row, tmp_path: Path) -> None:

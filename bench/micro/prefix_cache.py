@@ -2,8 +2,9 @@
 
 All lengths of the trace are divided by `--scale`, so that it fits; equal hash ids stay equal tokens. Without `--device`
 the whole trace goes through the real engine, scheduler and block manager in its order, `--at-once` requests at a time,
-before a worker that computes nothing. Its pool has `--pools` percent of the blocks that the prompts hold (full and
-distinct ones); the first row is a pool in which nothing is ever lost. `hit_rate` is of all prompt tokens.
+before a worker that computes nothing (that of bench.micro.scheduler). Its pool has `--pools` percent of the blocks that
+the prompts hold (full and distinct ones); the first row is a pool in which nothing is ever lost. `hit_rate` is of all
+prompt tokens.
 
 With `--device` windows of the trace are replayed, one at each of `--rates`, without the cache and with it, by a model
 of random weights. Where there is a cache, the requests before the windows are computed first, which fills it.
@@ -17,17 +18,16 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
-
 from bench.lib.load import Job, play, result_row, serving, settings_of
 from bench.lib.report import Row, arguments, device_name, emit, greedy
+from bench.micro.scheduler import InstantWorker
 from nanopd.checkpoints.demo_model import NAME as DEMO_MODEL
 from nanopd.config import EngineConfig, ModelConfig
 from nanopd.core.block_manager import extend_keys
 from nanopd.engine.engine import Engine
 from nanopd.lab.planner import at_rate
 from nanopd.lab.workload import WorkloadRequest, prompt_token_ids, read_trace
-from nanopd.messages import RequestLog, RowFlag, StepBatch, StepResult, TransferPath
+from nanopd.messages import RequestLog
 
 BAR = 0.95  # of the hits of an endless cache, with room for all blocks
 VOCAB_SIZE = 150_000
@@ -42,30 +42,12 @@ def hit_rate(logs: Sequence[RequestLog]) -> float:
     return sum(log.num_cached_tokens for log in logs) / sum(log.num_prompt_tokens for log in logs)
 
 
-class IdleWorker:
-    """A WorkerClient that answers each step with zeros."""
-
-    def __init__(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
-        self.paths: dict[int, TransferPath] = {}
-        self._results: list[StepResult] = []
-
-    def send(self, batch: StepBatch) -> None:
-        none, no_logprobs = np.empty(0, np.int32), np.empty(0, np.float32)
-        tokens = np.zeros(np.count_nonzero(batch.row_flags & RowFlag.SAMPLE), np.int32)
-        self._results.append(StepResult(batch.step_id, 1, tokens, none, none, no_logprobs))
-
-    def poll(self) -> list[StepResult]:
-        results, self._results = self._results, []
-        return results
-
-
 def serve(requests: Sequence[tuple[list[int], int]], num_blocks: int, block_size: int, at_once: int) -> Row:
     """All `requests`, in their order, before a pool of `num_blocks`."""
     longest = max(len(prompt) + num_output for prompt, num_output in requests)
     model = ModelConfig("llama", VOCAB_SIZE, 8, 8, 1, 1, 1, 8, longest, 1e-5, 1e4)
     config = EngineConfig(model="none", block_size=block_size, max_num_seqs=at_once)
-    engine = Engine(config, model, [IdleWorker(1 + num_blocks)], time.monotonic)
+    engine = Engine(config, model, [InstantWorker(1 + num_blocks, [0], 0)], time.monotonic)
     arrivals, logs = enumerate(requests), []
     start = time.perf_counter()
     while len(logs) < len(requests):
