@@ -35,10 +35,11 @@ from bench.lib.report import Row, abort_all, arguments, device_name, emit, make_
 from bench.micro.transfer import BLOCK_SIZE, Pool, pool_config
 from nanopd import LLM, EngineConfig, Route
 from nanopd.checkpoints.model_files import read_model_config, resolve
+from nanopd.config import KVLayout
 from nanopd.core.sequence import SequenceStatus
 from nanopd.engine.engine import Engine
 from nanopd.messages import EventKind, FinishReason, RequestLog
-from nanopd.workers.processes import WorkerProcess
+from nanopd.workers.process import WorkerProcess
 
 SECTIONS = ("start", "hops", "feed", "kill", "transfer")
 MAX_IDLE = 5.0  # %
@@ -212,7 +213,7 @@ def transfer_rows(config: EngineConfig, num_tokens: int) -> Iterator[Row]:
     model = read_model_config(path, config.dtype, devices[0] == "cpu")
     num_workers, num_blocks = len(devices), -(-num_tokens // BLOCK_SIZE)
     bar = None if "cpu" in devices else MIN_GB_S
-    num_mb = num_blocks * BLOCK_SIZE * model.kv_bytes_per_token() / 1e6
+    num_mb = num_blocks * KVLayout.of(model, BLOCK_SIZE).bytes_per_block / 1e6
     pool = Pool(pool_config(config.model, devices, num_tokens, config.transfer), model, path)
     pairs = [((dst - shift) % num_workers, dst) for shift in range(1, num_workers) for dst in range(num_workers)]
     for src, dst in sorted(pairs):

@@ -45,7 +45,7 @@ from nanopd.errors import ConfigError
 from nanopd.lab.profiler import cache_file
 from nanopd.metrics import SLO
 from nanopd.routing.cost_model import Parameters
-from nanopd.routing.policy import find_parameters
+from nanopd.routing.factory import find_parameters
 
 TIMELINE_S = 1.5
 PROGRESS = ("policy", "workload", "requests/s", "served", "TTFT", "TPOT", "attained")  # of each run, as it ends

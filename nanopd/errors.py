@@ -10,7 +10,10 @@ class NanopdError(Exception):
 
 
 class FieldError(NanopdError, ValueError):
-    """A value that is not allowed, with the name of its field and what would be allowed."""
+    """A value that is not allowed, with the name of its field and what is allowed.
+
+    `allowed` is a text, or the allowed values, which become a text.
+    """
 
     def __init__(self, field: str, value: object, allowed: str | Iterable[object]) -> None:
         self.field = field
@@ -31,11 +34,11 @@ class RequestError(FieldError):
 
 
 class UnsupportedModelError(FieldError):
-    """A checkpoint that nanopd cannot run; `allowed` lists what it can."""
+    """A checkpoint that nanopd cannot run; `allowed` says what it can run."""
 
 
 class WorkerError(NanopdError):
-    """A worker process that failed to start or died, with its traceback where it left one."""
+    """A worker process that failed to start, or died; with its traceback if it could send one."""
 
     def __init__(self, worker: int, reason: str, traceback: str | None = None) -> None:
         self.worker = worker

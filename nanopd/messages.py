@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 
@@ -135,10 +135,10 @@ class TransferPath(str, Enum):
 class Ready:
     """Worker to parent: weights loaded, KV cache allocated."""
 
-    num_blocks: int
-    pid: int
-    kv_handle: object = None  # what a peer needs to open the cache on a GPU; None: nothing more than it has
-    paths: dict[int, TransferPath] = field(default_factory=dict)  # by source: how this worker gets blocks
+    num_blocks: int  # of the KV cache
+    num_host_blocks: int  # of the host memory for sequences that are swapped out
+    paths: dict[int, TransferPath]  # by source: how this worker gets blocks
+    kv_handle: object  # what a peer needs to open the cache on a GPU; None: nothing more than it has
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,3 +293,7 @@ class TransferAck:
     plan_id: int
     duration_us: int
     num_bytes: int  # 0: given up, as the source is dead
+
+
+ToWorker: TypeAlias = StepBatch | TransferPlan | SlotExtras
+FromWorker: TypeAlias = StepResult | TransferAck

@@ -1,6 +1,7 @@
 """Which values the fields of a user's dataclass may have: a rule in each field's metadata, checked by one function.
 
-The texts of the rules are those of the error messages and, with the meanings, those of the tables in docs/.
+The words of the rules stand in error messages and, with the meanings of the fields, in the tables of docs/.
+Knows none of the dataclasses.
 """
 
 from __future__ import annotations
@@ -16,21 +17,26 @@ from nanopd.errors import FieldError
 
 @dataclass(frozen=True, slots=True)
 class Rule:
+    """Which values are allowed, and that in words for error messages and documentation."""
+
     allows: Callable[[Any], bool]
-    text: str  # what is allowed
+    text: str
+
+    def check(self, name: str, value: Any, error: type[FieldError]) -> None:
+        """Raise `error` for the field `name` if its `value` is not allowed."""
+        if not self.allows(value):
+            raise error(name, value, self.text)
 
 
 def ruled(default: Any, rule: Rule, meaning: str) -> Any:
-    """A field of a dataclass; `default` may be dataclasses.MISSING."""
+    """A field of a dataclass with its rule and its meaning; `default` is dataclasses.MISSING where there is none."""
     return field(default=default, metadata={"rule": rule, "meaning": meaning})
 
 
 def check(record: Any, error: type[FieldError]) -> None:
     """Raise `error` for the first field of the dataclass `record` whose rule does not allow its value."""
     for f in fields(record):
-        rule, value = f.metadata["rule"], getattr(record, f.name)
-        if not rule.allows(value):
-            raise error(f.name, value, rule.text)
+        f.metadata["rule"].check(f.name, getattr(record, f.name), error)
 
 
 def optional(rule: Rule) -> Rule:
@@ -45,7 +51,7 @@ def integer(least: int, most: float = math.inf) -> Rule:
 
 
 def number(least: float, most: float = math.inf) -> Rule:
-    """Finite, and neither limit is left out."""
+    """A finite number; both limits are allowed values."""
     limits = f">= {least}" if most == math.inf else f"from {least} to {most}"
     return Rule(lambda value: _is_finite(value) and least <= value <= most, f"a finite number {limits}")
 
@@ -60,7 +66,7 @@ def _is_finite(value: object) -> bool:
 
 
 def one_of(*values: object) -> Rule:
-    """Of an enumeration the values."""
+    """One of some values; a member of an enumeration stands for its value."""
     plain = [value.value if isinstance(value, Enum) else value for value in values]
     return Rule(lambda value: value in plain, ", ".join(map(str, plain)))
 
@@ -70,7 +76,7 @@ def text(what: str) -> Rule:
 
 
 def list_of(rule: Rule, least: int = 0, most: float = math.inf) -> Rule:
-    """Of values that the dataclass has made a tuple."""
+    """A list, as the tuple that the dataclass has made of it, whose elements `rule` allows."""
     size = (f" of at least {least}" if least else "") + (f" of at most {most:,}" if most < math.inf else "")
     return Rule(
         lambda values: isinstance(values, tuple) and least <= len(values) <= most and all(map(rule.allows, values)),

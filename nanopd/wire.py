@@ -1,7 +1,7 @@
-"""The codec of the wire messages of messages.py: flat arrays into a slot of a ring, and views of the slot back.
+"""The codec of the wire messages of messages.py: flat arrays to bytes, and views of the bytes back.
 
-Reads the layout from the annotations of the classes: int fields, then annotated arrays. Knows not what they mean and
-not where the bytes go. Both ends are of one machine and one program: no versions, native byte order.
+Reads the layout from the annotations of the classes: int fields, then annotated arrays. Knows neither what they mean
+nor where the bytes go. Both ends are of one machine and one program: no versions, native byte order.
 """
 
 from __future__ import annotations
@@ -15,49 +15,40 @@ from typing import TypeAlias, get_args, get_type_hints
 import numpy as np
 
 from nanopd.errors import NanopdError
-from nanopd.messages import SlotExtras, StepBatch, StepResult, TransferAck, TransferPlan
+from nanopd.messages import FromWorker, ToWorker
 
-Message: TypeAlias = StepBatch | TransferPlan | StepResult | TransferAck | SlotExtras
+Message: TypeAlias = ToWorker | FromWorker
 
 KINDS: dict[type, int] = {cls: kind for kind, cls in enumerate(get_args(Message), 1)}
 
 ALIGNMENT = 8  # bytes; what the largest item, SLOT_INIT's seed, needs
+PADDING = [bytes(-nbytes % ALIGNMENT) for nbytes in range(ALIGNMENT)]  # by bytes beyond the last full item
 
 
 class WireError(NanopdError, ValueError):
     """Bytes that are no message, or arrays that do not fit their section."""
 
 
-def encoded_size(message: Message) -> int:
-    """The bytes that `encode` will write."""
+def encode(message: Message) -> bytes:
+    """The bytes of `message`. Raises WireError for an array of another dtype than its section's."""
     layout = _layout(KINDS[type(message)])
-    return layout.prefix.size + sum(_padded(array.nbytes) for array in layout.split(message)[1])
-
-
-def encode(message: Message, out: memoryview) -> int:
-    """Write `message` to the start of `out` ([>= encoded_size] bytes); returns the number of bytes written.
-
-    Raises WireError for an array of another dtype than its section's.
-    """
-    layout = _layout(KINDS[type(message)])
-    header, arrays = layout.split(message)
-    layout.prefix.pack_into(out, 0, layout.kind, *header, *[array.size for array in arrays])
-    offset = layout.prefix.size
+    values = layout.get_fields(message)
+    arrays = values[layout.num_header :]
+    parts = [layout.prefix.pack(layout.kind, *values[: layout.num_header], *[array.size for array in arrays])]
     for array, dtype in zip(arrays, layout.dtypes):
         if array.dtype != dtype:
             raise WireError(f"{layout.cls.__name__}: an array of {array.dtype} in a section of {dtype}")
-        end = offset + array.nbytes
-        out[offset:end] = array.tobytes()  # twice as quick as an assignment to a numpy view of `out`
-        offset = _padded(end)
-    return offset
+        if array.size:
+            parts += array.tobytes(), PADDING[array.nbytes % ALIGNMENT]
+    return b"".join(parts)
 
 
-def decode(slot: memoryview | bytes) -> Message:
-    """The message that fills `slot` ([encoded_size] bytes). Its arrays, all 1-D, are views into `slot`.
+def decode(data: memoryview | bytes) -> Message:
+    """The message that `data` is. Its arrays, all 1-D, are views into `data`, which has to stay as it is.
 
     Raises WireError if the kind is unknown or the lengths do not add up.
     """
-    view = memoryview(slot)
+    view = memoryview(data)
     layout = _layout(struct.unpack_from("=q", view)[0] if view.nbytes >= 8 else None)
     if view.nbytes < layout.prefix.size:
         raise WireError(f"{layout.cls.__name__}: {view.nbytes} bytes, its header alone has {layout.prefix.size}")
@@ -81,12 +72,7 @@ class _Layout:
     num_header: int
     prefix: struct.Struct  # kind, header, one count per section
     dtypes: tuple[np.dtype, ...]
-    get_fields: attrgetter
-
-    def split(self, message: Message) -> tuple[tuple[int, ...], tuple[np.ndarray, ...]]:
-        """The values of the header and the arrays of the sections."""
-        values = self.get_fields(message)
-        return values[: self.num_header], values[self.num_header :]
+    get_fields: attrgetter  # the values of the header, then the arrays of the sections
 
 
 def sections(cls: type) -> dict[str, np.dtype]:

@@ -11,7 +11,7 @@ from nanopd.config import EngineConfig, ModelConfig
 from nanopd.engine.engine import Engine
 from nanopd.ipc.shared_memory import Memories
 from nanopd.messages import Peer, SlotExtras, StepBatch, StepResult, TransferAck, TransferPlan
-from nanopd.wire import decode, encode, encoded_size
+from nanopd.wire import decode, encode
 from nanopd.worker.worker import Worker
 
 
@@ -20,7 +20,7 @@ class LocalWorker:
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
-        self.num_blocks = worker.num_blocks
+        self.num_blocks, self.num_host_blocks = worker.num_blocks, worker.num_host_blocks
         self.paths = worker.paths
         self.num_swapped = 0  # blocks that came back
         self._inbox: deque[SlotExtras | StepBatch | TransferPlan] = deque()
@@ -41,9 +41,7 @@ class LocalWorker:
 
 
 def _through_the_codec(message):
-    buffer = memoryview(bytearray(encoded_size(message)))
-    encode(message, buffer)
-    return decode(buffer)
+    return decode(encode(message))
 
 
 def local_engine(config: EngineConfig, path: Path, model: ModelConfig | None = None, **engine_args) -> Engine:
@@ -51,7 +49,7 @@ def local_engine(config: EngineConfig, path: Path, model: ModelConfig | None = N
     model = model or read_model_config(path, config.dtype, True)
     config = config.replace(max_model_len=config.max_model_len or model.max_position_embeddings)
     memories = Memories.of(len(config.workers), with_relays=False)
-    workers = [Worker(i, config, model, path, memories) for i in range(len(config.workers))]
+    workers = [Worker.load(i, config, model, path, memories) for i in range(len(config.workers))]
     for worker in workers:
         for peer, other in enumerate(workers):
             worker.connect(peer, Peer(0, other.num_blocks))
@@ -63,5 +61,5 @@ def run_to_end(engine: Engine) -> None:
     engine.drain(lambda: None)
     engine.check_integrity()
     for scheduler in engine.schedulers:
-        for blocks in (scheduler.blocks, scheduler.host_blocks):
+        for blocks in (scheduler.residency.blocks, scheduler.residency.host_blocks):
             assert blocks.num_free == blocks.num_usable

@@ -55,8 +55,8 @@ class SymbolicWorker:
         self.paths: dict[int, TransferPath] = {}
         self.generation = 0
         self.block_size = config.block_size
-        num_host_blocks = config.num_host_blocks(model_config())  # block -i is host block i
-        self.kv = np.full((num_blocks + num_host_blocks, config.block_size), -1, np.int64)
+        self.num_host_blocks = config.num_host_blocks(model_config())  # block -i is host block i
+        self.kv = np.full((num_blocks + self.num_host_blocks, config.block_size), -1, np.int64)
         self.tables = np.zeros((config.num_slots, -(-max_len // config.block_size)), np.int64)
         self.last_tokens = np.full(config.num_slots, -1, np.int64)
         self.num_logprobs = np.full(config.num_slots, -1, np.int64)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from local_worker import local_engine, run_to_end
 from model_zoo import load_hf, make_tiny_model
+from submitting import start_search, submit
 from transformers import PreTrainedModel
 
 from nanopd.checkpoints.model_files import read_model_config
@@ -97,10 +98,10 @@ def test_answers_and_scores(reference: Reference, way: str) -> None:
     ended: list[BeamSearch] = []
     searches = []
     for number, prompt in enumerate(reference.prompts):
-        engine.submit(f"greedy {number}", prompt, SamplingParams(temperature=0, max_tokens=8))
+        submit(engine, f"greedy {number}", prompt, SamplingParams(temperature=0, max_tokens=8))
         for params in SEARCHES:
             name = f"search {len(searches)}"
-            searches.append(BeamSearch(engine, name, prompt, params, engine.clock(), ended.append))
+            searches.append(start_search(engine, name, prompt, params, ended.append))
     run_to_end(engine)
     assert sorted(ended, key=searches.index) == searches
     for search, expected in zip(searches, reference.expected, strict=True):
@@ -116,7 +117,7 @@ def test_an_end_before_time(reference: Reference) -> None:
     engine = local_engine(EngineConfig(model=str(reference.path), num_blocks=100, block_size=4), reference.path)
     ended: list[BeamSearch] = []
     params = BeamSearchParams(max_tokens=50)
-    searches = [BeamSearch(engine, name, [5, 6], params, engine.clock(), ended.append) for name in "ab"]
+    searches = [start_search(engine, name, [5, 6], params, ended.append) for name in "ab"]
     while not all(search.beams.num_tokens > 4 for search in searches):
         engine.step()
     engine.abort(searches[0].seqs[1].request_id)  # a beam of it
@@ -141,4 +142,4 @@ def test_more_ends_of_sequence_allow_fewer_beams(reference: Reference) -> None:
     model = replace(read_model_config(reference.path, "float32", True), eos_token_ids=(1, 2, 3))
     engine = local_engine(EngineConfig(model=str(reference.path), num_blocks=100), reference.path, model)
     with pytest.raises(RequestError, match="num_beams=6 .* 1 to 5"):
-        BeamSearch(engine, "a", [5], BeamSearchParams(num_beams=6), engine.clock(), print)
+        start_search(engine, "a", [5], BeamSearchParams(num_beams=6), print)

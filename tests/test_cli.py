@@ -22,6 +22,8 @@ import pytest
 
 import nanopd
 from nanopd import cli
+from nanopd.commands.chat import chat
+from nanopd.commands.run import DEMO_PROMPTS, SAMPLING_OPTIONS
 from nanopd.config import load_config
 from nanopd.errors import RequestError, WorkerError
 from nanopd.frontend.jsonl import serve_rows
@@ -29,7 +31,7 @@ from nanopd.frontend.outputs import BlockStats
 from nanopd.messages import EventKind, FinishReason, RequestEvent, RequestLog, Role, Route
 from nanopd.metrics import RequestMetrics
 from nanopd.request import SamplingParams
-from nanopd.routing.decision import Decision, Prediction
+from nanopd.routing.policy import Decision, Prediction
 
 ROOT = Path(__file__).parents[1]
 EXPLAINED = Decision(
@@ -304,7 +306,7 @@ def test_rows_from_standard_input(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b'{"prompt": "a"}\n{"prompt": 1')))
     monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
-    assert cli.main(["--config", "cpu-demo", "--input", "-"]) == cli.ROW_FAILED
+    assert cli.main(["--config", "cpu-demo", "--input", "-"]) == cli.FAILED
     out, err = capsys.readouterr()  # out holds nothing but rows
     assert [json.loads(line)["line"] for line in out.splitlines()] == [1, 2]
     assert "line 2" in err
@@ -344,8 +346,8 @@ def test_nothing_is_explained_where_nothing_is_predicted(llm: EchoLLM, capsys: p
 def test_demo_without_input(llm: EchoLLM, chat_template: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     llm.tokenizer.chat_template = chat_template
     assert cli.main(["--config", "cpu-demo"]) == 0
-    assert cli.DEMO_PROMPTS[-1] in capsys.readouterr().out
-    assert len(llm.handles) == len(cli.DEMO_PROMPTS)
+    assert DEMO_PROMPTS[-1] in capsys.readouterr().out
+    assert len(llm.handles) == len(DEMO_PROMPTS)
 
 
 def test_chat(llm: EchoLLM, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,7 +360,7 @@ def test_chat(llm: EchoLLM, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
             raise EOFError from None
 
     monkeypatch.setattr("builtins.input", ask)
-    cli.chat(llm, SamplingParams())
+    chat(llm, SamplingParams())
     assert capsys.readouterr().out.count("well, yes\n") == 3
     assert [len(handle.prompt) for handle in llm.handles] == [1, 3, 1]
 
@@ -400,6 +402,12 @@ def test_serving_needs_the_extra(capsys: pytest.CaptureFixture[str], monkeypatch
     monkeypatch.setitem(sys.modules, "nanopd.serve", None)
     assert cli.main(["--config", "cpu-demo", "--serve"]) == 1
     assert "pip install nanopd[serve]" in capsys.readouterr().err
+
+
+def test_sampling_options_are_fields_of_sampling_params() -> None:
+    args = vars(cli.parse_args(["--config", "cpu-demo", "--top-k", "7", "--seed", "3", "--min-p", "0.5"]))
+    params = SamplingParams(**{name: args[name] for name in SAMPLING_OPTIONS})
+    assert params == SamplingParams(max_tokens=128, temperature=0.0, top_k=7, seed=3, min_p=0.5)
 
 
 @pytest.mark.parametrize("option", ["--input", "--output", "--prompt"])

@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 from local_worker import local_engine, run_to_end
 from model_zoo import make_tiny_model
 from safetensors.torch import load_file, save_file
+from submitting import submit
 from symbolic_worker import EOS, VOCAB_SIZE, generate
 from test_engine import TOPOLOGIES, Load, Replacements, assert_caches_are_right, drain, happen, make_engine
 
 from nanopd.config import EngineConfig
 from nanopd.core.sequence import Sequence
+from nanopd.engine.answers import Answers
 from nanopd.request import SamplingParams
 
 MIXED, PREFILL, DECODE = ({"device": "cpu", "role": role} for role in ("mixed", "prefill", "decode"))
@@ -85,18 +87,18 @@ def test_steps_are_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     for num_drafts in (0, 3):
         engine, clock = make_engine(["mixed"], "collocated", num_speculative_tokens=num_drafts)
         params = SamplingParams(temperature=0, max_tokens=101, ignore_eos=True)
-        seq = engine.submit("0", [1, 2, 3], params)
+        seq = submit(engine, "0", [1, 2, 3], params)
         drain(engine, clock)
         assert seq.output_token_ids == generate([1, 2, 3], 101, ())
-        num_steps[num_drafts] = engine.busy_us[0]
+        num_steps[num_drafts] = engine.fleet.ledger.of_worker[0].busy_us
     assert seq.drafter is not None and seq.drafter.num_accepted > 60
     assert num_steps[3] < 0.45 * num_steps[0]
     for stop_after in range(20, 30):
         monkeypatch.setattr(
             symbolic_worker, "next_token", lambda c, end=stop_after: EOS if len(c) == 3 + end else 10 + len(c) % 7
         )
-        stopped = engine.submit("1", [1, 2, 3], SamplingParams(temperature=0, max_tokens=101))
-        limited = engine.submit("2", [1, 2, 3], SamplingParams(temperature=0, max_tokens=stop_after, logprobs=2))
+        stopped = submit(engine, "1", [1, 2, 3], SamplingParams(temperature=0, max_tokens=101))
+        limited = submit(engine, "2", [1, 2, 3], SamplingParams(temperature=0, max_tokens=stop_after, logprobs=2))
         drain(engine, clock)
         assert stopped.output_token_ids == generate([1, 2, 3], 101)
         assert len(stopped.output_token_ids) == stop_after + 1
@@ -127,10 +129,10 @@ def test_streams_and_stop_strings_are_the_same(monkeypatch: pytest.MonkeyPatch) 
     for num_drafts in (0, 3):
         monkeypatch.setattr(symbolic_worker, "next_token", lambda c: 11 if len(c) == 60 else 20 + len(c) % 5)
         engine, clock = make_engine(["prefill", "decode"], "disaggregated", num_speculative_tokens=num_drafts)
-        engine._make_text = lambda prompt, stop: Letters(stop)
+        engine._answers = Answers(lambda prompt, stop: Letters(stop))
         params = SamplingParams(temperature=0, max_tokens=90, ignore_eos=True)
-        engine.submit("stream", [1, 2, 3], params, is_streamed=True)
-        engine.submit("stop", [1, 2, 3], replace(params, stop=("yl",)), is_streamed=True)
+        submit(engine, "stream", [1, 2, 3], params, is_streamed=True)
+        submit(engine, "stop", [1, 2, 3], replace(params, stop=("yl",)), is_streamed=True)
         updates = []
         while engine.has_unfinished:
             clock.now_s += 0.01
@@ -164,7 +166,7 @@ def make_prompts() -> list[list[int]]:
 
 def answers(path: Path, params: list[SamplingParams], **keys: object) -> list[Sequence]:
     engine = local_engine(EngineConfig(model=str(path), max_num_seqs=8, num_blocks=200, **keys), path)
-    seqs = [engine.submit(str(i), prompt, p) for i, (prompt, p) in enumerate(zip(make_prompts(), params, strict=True))]
+    seqs = [submit(engine, str(i), prompt, p) for i, (prompt, p) in enumerate(zip(make_prompts(), params, strict=True))]
     run_to_end(engine)
     return seqs
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from submitting import start_search, submit
 from symbolic_worker import (
     EOS,
     POISON,
@@ -22,7 +23,7 @@ from symbolic_worker import (
     symbolic_workers,
 )
 
-from nanopd.config import EngineConfig, routes_for_policy
+from nanopd.config import EngineConfig, KVLayout, routes_for_policy
 from nanopd.core.block_manager import extend_keys
 from nanopd.core.sequence import Sequence, SequenceStatus
 from nanopd.engine.beam_search import Beams, BeamSearch
@@ -31,7 +32,7 @@ from nanopd.errors import RequestError, WorkerError
 from nanopd.messages import EventKind, FinishReason, Role, Route, StepBatch, TransferPlan
 from nanopd.metrics import RequestMetrics
 from nanopd.request import BeamSearchParams, SamplingParams
-from nanopd.routing.policy import find_parameters, make_policy
+from nanopd.routing.factory import find_parameters, make_policy
 
 TOPOLOGIES = {
     "mixed": ["mixed"],
@@ -109,7 +110,7 @@ def make_engine(
 
 
 def swap_space_gb(num_blocks: int, block_size: int) -> float:
-    return (num_blocks + 0.5) * block_size * model_config().kv_bytes_per_token() / 1e9
+    return (num_blocks + 0.5) * KVLayout.of(model_config(), block_size).bytes_per_block / 1e9
 
 
 def drain(engine: Engine, clock: Clock, replacements: Replacements | None = None, max_steps: int = 60_000) -> None:
@@ -124,10 +125,10 @@ def drain(engine: Engine, clock: Clock, replacements: Replacements | None = None
     engine.check_integrity()
     for scheduler in engine.schedulers:
         if not scheduler.is_dead:
-            assert scheduler.blocks.num_free == scheduler.blocks.num_usable
-            assert scheduler.host_blocks.num_free == scheduler.host_blocks.num_usable
-            assert scheduler.slots.num_free == len(scheduler.slots.seqs)
-            assert scheduler.num_seqs == 0
+            assert scheduler.residency.blocks.num_free == scheduler.residency.blocks.num_usable
+            assert scheduler.residency.host_blocks.num_free == scheduler.residency.host_blocks.num_usable
+            assert scheduler.residency.slots.num_free == len(scheduler.residency.slots.seqs)
+            assert scheduler.queues.num_seqs == 0
 
 
 def assert_right(seq: Sequence) -> None:
@@ -152,11 +153,11 @@ def assert_caches_are_right(engine: Engine, seqs: list[Sequence]) -> None:
         tokens_of = {}
         for seq in seqs:
             keys: list[bytes] = []
-            extend_keys(keys, seq.token_ids, block_size, scheduler._root_key)
+            extend_keys(keys, seq.token_ids, block_size, engine._root_key)
             for i, key in enumerate(keys):
                 tokens_of[key] = seq.token_ids[i * block_size : (i + 1) * block_size]
         for key, tokens in tokens_of.items():
-            for block in scheduler.blocks.find([key]):
+            for block in scheduler.residency.blocks.find([key]):
                 assert scheduler.is_dead or worker.kv[block].tolist() == tokens
 
 
@@ -178,7 +179,7 @@ class Load:
         if rng.random() < 0.15:
             early = rng.choice([False, True, "never"])
             params = BeamSearchParams(rng.randint(1, 4), min(num_tokens, 8), rng.choice([0.0, 1.0, 2.0]), early)
-            search = BeamSearch(self.engine, name, prompt, params, self.engine.clock(), self._ended)
+            search = start_search(self.engine, name, prompt, params, self._ended)
             self.searches.append(search)
             return
         limits = {
@@ -188,7 +189,7 @@ class Load:
         }
         params, leader = SamplingParams(temperature=0, max_tokens=num_tokens), None
         for i in range(rng.choice([1, 1, 1, 2, 5])):
-            seq = self.engine.submit(f"{name}/{i}" if i else name, prompt, params, parent=leader, **limits)
+            seq = submit(self.engine, f"{name}/{i}" if i else name, prompt, params, parent=leader, **limits)
             leader = leader or seq
             self.seqs.append(seq)
 
@@ -198,7 +199,7 @@ class Load:
 
     def check(self, check_error: Callable[[str], None]) -> None:
         assert self.num_ended == len(self.searches)
-        assert not self.engine._followers
+        assert not self.engine.dispatcher.followers
         for search in self.searches:
             if search.reason is None:
                 prompt = search.first.token_ids[: search.first.num_prompt_tokens]
@@ -355,9 +356,9 @@ def expected_tokens(seq: Sequence) -> list[int]:
 def test_the_next_turn_finds_the_one_before(roles: list[str], policy: str, is_on: bool) -> None:
     engine, clock = make_engine(roles, policy, block_size=4, enable_prefix_caching=is_on)
     plans = count_moved_blocks(engine)
-    first = engine.submit("a", PROMPT, PARAMS)  # 20 + 30 tokens
+    first = submit(engine, "a", PROMPT, PARAMS)  # 20 + 30 tokens
     drain(engine, clock)
-    second = engine.submit("b", [*first.token_ids, 1, 2, 3], PARAMS)
+    second = submit(engine, "b", [*first.token_ids, 1, 2, 3], PARAMS)
     drain(engine, clock)
     assert [seq.output_token_ids for seq in (first, second)] == [expected_tokens(seq) for seq in (first, second)]
     num_cached = {"collocated": 48, "disaggregated": 20}[policy]  # the prefill worker has not seen the answer
@@ -373,7 +374,7 @@ def test_what_is_swapped_is_not_computed_again(roles: list[str], policy: str, nu
     keys = {"block_size": 4, "enable_prefix_caching": False, "swap_space_gb": swap_space_gb(num_host_blocks, 4)}
     engine, clock = make_engine(roles, policy, num_blocks=26, **keys)
     num_computed = count_computed_tokens(engine)
-    seqs = [engine.submit(str(i), [i] * 10, PARAMS) for i in range(6)]  # 6 of 10 + 30 tokens: 60 blocks, of 25
+    seqs = [submit(engine, str(i), [i] * 10, PARAMS) for i in range(6)]  # 6 of 10 + 30 tokens: 60 blocks, of 25
     drain(engine, clock)
     assert [seq.output_token_ids for seq in seqs] == [expected_tokens(seq) for seq in seqs]
     num_again = sum(num_computed) - 6 * 39
@@ -392,7 +393,7 @@ def test_swapping_pays_where_it_takes_less_time_than_a_prefill(kv_bytes_per_toke
     config = EngineConfig(model="none", policy="adaptive", max_model_len=512)
     policy = make_policy(config, parameters)
     engine = Engine(config, model_config(), symbolic_workers(config, [40], None), Clock(), policy=policy)
-    assert engine.schedulers[0].swap_pays(1000) is pays
+    assert engine.schedulers[0]._swap_pays(1000) is pays
 
 
 def count_computed_tokens(engine: Engine) -> list[int]:
@@ -426,7 +427,7 @@ def test_blocks_that_the_destination_has_do_not_move() -> None:
     engine, clock = make_engine(["prefill", "prefill", "decode"], "disaggregated", **keys)
     plans = count_moved_blocks(engine)
     for prefill_worker in (0, 1):
-        seq = engine.submit("a", PROMPT, PARAMS, route=Route(prefill_worker, 2))
+        seq = submit(engine, "a", PROMPT, PARAMS, route=Route(prefill_worker, 2))
         drain(engine, clock)
         assert seq.output_token_ids == expected_tokens(seq)
         assert seq.log().num_cached_tokens == 0
@@ -437,13 +438,13 @@ def test_blocks_that_are_still_moving_are_not_shared() -> None:
     engine, clock = make_engine(["prefill", "decode"], "disaggregated", block_size=4)
     plans = count_moved_blocks(engine)
     engine.workers[1].is_hung = True
-    seqs = [engine.submit("a", PROMPT, PARAMS)]
+    seqs = [submit(engine, "a", PROMPT, PARAMS)]
     run(engine, clock, 4)
-    seqs += [engine.submit("b", PROMPT, PARAMS)]
+    seqs += [submit(engine, "b", PROMPT, PARAMS)]
     run(engine, clock, 4)
     engine.workers[1].is_hung = False
     run(engine, clock, 4)
-    seqs += [engine.submit("c", PROMPT, PARAMS)]
+    seqs += [submit(engine, "c", PROMPT, PARAMS)]
     drain(engine, clock)
     assert sum(plans) == 5 + 5 + 1
     assert [seq.log().num_cached_tokens for seq in seqs] == [0, 16, 16]
@@ -452,7 +453,7 @@ def test_blocks_that_are_still_moving_are_not_shared() -> None:
 
 def test_a_moved_request_goes_on_elsewhere_with_the_same_tokens() -> None:
     engine, clock = make_engine(["mixed", "decode"], "collocated")
-    seq = engine.submit("a", PROMPT, PARAMS)
+    seq = submit(engine, "a", PROMPT, PARAMS)
     run(engine, clock, 5)
     assert seq.status is SequenceStatus.RUNNING
     engine.move("a", 1)
@@ -466,7 +467,7 @@ def test_a_moved_request_goes_on_elsewhere_with_the_same_tokens() -> None:
 
 def test_a_move_that_finds_no_room_leaves_the_request_where_it_is() -> None:
     engine, clock = make_engine(["mixed", "mixed"], "collocated", max_num_seqs=1, handover_timeout_s=0.05)
-    seqs = [engine.submit(name, PROMPT, PARAMS) for name in "ab"]
+    seqs = [submit(engine, name, PROMPT, PARAMS) for name in "ab"]
     run(engine, clock, 3)
     engine.move("a", 1)
     drain(engine, clock)
@@ -480,8 +481,8 @@ def test_a_drained_worker_loses_its_requests_even_if_the_first_destination_dies(
     """The move is under way, its destination dies, the next one is full: it decodes at home until there is room."""
     keys = {"max_num_seqs": 1, "block_size": 1, "num_blocks": 120, "handover_timeout_s": 0.05}
     engine, clock = make_engine(["mixed", "decode", "mixed"], "round_robin", **keys)
-    seq = engine.submit("a", PROMPT, PARAMS, route=Route(0, 0))
-    engine.submit("b", PROMPT, PARAMS, route=Route(2, 2))
+    seq = submit(engine, "a", PROMPT, PARAMS, route=Route(0, 0))
+    submit(engine, "b", PROMPT, PARAMS, route=Route(2, 2))
     run(engine, clock, 3)
     engine.set_role(0, Role.PREFILL)
     home, first, _ = engine.workers
@@ -505,8 +506,8 @@ def test_a_drained_worker_loses_its_requests_even_if_the_first_destination_dies(
 def test_a_request_told_to_stay_may_move_before_its_prompt_is_done() -> None:
     keys = {"max_num_seqs": 1, "block_size": 1, "num_blocks": 120}
     engine, clock = make_engine(["mixed", "decode", "mixed"], "disaggregated", **keys)
-    engine.submit("b", PROMPT, PARAMS, route=Route(2, 2))
-    seq = engine.submit("a", PROMPT, PARAMS, route=Route(0, 1))
+    submit(engine, "b", PROMPT, PARAMS, route=Route(2, 2))
+    seq = submit(engine, "a", PROMPT, PARAMS, route=Route(0, 1))
     engine.step()  # its only chunk is in flight
     engine.workers[0].is_hung = engine.workers[1].is_dead = True
     run(engine, clock)
@@ -522,7 +523,7 @@ def test_a_request_told_to_stay_may_move_before_its_prompt_is_done() -> None:
 
 def test_moves_that_are_impossible() -> None:
     engine, clock = make_engine(["mixed", "prefill", "decode"], "round_robin")
-    seq = engine.submit("a", PROMPT, PARAMS, route=Route(0, 0))
+    seq = submit(engine, "a", PROMPT, PARAMS, route=Route(0, 0))
     with pytest.raises(RequestError, match="request_id='a'"):
         engine.move("a", 2)
     run(engine, clock, 3)
@@ -538,7 +539,7 @@ def test_moves_that_are_impossible() -> None:
 def test_roles_change_under_load() -> None:
     """Two mixed workers become a pair, the pair is turned round, and is mixed again."""
     engine, clock = make_engine(["mixed", "mixed"], "round_robin", max_num_seqs=4, max_num_batched_tokens=16)
-    seqs = [engine.submit(str(n), [n, *PROMPT], PARAMS) for n in range(16)]
+    seqs = [submit(engine, str(n), [n, *PROMPT], PARAMS) for n in range(16)]
     changes = [(0, Role.PREFILL), (1, Role.DECODE), (1, Role.MIXED), (1, Role.PREFILL), (0, Role.MIXED)]
     for worker, role in changes:
         run(engine, clock, 6)
@@ -557,23 +558,23 @@ def test_roles_change_under_load() -> None:
 
 def test_a_worker_that_may_not_prefill_any_more_gives_its_queue_away() -> None:
     engine, clock = make_engine(["mixed", "mixed"], "collocated", max_num_seqs=1)
-    seqs = [engine.submit(str(n), PROMPT, PARAMS) for n in range(4)]
+    seqs = [submit(engine, str(n), PROMPT, PARAMS) for n in range(4)]
     run(engine, clock, 2)
     engine.set_role(0, Role.DECODE)
     drain(engine, clock)
     assert [seq.route for seq in seqs] == [Route(0, 0), Route(1, 1), Route(1, 1), Route(1, 1)]
     with pytest.raises(RequestError, match="route='0->0'"):
-        engine.submit("late", PROMPT, PARAMS, route=Route(0, 0))
+        submit(engine, "late", PROMPT, PARAMS, route=Route(0, 0))
 
 
 def test_requests_wait_for_the_worker_that_is_being_replaced() -> None:
     replacements = Replacements()
     engine, clock = make_engine(["prefill", "decode"], "disaggregated", replacements=replacements)
-    seqs = [engine.submit("a", PROMPT, PARAMS)]
+    seqs = [submit(engine, "a", PROMPT, PARAMS)]
     run(engine, clock, 4)
     engine.workers[1].is_dead = True
     run(engine, clock, 3)
-    seqs += [engine.submit("b", PROMPT, PARAMS), engine.submit("c", PROMPT, PARAMS, deadline_s=0.05)]
+    seqs += [submit(engine, "b", PROMPT, PARAMS), submit(engine, "c", PROMPT, PARAMS, deadline_s=0.05)]
     run(engine, clock, 20)
     assert [seq.status.is_finished for seq in seqs] == [False, False, True]
     assert seqs[2].error == "the deadline has passed"
@@ -585,27 +586,27 @@ def test_requests_wait_for_the_worker_that_is_being_replaced() -> None:
 def test_what_waited_ends_with_the_reason_if_the_replacement_fails() -> None:
     replacements = Replacements()
     engine, clock = make_engine(["mixed"], "collocated", replacements=replacements)
-    seq = engine.submit("a", PROMPT, PARAMS)
+    seq = submit(engine, "a", PROMPT, PARAMS)
     engine.workers[0].is_dead = True
     run(engine, clock)
     engine.give_up(0, WorkerError(0, "no memory", "a traceback"))
     assert seq.status is SequenceStatus.FINISHED_ERROR
     assert seq.error == "no route is left: worker 0: no memory\na traceback"
-    assert engine.submit("b", PROMPT, PARAMS).error == seq.error
+    assert submit(engine, "b", PROMPT, PARAMS).error == seq.error
 
 
 def test_a_poison_request_ends_after_its_replays_and_a_later_one_is_served() -> None:
     replacements = Replacements()
     replacements.minds_poison = True
     engine, clock = make_engine(["mixed", "mixed"], "collocated", replacements=replacements)
-    poison, innocent = engine.submit("p", [POISON], PARAMS), engine.submit("i", PROMPT, PARAMS)
+    poison, innocent = submit(engine, "p", [POISON], PARAMS), submit(engine, "i", PROMPT, PARAMS)
     drain(engine, clock, replacements)
     assert poison.status is SequenceStatus.FINISHED_ERROR
     assert poison.num_deaths == MAX_REPLAYS + 1
     assert "3 workers died while they computed it" in poison.error
     assert "was poisoned by the test" in poison.error
     assert innocent.output_token_ids == expected_tokens(innocent)
-    later = engine.submit("l", PROMPT, PARAMS)
+    later = submit(engine, "l", PROMPT, PARAMS)
     drain(engine, clock, replacements)
     assert later.output_token_ids == expected_tokens(later)
 
@@ -613,7 +614,7 @@ def test_a_poison_request_ends_after_its_replays_and_a_later_one_is_served() -> 
 def test_a_hung_worker_is_noticed_in_time_and_a_held_parent_is_none() -> None:
     replacements = Replacements()
     engine, clock = make_engine(["mixed"], "collocated", replacements=replacements, step_timeout_s=60.0)
-    seq = engine.submit("a", PROMPT, PARAMS)
+    seq = submit(engine, "a", PROMPT, PARAMS)
     run(engine, clock, 3)
     engine.workers[0].is_hung = True
     run(engine, clock)
@@ -639,8 +640,8 @@ def test_a_hung_worker_is_noticed_in_time_and_a_held_parent_is_none() -> None:
 def submit_group(
     engine: Engine, count: int, name: str = "g", prompt: list[int] = PROMPT, params: SamplingParams = PARAMS, **args
 ) -> list[Sequence]:
-    first = engine.submit(name, prompt, params, **args)
-    return [first, *(engine.submit(f"{name}/{i}", prompt, params, parent=first, **args) for i in range(1, count))]
+    first = submit(engine, name, prompt, params, **args)
+    return [first, *(submit(engine, f"{name}/{i}", prompt, params, parent=first, **args) for i in range(1, count))]
 
 
 def assert_all_right(seqs: list[Sequence]) -> None:
@@ -658,7 +659,7 @@ def test_eight_answers_to_a_long_prompt_take_a_fifth_of_the_blocks(roles: list[s
     drain(engine, clock)
     assert_all_right(seqs)
     assert sum(plans) == (128 if policy == "disaggregated" else 0), "the prompt moves once"
-    *prefilled, decoded = engine.peak_blocks
+    *prefilled, decoded = engine.fleet.peak_blocks
     assert decoded <= 0.2 * 8 * 136
     assert all(peak <= 0.2 * 8 * 129 for peak in prefilled)
 
@@ -689,24 +690,24 @@ def test_answers_join_where_the_first_one_decodes_after_a_death() -> None:
 
 def test_lower_priorities_go_first_and_equals_in_order() -> None:
     engine, clock = make_engine(["mixed"], "collocated", max_num_seqs=1)
-    running = engine.submit("running", PROMPT, PARAMS)
+    running = submit(engine, "running", PROMPT, PARAMS)
     run(engine, clock, 2)
     priorities = [0, 1, -1, 0, 1, -1]
-    seqs = [engine.submit(str(i), [i, *PROMPT], PARAMS, priority=p) for i, p in enumerate(priorities)]
+    seqs = [submit(engine, str(i), [i, *PROMPT], PARAMS, priority=p) for i, p in enumerate(priorities)]
     drain(engine, clock)
     assert_all_right([running, *seqs])
     ends = sorted(seqs, key=lambda seq: seq.events[-1].time_s)
     assert [seq.request_id for seq in ends] == ["2", "5", "0", "3", "1", "4"]
     assert running.events[-1].time_s < ends[0].events[-1].time_s
     with pytest.raises(RequestError, match="priority='high'"):
-        engine.submit("a", PROMPT, PARAMS, priority="high")
+        submit(engine, "a", PROMPT, PARAMS, priority="high")
 
 
 def test_the_lowest_priority_is_preempted_and_of_equals_the_latest() -> None:
     engine, clock = make_engine(["mixed"], "collocated", num_blocks=16, block_size=4)  # for a sequence and a bit
     params = SamplingParams(temperature=0, max_tokens=28, ignore_eos=True)
     priorities = [1, 0, 1, 0]
-    seqs = [engine.submit(str(i), [i, i], params, priority=p) for i, p in enumerate(priorities)]
+    seqs = [submit(engine, str(i), [i, i], params, priority=p) for i, p in enumerate(priorities)]
     drain(engine, clock)
     assert_all_right(seqs)
     first = {
@@ -720,7 +721,7 @@ def test_a_queue_timeout_ends_what_has_not_started() -> None:
     engine, clock = make_engine(["mixed"], "collocated", max_num_seqs=1)
     running = submit_group(engine, 3, "running", queue_timeout_s=0.05)  # one runs, the others belong to it
     waiting = submit_group(engine, 3, "waiting", queue_timeout_s=0.05)
-    patient = engine.submit("patient", PROMPT, PARAMS)
+    patient = submit(engine, "patient", PROMPT, PARAMS)
     run(engine, clock, 2)
     assert engine.next_wakeup_s() == pytest.approx(100.05)
     drain(engine, clock)
@@ -730,7 +731,7 @@ def test_a_queue_timeout_ends_what_has_not_started() -> None:
         assert "queue_timeout_s" in seq.error
         assert seq.events[-1].time_s == pytest.approx(100.05)
     with pytest.raises(RequestError, match="queue_timeout_s=0"):
-        engine.submit("a", PROMPT, PARAMS, queue_timeout_s=0)
+        submit(engine, "a", PROMPT, PARAMS, queue_timeout_s=0)
 
 
 def test_a_long_prompt_is_not_passed_over_where_room_is_scarce() -> None:
@@ -738,11 +739,11 @@ def test_a_long_prompt_is_not_passed_over_where_room_is_scarce() -> None:
     engine, clock = make_engine(
         ["prefill", "decode"], "disaggregated", num_blocks=32, block_size=4, handover_timeout_s=0.05
     )
-    shorts = [engine.submit(f"before {i}", [i, *PROMPT], PARAMS) for i in range(4)]
+    shorts = [submit(engine, f"before {i}", [i, *PROMPT], PARAMS) for i in range(4)]
     run(engine, clock, 8)
-    long = engine.submit("long", list(range(60)), PARAMS)
+    long = submit(engine, "long", list(range(60)), PARAMS)
     for number in range(60):
-        shorts.append(engine.submit(str(number), [number, *PROMPT[:10]], PARAMS))
+        shorts.append(submit(engine, str(number), [number, *PROMPT[:10]], PARAMS))
         run(engine, clock, 5)
     assert long.status.is_finished
     drain(engine, clock)

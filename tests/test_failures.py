@@ -34,7 +34,7 @@ from nanopd import (
 )
 from nanopd.core.sequence import Sequence, SequenceStatus
 from nanopd.engine.engine import Engine
-from nanopd.workers import processes
+from nanopd.workers import process as worker_process
 
 ROOT = Path(__file__).parents[1]
 WAIT_S = 30.0
@@ -199,7 +199,7 @@ def test_killed_in_transfer_without_another_route(model: Path, kill: str) -> Non
 
 def test_worker_that_raises(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its traceback reaches the caller; the engine does not spin, and goes on to answer."""
-    monkeypatch.setattr(processes, "WORKER_ENTRY", "failing_worker")
+    monkeypatch.setattr(worker_process, "WORKER_ENTRY", "failing_worker")
     with make_llm(model, MIXED) as llm:
         llm.submit(PROMPT, GREEDY).result(WAIT_S)
         error = llm.submit([5, 13, 5], GREEDY).result(WAIT_S).error
@@ -285,7 +285,7 @@ def test_hung_worker_is_replaced(model: Path) -> None:
 
 def test_request_that_kills_every_worker(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is replayed twice, then it ends with the traceback; the others are served in the end."""
-    monkeypatch.setattr(processes, "WORKER_ENTRY", "failing_worker")
+    monkeypatch.setattr(worker_process, "WORKER_ENTRY", "failing_worker")
     with make_llm(model, MIXED, MIXED, max_restarts=2) as llm:
         [expected] = llm.generate([PROMPT], GREEDY, use_tqdm=False)
         poison = llm.submit([5, 13, 5], GREEDY)

@@ -17,7 +17,8 @@ PACKAGE = ROOT / "nanopd"
 # room (a package, or a module of the top level) -> rooms that it may import; all but the last three also `errors`
 ALLOWED = {
     "__init__": {"config", "frontend", "messages", "request"},
-    "cli": {"__init__", "config", "frontend", "lab", "messages", "metrics", "request", "routing", "serve"},
+    "cli": {"commands", "config"},
+    "commands": {"__init__", "config", "frontend", "lab", "metrics", "request", "routing", "serve"},
     "serve": {"frontend", "messages", "metrics", "request"},
     "frontend": {
         "checkpoints",
@@ -49,7 +50,9 @@ ALLOWED = {
     "routing": {"config", "core", "messages", "metrics"},
     "core": {"config", "messages", "request"},
     "worker": {"config", "cpu", "cuda", "ipc", "messages", "models", "wire"},
-    "models": {"config", "cpu", "cuda"},
+    "cpu": {"models"},
+    "cuda": {"config", "models"},
+    "models": {"config"},
     "checkpoints": {"config"},
     "metrics": {"messages"},
     "wire": {"messages"},
@@ -58,8 +61,6 @@ ALLOWED = {
     "messages": set(),
     "rules": set(),
     "errors": set(),
-    "cpu": set(),
-    "cuda": set(),
     "ipc": set(),
 }
 WITHOUT_ERRORS = {"cpu", "cuda", "ipc"}

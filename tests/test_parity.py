@@ -9,6 +9,7 @@ import pytest
 import torch
 from local_worker import local_engine, run_to_end
 from model_zoo import demo_model_path, make_tiny_model
+from submitting import submit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanopd import LLM
@@ -88,7 +89,7 @@ class Reference:
 
     def submit(self, engine: Engine) -> list[Sequence]:
         params = SamplingParams(temperature=0, max_tokens=self.num_tokens, ignore_eos=True)
-        return [engine.submit(str(i), prompt, params) for i, prompt in enumerate(self.prompts)]
+        return [submit(engine, str(i), prompt, params) for i, prompt in enumerate(self.prompts)]
 
     def check(self, seqs: list[Sequence]) -> None:
         assert [seq.output_token_ids for seq in seqs] == self.answers
@@ -129,7 +130,7 @@ def test_prefix_hits(reference: Reference, way: str, is_on: bool) -> None:
     half = NUM_TOKENS // 2
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS - half, ignore_eos=True)
     prompts = [seq.token_ids[: seq.num_prompt_tokens + half] for seq in seqs]
-    turns = [engine.submit(f"turn {i}", prompt, params) for i, prompt in enumerate(prompts)]
+    turns = [submit(engine, f"turn {i}", prompt, params) for i, prompt in enumerate(prompts)]
     run_to_end(engine)
     assert [turn.output_token_ids for turn in turns] == [answer[half:] for answer in reference.answers]
     num_hits = [turn.log().num_cached_tokens // BLOCK_SIZE for turn in turns]
@@ -150,7 +151,7 @@ def test_forked(reference: Reference, num_before: int, steps_in_flight: int) -> 
         engine.step()
         for parent in parents:
             if parent.slot is not None:
-                engine.schedulers[0].slots.sync(parent)
+                engine.schedulers[0].residency.slots.sync(parent)
     children = [
         engine.fork(parent, f"child of {parent.request_id}", list(parent.token_ids))
         for parent in parents

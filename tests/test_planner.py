@@ -28,7 +28,7 @@ from nanopd.lab.planner import (
 )
 from nanopd.lab.workload import FixedLength, synthetic_requests
 from nanopd.metrics import SLO, summarize
-from nanopd.routing.policy import find_parameters
+from nanopd.routing.factory import find_parameters
 
 MODEL = ModelConfig("qwen3", 1000, 4096, 12288, 36, 32, 8, 128, 8192, 1e-6, 1e6, dtype="bfloat16")
 H200 = find_parameters("8xh200")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from local_worker import local_engine, run_to_end
 from model_zoo import load_hf, make_tiny_model
+from submitting import submit
 from symbolic_worker import generate, model_config, symbolic_workers
 
 from nanopd import LLM, ConfigError, SamplingParams
@@ -19,7 +20,7 @@ from nanopd.core.sequence import Sequence
 from nanopd.engine.engine import Engine
 from nanopd.messages import EventKind, FinishReason, Role, Route
 from nanopd.metrics import SLO, RequestMetrics
-from nanopd.routing.policy import find_parameters, make_policy
+from nanopd.routing.factory import find_parameters, make_policy
 
 H200 = find_parameters("8xh200")
 LEVELS = {"ttft_ms": 50, "tpot_ms": 10, "first_gap_ms": 30}
@@ -62,7 +63,7 @@ def serve(model: Path, policy: str) -> tuple[Engine, dict[str, Sequence]]:
             num_prompt, max_tokens = (rng.randrange(20, 40), 2) if is_prompt else (rng.randrange(2, 6), 8)
             prompt = [rng.randrange(64) for _ in range(num_prompt)]
             params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-            engine.submit(str(number), prompt, params)
+            submit(engine, str(number), prompt, params)
             if policy == "adaptive" and number in CHANGES:
                 engine.set_role(*CHANGES[number])
             number += 1
@@ -95,7 +96,7 @@ def test_workers_that_die_leave_the_others_measured() -> None:
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     seqs = []
     for number in range(40):
-        seqs.append(engine.submit(str(number), [1 + number % 8] * (10 + number), params))
+        seqs.append(submit(engine, str(number), [1 + number % 8] * (10 + number), params))
         if number % 2:
             engine.step()
         if number in (15, 25):
@@ -105,7 +106,7 @@ def test_workers_that_die_leave_the_others_measured() -> None:
     assert [seq.error for seq in seqs] == [None] * len(seqs)
     for seq in seqs:
         assert seq.output_token_ids == generate(seq.token_ids[: seq.num_prompt_tokens], 12, ())
-    assert engine.router.costs.drift["step"] < 1.0, "these workers are faster than any"
+    assert engine.policy.costs.drift["step"] < 1.0, "these workers are faster than any"
     assert not any(engine._feedback._steps) and not engine._feedback._plans
     engine.check_integrity()
 
@@ -123,7 +124,7 @@ def symbolic_engine(**keys) -> Engine:
 def test_what_cannot_be_served_in_time_is_turned_away_with_a_reason() -> None:
     engine = symbolic_engine(admission="reject")
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
-    seqs = [engine.submit(str(i), [1 + i % 8] * 200, params) for i in range(60)]
+    seqs = [submit(engine, str(i), [1 + i % 8] * 200, params) for i in range(60)]
     updates = engine.drain(lambda: None)
     assert len(updates) == len(seqs), "everybody hears"
     served = [seq for seq in seqs if seq.error is None]
@@ -142,10 +143,10 @@ def test_what_cannot_be_served_in_time_is_turned_away_with_a_reason() -> None:
 def test_who_waits_is_not_turned_away_by_a_change_of_roles() -> None:
     engine = symbolic_engine(admission="reject", slo={"ttft_ms": 5000})
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
-    seqs = [engine.submit(str(i), [2] * 400, params) for i in range(20)]
-    engine.router.slo = SLO(ttft_ms=0.1)  # what comes from now on is hopeless
+    seqs = [submit(engine, str(i), [2] * 400, params) for i in range(20)]
+    engine.policy.slo = SLO(ttft_ms=0.1)  # what comes from now on is hopeless
     engine.set_role(1, Role.DECODE)  # what waits there is routed again
-    late = engine.submit("late", [3] * 400, params)
+    late = submit(engine, "late", [3] * 400, params)
     engine.drain(lambda: None)
     assert late.error is not None
     assert [seq.error for seq in seqs] == [None] * len(seqs)
@@ -156,7 +157,7 @@ def test_chunk_budgets_follow_decisions_and_keep_the_limit() -> None:
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     budgets = set()
     for number in range(8):
-        engine.submit(str(number), [1 + number] * 20, params)
+        submit(engine, str(number), [1 + number] * 20, params)
         engine.step()
         budgets.add(engine.schedulers[0].max_num_batched_tokens)
     assert max(budgets) <= 16
@@ -212,7 +213,7 @@ def test_lengths_of_answers_are_known_in_the_next_run(model: Path, tmp_path: Pat
 
 def test_a_stream_that_is_turned_away_ends(llm: LLM) -> None:
     def restrict(engine: Engine) -> None:
-        engine.router.admission, engine.router.slo = "reject", SLO(ttft_ms=1e-3)
+        engine.policy.admission, engine.policy.slo = "reject", SLO(ttft_ms=1e-3)
 
     llm._thread.call(restrict)  # rather than another LLM
     (delta,) = llm.stream([1, 2, 3], SamplingParams(max_tokens=4))
@@ -243,7 +244,7 @@ def test_parameters_that_do_not_fit_are_refused(
 def test_closed_form_serves_and_explains(model: Path) -> None:
     config = EngineConfig(model=str(model), policy="closed_form", workers=workers("mixed", "mixed"), num_blocks=100)
     engine = local_engine(config, model, policy=make_policy(config, H200))
-    seq = engine.submit("a", [1] * 100, SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
+    seq = submit(engine, "a", [1] * 100, SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
     run_to_end(engine)
     taken = seq.decision.taken
     # the seed's formula on idle workers: alpha * prompt, beta a step

@@ -10,6 +10,7 @@ import pytest
 import torch
 from local_worker import local_engine, run_to_end
 from model_zoo import load_hf, make_tiny_model
+from submitting import submit
 from transformers import PreTrainedModel
 
 from nanopd import LLM, RequestError, SamplingParams
@@ -110,7 +111,7 @@ def make_engine(path: Path, way: str, **keys) -> Engine:
 def serve(engine: Engine, prompts: list[list[int]], asked: list[dict], **common) -> list[Sequence]:
     common = {"max_tokens": NUM_TOKENS, "ignore_eos": True, **common}
     pairs = enumerate(zip(prompts, asked, strict=True))
-    seqs = [engine.submit(f"{i}", prompt, SamplingParams(**{**common, **keys})) for i, (prompt, keys) in pairs]
+    seqs = [submit(engine, f"{i}", prompt, SamplingParams(**{**common, **keys})) for i, (prompt, keys) in pairs]
     run_to_end(engine)
     return seqs
 
@@ -148,13 +149,13 @@ def test_a_request_that_goes_on_elsewhere(
     engine = make_engine(path, "all routes", steps_in_flight=steps_in_flight, max_num_batched_tokens=256)
     common = {"temperature": 0, "max_tokens": NUM_TOKENS, "ignore_eos": True}
     seqs = [
-        engine.submit(f"{i}", p, SamplingParams(**common, **keys)) for i, (p, keys) in enumerate(zip(prompts, ASKED))
+        submit(engine, f"{i}", p, SamplingParams(**common, **keys)) for i, (p, keys) in enumerate(zip(prompts, ASKED))
     ]
     while any(len(seq.token_times_s) < 8 and seq.slot is not None for seq in seqs):
         engine.step()
         for seq in seqs:
             if seq.slot is not None:
-                engine.schedulers[seq.worker].slots.sync(seq)
+                engine.schedulers[seq.worker].residency.slots.sync(seq)
     for seq in seqs:
         if seq.status is SequenceStatus.RUNNING:
             engine.move(seq.request_id, 1 - seq.route.decode_worker)
@@ -175,8 +176,8 @@ def test_answers_that_share_a_prompt(path: Path, prompts: list[list[int]], way: 
     keys = {"temperature": 1.0, "seed": 9, "max_tokens": NUM_TOKENS, "ignore_eos": True, **ASKED[2], **ASKED[6]}
     params = SamplingParams(n=4, repetition_penalty=1.3, prompt_logprobs=1, **keys).split()
     engine = make_engine(path, way)
-    first = engine.submit("0", prompts[1], params[0])
-    seqs = [first, *(engine.submit(str(i), prompts[1], params[i], parent=first) for i in range(1, 4))]
+    first = submit(engine, "0", prompts[1], params[0])
+    seqs = [first, *(submit(engine, str(i), prompts[1], params[i], parent=first) for i in range(1, 4))]
     run_to_end(engine)
     alone = serve(
         make_engine(path, "whole"),

@@ -21,12 +21,13 @@ import pytest
 from tiny_chat_model import make_tiny_chat_model
 
 from nanopd import AsyncLLM, SamplingParams, cli
+from nanopd.request import PLAIN_FIELDS
 
 fastapi, uvicorn, httpx, openai = (
     pytest.importorskip(package, reason="needs the extras serve and test")
     for package in ("fastapi", "uvicorn", "httpx", "openai")
 )
-app = importlib.import_module("nanopd.serve.app")
+app, protocol = (importlib.import_module(f"nanopd.serve.{name}") for name in ("app", "protocol"))
 
 ROOT = Path(__file__).parents[1]
 WAIT_S = 30.0
@@ -270,6 +271,16 @@ def test_bad_chats(llm: AsyncLLM, http: httpx.Client, body: dict[str, Any], mess
     answer = http.post("/v1/chat/completions", json=body)
     assert answer.status_code == 400
     assert message in answer.json()["error"]["message"]
+
+
+def test_bodies_have_the_sampling_parameters() -> None:
+    completion, chat = protocol.CompletionBody(prompt="a"), protocol.ChatBody(messages=[])
+    assert completion.params() == SamplingParams()
+    assert chat.params() == SamplingParams(max_tokens=None)
+    assert PLAIN_FIELDS.keys() - type(completion).model_fields.keys() == {"prompt_logprobs"}
+    values = {"top_k": 5, "stop": "x", "bad_words": ["a", [1, 2]], "logit_bias": {"7": 1.5}, "best_of": 3}
+    params = SamplingParams(top_k=5, stop=("x",), bad_words=("a", (1, 2)), logit_bias={7: 1.5}, best_of=3)
+    assert protocol.CompletionBody(prompt="a", **values).params() == params
 
 
 def test_values_that_ask_for_nothing_are_taken(llm: AsyncLLM, http: httpx.Client) -> None:

@@ -25,7 +25,7 @@ from nanopd import LLM, ConfigError, EngineConfig, Route
 from nanopd.lab.workload import prompt_token_ids
 from nanopd.messages import EventKind, FinishReason, RequestEvent, RequestLog, Work
 from nanopd.metrics import SLO
-from nanopd.routing.policy import find_parameters
+from nanopd.routing.factory import find_parameters
 
 STALL_S = 0.8
 

@@ -9,15 +9,15 @@ import pytest
 
 from nanopd.config import EngineConfig, ModelConfig, allowed_routes
 from nanopd.config.files import config_dir
-from nanopd.core.scheduler import Scheduler
+from nanopd.core.queues import Queues
 from nanopd.lab.simulator import simulate
 from nanopd.lab.workload import MIXED_PROMPTS, FixedLength, LogNormalLength, WorkloadRequest, synthetic_requests
 from nanopd.messages import EventKind, RequestLog
 from nanopd.metrics import SLO, summarize
-from nanopd.routing.adaptive import AdaptiveRouter
-from nanopd.routing.closed_form import ClosedFormRouter
+from nanopd.routing.adaptive import AdaptivePolicy
+from nanopd.routing.closed_form import ClosedFormPolicy
 from nanopd.routing.cost_model import CostModel, Parameters, Terms, chunk_pairs
-from nanopd.routing.policy import make_policy
+from nanopd.routing.factory import make_policy
 
 MODEL = ModelConfig("qwen3", 1000, 4096, 12288, 36, 32, 8, 128, 8192, 1e-6, 1e6, dtype="bfloat16")
 H200 = Parameters.load(config_dir() / "params" / "8xh200.json")
@@ -85,8 +85,8 @@ def test_jumps_change_nothing(roles: str, policy: str) -> None:
         routes = allowed_routes(settings.roles)
         router = {
             "fixed": None,
-            "closed_form": ClosedFormRouter(routes, small),
-            "adaptive": AdaptiveRouter(routes, len(settings.roles), CostModel(small), 2048, SLO(200, 10, 50)),
+            "closed_form": ClosedFormPolicy(routes, small),
+            "adaptive": AdaptivePolicy(routes, len(settings.roles), CostModel(small), 2048, SLO(200, 10, 50)),
         }[policy]
         outcomes.append(run(ROLES[roles], fixed, requests, parameters=small, router=router, may_jump=may_jump))
     for stepped, jumped in zip(*(sorted(o.items()) for o in outcomes), strict=True):
@@ -114,7 +114,7 @@ def test_the_cost_model_follows_workers_that_are_slower_than_its_file() -> None:
     for machine, factor in ((H200, 1.0), (slow, 1.3)):
         engine, logs = simulate(settings, MODEL, machine, requests, make_policy(settings, H200))
         assert len(logs) == len(requests)
-        drift = engine.router.costs.drift
+        drift = engine.policy.costs.drift
         assert drift["step"] == pytest.approx(factor, rel=0.01)
         assert drift["prefill"] == pytest.approx(factor, rel=0.02)
         assert drift["move"] == pytest.approx(factor, rel=0.02)
@@ -154,14 +154,14 @@ def test_two_adaptive_workers_serve_more_than_either_arrangement(num_output: int
 
 def test_who_waits_for_room_asks_again_only_when_something_got_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """A decode worker that is far too small: a crowd waits behind it for most of the run."""
-    num_asked, reserve = 0, Scheduler.reserve
+    num_asked, reserve = 0, Queues.reserve
 
-    def count(self: Scheduler, num_tokens: int, block_keys: list[bytes]) -> tuple[list[int], int] | None:
+    def count(self: Queues, num_tokens: int, block_keys: list[bytes]) -> tuple[list[int], int] | None:
         nonlocal num_asked
         num_asked += 1
         return reserve(self, num_tokens, block_keys)
 
-    monkeypatch.setattr(Scheduler, "reserve", count)
+    monkeypatch.setattr(Queues, "reserve", count)
     requests = synthetic_requests(150, FixedLength(1000), FixedLength(200), 100.0, seed=4)
     small = replace(H200, num_kv_tokens=60_000)
     keys = {"parameters": small, "handover_timeout_s": 0.1, "may_jump": False}

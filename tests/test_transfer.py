@@ -109,9 +109,9 @@ def is_complete(engine: Engine) -> bool:
 def nothing_is_left(engine: Engine) -> None:
     engine.check_integrity()
     for scheduler, worker in zip(engine.schedulers, engine.workers, strict=True):
-        assert scheduler.blocks.num_free == scheduler.blocks.num_usable
+        assert scheduler.residency.blocks.num_free == scheduler.residency.blocks.num_usable
         assert worker.poll() == []
-        assert not worker._backlog
+        assert not worker._endpoint.has_backlog
         assert worker._endpoint.writer._tail == worker._endpoint.writer._control[16], "a message was not released"
 
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from bench.lib.report import Row, greedy
 from bench.lib.rows import limits_of
 from nanopd import LLM, EngineConfig, NanopdError, SamplingParams
-from nanopd.cli import DEMO_PROMPTS
+from nanopd.commands.run import DEMO_PROMPTS
 from nanopd.config import POLICIES, ModelConfig, load_config, routes_for_policy
 from nanopd.errors import ConfigError
 from nanopd.lab import workload as lengths
@@ -39,7 +39,7 @@ from nanopd.lab.workload import FixedLength, WorkloadRequest
 from nanopd.messages import FinishReason, RequestLog, Work
 from nanopd.metrics import SLO, Percentiles, RequestMetrics, summarize
 from nanopd.routing.cost_model import Parameters
-from nanopd.routing.policy import make_policy
+from nanopd.routing.factory import make_policy
 
 PROMPTS = {"short": lengths.SHORT_PROMPTS, "long": lengths.LONG_PROMPTS, "mixed": lengths.MIXED_PROMPTS}
 NATURAL = "natural"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
+from nanopd.config import EngineConfig, ModelConfig
+from nanopd.ipc.shared_memory import Memories
 from nanopd.messages import TransferPlan
 from nanopd.worker import main as real
-from nanopd.worker import worker
-from nanopd.worker.kv_transfer import KVTransfer
-from nanopd.worker.launched import Launched
+from nanopd.worker.kv_cache import allocate_kv
+from nanopd.worker.kv_transfer import KVTransfer, paths_to
+from nanopd.worker.pending import Pending
+from nanopd.worker.worker import Worker, use_device
 
 MAX_CTAS = 1024
 
@@ -17,14 +20,21 @@ MAX_CTAS = 1024
 class PoolTransfer(KVTransfer):
     """The number of CTAs of a copy is the remainder of the plan's id."""
 
-    def launch(self, plan: TransferPlan) -> Launched:
+    def launch(self, plan: TransferPlan) -> Pending:
         for mover in (self._incoming, self._outgoing):
             mover.max_ctas = plan.plan_id % MAX_CTAS
         return super().launch(plan)
 
 
+def load(index: int, config: EngineConfig, model: ModelConfig, path: Path, memories: Memories, _: Any) -> Worker:
+    """A worker that moves blocks and takes no steps; `config` says how many blocks it has."""
+    assert config.num_blocks is not None
+    device = use_device(config.workers[index].device)
+    kv = allocate_kv(memories.caches[index], config.num_blocks, config.kv_layout(model), device)
+    transfer = PoolTransfer(index, kv, memories.relays, config.verify_transfers)
+    return Worker(index, config, model, memories, paths_to(index, config), kv, None, transfer)
+
+
 def main(*args: Any) -> None:
     """Run the real worker with these parts in place of its own."""
-    worker.KVTransfer = PoolTransfer
-    worker.load_model = worker.cuda_operations = worker.ModelRunner = lambda *_: SimpleNamespace()
-    real.main(*args)
+    real.main(*args, load=load)

@@ -21,9 +21,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.lib.report import Row, arguments, emit, gpu_name, seconds_of
 from nanopd import cuda
+from nanopd.config import KVLayout
 from nanopd.cuda import linear
 from nanopd.cuda.elementwise import norm_spec
 from nanopd.cuda.launch import kernel_for
+from nanopd.models import AttentionSpec
+from nanopd.models.weights import PLAIN, Linear
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
 HIDDEN, INTERMEDIATE, VOCAB, NUM_LAYERS = 4096, 12288, 151936, 36
@@ -113,6 +116,12 @@ class Report:
         self.rows.append(row | more)
 
 
+def spec_of(kv: Tensor, cos_sin: Tensor | None = None) -> AttentionSpec:
+    """Of each layer of a cache; cos_sin is wanted by the rotation alone."""
+    layout = KVLayout(*kv.shape[1:2], *kv.shape[3:], str(kv.dtype).removeprefix("torch."))
+    return AttentionSpec(layout.head_dim**-0.5, kv if cos_sin is None else cos_sin, layout)
+
+
 class AttentionCase:
     """A batch over a paged cache whose layers are the distinct data of consecutive calls."""
 
@@ -127,7 +136,8 @@ class AttentionCase:
         self.seq_lens = torch.tensor(seq_lens, dtype=torch.int32, device=DEVICE)
         self.q = random(len(seq_lens) * num_queries, NUM_HEADS, HEAD_DIM)
         self.out = torch.empty_like(self.q)
-        sizes = (len(seq_lens), NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, block_size)
+        self.spec = spec_of(self.kv)
+        sizes = (len(seq_lens), NUM_HEADS, self.spec.layout)
         self.attend = cuda.PagedDecodeAttention(*sizes, DTYPE, DEVICE, num_queries)
         self.num_queries = num_queries
 
@@ -135,7 +145,7 @@ class AttentionCase:
         self.attend.begin_step(self.seq_lens, self.num_queries)
 
     def calls(self, overlap: bool) -> list[Call]:
-        tensors = (self.block_tables, self.seq_lens, self.out)
+        tensors = (self.spec, self.block_tables, self.seq_lens, self.out)
         layers = range(self.num_layers)
         calls = [partial(self.attend, self.q, self.kv, layer, *tensors, overlap=overlap) for layer in layers]
         return calls * max(1, 16 // self.num_layers)
@@ -205,10 +215,10 @@ def product_of(name: str, x: Tensor, norm: Tensor, weight: Tensor, **keys: bool)
     """The product called `name` as a decoder has it."""
     if name in ("o_proj", "down"):
         residual = x.new_zeros(x.shape[0], HIDDEN)
-        linear.add_linear(x, weight, residual, **keys)
+        linear.add_linear(x, Linear(weight, None, PLAIN), residual, **keys)
         return residual
     product = linear.norm_gated_linear if name == "gate_up" else linear.norm_linear
-    return product(x, norm, 1e-6, weight, **keys)
+    return product(x, norm, 1e-6, Linear(weight, None, PLAIN), **keys)
 
 
 def product_in_torch(name: str, x: Tensor, norm: Tensor, weight: Tensor) -> Tensor:
@@ -255,7 +265,7 @@ def bench_elementwise(report: Report) -> None:
         x, gate_up = random(copies, num_rows, HIDDEN), random(copies, num_rows, 2 * INTERMEDIATE)
         tokens = torch.arange(num_rows, device=DEVICE)
         qkv = random(copies, num_rows, (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM)
-        where = (tokens, tokens, cos_sin, kv, 1, head_norm, head_norm)
+        where = (tokens, tokens, kv, 1, spec_of(kv, cos_sin), head_norm, head_norm)
         norms = [partial(F.rms_norm, a, norm.shape, norm, 1e-6) for a in x]
         silus = [partial(silu_and_mul_in_torch, a) for a in gate_up]
         num_bytes = 2 * x[0].nbytes, gate_up[0].nbytes * 3 // 2, 2 * qkv[0].nbytes + num_rows * HEAD_DIM * 4

@@ -68,25 +68,20 @@ class ConnectionChannel:
 
 
 class RingChannel:
-    """A ring and a doorbell each way. A message is copied in, and read in place, as everywhere in nanopd."""
+    """A ring and a doorbell each way. A message is copied in and copied out, as everywhere in nanopd."""
 
     def __init__(self, incoming: End, outgoing: End, spin_s: float) -> None:
         self._reader, self._writer = RingReader(incoming[0]), RingWriter(outgoing[0])
         self._outgoing_bell, self._waiter = outgoing[1], Waiter(spin_s)
         self._waiter.add(incoming[1])
-        self._holds_message = False
 
     def send(self, payload: bytes | memoryview) -> None:
-        self._writer.reserve(len(payload))[:] = payload
-        self._writer.commit(len(payload))
+        self._writer.write(payload)
         self._outgoing_bell.ring()
 
-    def receive(self) -> memoryview:
-        if self._holds_message:
-            self._reader.release()
+    def receive(self) -> bytes:
         while (message := self._reader.read()) is None:
             assert self._waiter.wait(TIMEOUT_S), "no answer"
-        self._holds_message = True
         return message
 
 

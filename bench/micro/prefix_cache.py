@@ -28,6 +28,7 @@ from nanopd.engine.engine import Engine
 from nanopd.lab.planner import at_rate
 from nanopd.lab.workload import WorkloadRequest, prompt_token_ids, read_trace
 from nanopd.messages import RequestLog
+from nanopd.request import Request
 
 BAR = 0.95  # of the hits of an endless cache, with room for all blocks
 VOCAB_SIZE = 150_000
@@ -52,7 +53,7 @@ def serve(requests: Sequence[tuple[list[int], int]], num_blocks: int, block_size
     start = time.perf_counter()
     while len(logs) < len(requests):
         for number, (prompt, num_output) in islice(arrivals, at_once - len(engine.seqs)):
-            engine.submit(str(number), prompt, greedy(num_output))
+            engine.submit(Request(str(number), prompt, greedy(num_output), time.monotonic()))
         logs += [update.seq.log() for update in engine.step() if update.is_finished]
     preempted = engine.schedulers[0].num_preemptions
     return {"blocks": num_blocks, "hit_rate": hit_rate(logs), "preempted": preempted, "s": time.perf_counter() - start}

@@ -18,8 +18,8 @@ from nanopd.core.sequence import Sequence
 from nanopd.lab.simulator import simulate
 from nanopd.lab.workload import WorkloadRequest
 from nanopd.messages import Route
-from nanopd.routing.decision import Decision, Policy, WorkerLoad
-from nanopd.routing.policy import find_parameters, make_policy
+from nanopd.routing.factory import find_parameters, make_policy
+from nanopd.routing.policy import Decision, Policy, WorkerLoad
 
 BAR_US = 200
 LEVELS = {"ttft_ms": 200, "tpot_ms": 10, "first_gap_ms": 50}

@@ -27,13 +27,13 @@ from nanopd.config import EngineConfig, ModelConfig
 from nanopd.core.block_manager import BlockManager, extend_keys
 from nanopd.engine.engine import Engine
 from nanopd.frontend.detokenizer import StoppableText, TokenPieces
-from nanopd.ipc.channel import Endpoint, channel
+from nanopd.ipc.channel import channel
 from nanopd.lab.simulator import simulate
 from nanopd.lab.workload import FixedLength, MixedLength, synthetic_requests
 from nanopd.messages import EventKind, RowFlag, StepBatch, StepResult, TransferAck, TransferPlan
-from nanopd.request import SamplingParams
-from nanopd.routing.policy import find_parameters
-from nanopd.wire import decode, encode, encoded_size
+from nanopd.request import Request, SamplingParams
+from nanopd.routing.factory import find_parameters
+from nanopd.wire import decode, encode
 
 MAX_LEN = 4096
 RING_NBYTES = 1 << 20
@@ -48,41 +48,31 @@ class InstantWorker:
     """Answers each step when it is sent, with tokens drawn from `token_ids`; counts the time that this takes."""
 
     def __init__(self, num_blocks: int, token_ids: list[int], seed: int) -> None:
-        self.num_blocks = num_blocks
+        self.num_blocks, self.num_host_blocks = num_blocks, 1
         self.answering_s = 0.0
         self._parent, self._worker = channel(RING_NBYTES, 4)
-        self._parent.open()
-        self._worker.open()
         self._rng, self._token_ids = np.random.default_rng(seed), np.array(token_ids, np.int32)
 
     def send(self, message: StepBatch | TransferPlan) -> None:
-        _write(self._parent, message)
+        self._parent.send(encode(message))
         self.answering_s += seconds_of(self._answer)
 
     def poll(self) -> list[StepResult | TransferAck]:
         results = []
-        while (view := self._parent.reader.read()) is not None:
-            results.append(decode(bytes(view)))
-            self._parent.reader.release()
+        while (message := self._parent.receive()) is not None:
+            results.append(decode(message))
         return results
 
     def _answer(self) -> None:
-        view = self._worker.reader.read()
-        assert view is not None
-        batch = decode(view)
+        message = self._worker.receive()
+        assert message is not None
+        batch = decode(message)
         assert isinstance(batch, StepBatch)
         none = np.empty(0, np.int32)
         num_sampled = np.count_nonzero(batch.row_flags & RowFlag.SAMPLE)
         tokens = self._rng.choice(self._token_ids, num_sampled)
         result = StepResult(batch.step_id, 1, tokens, none, none, np.empty(0, np.float32))
-        self._worker.reader.release()
-        _write(self._worker, result)
-
-
-def _write(endpoint: Endpoint, message: StepBatch | TransferPlan | StepResult) -> None:
-    nbytes = encoded_size(message)
-    encode(message, endpoint.writer.reserve(nbytes))
-    endpoint.commit(nbytes)
+        self._worker.send(encode(result))
 
 
 def measure(num_seqs: int, num_workers: int, streaming: bool, num_steps: int) -> Row:
@@ -98,7 +88,8 @@ def measure(num_seqs: int, num_workers: int, streaming: bool, num_steps: int) ->
     params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
     for number in range(num_seqs * num_workers):
         # spread over the block, so that in each step one sequence in block_size needs a block
-        engine.submit(str(number), [1] * (1 + number % config.block_size), params, is_streamed=streaming)
+        prompt = [1] * (1 + number % config.block_size)
+        engine.submit(Request(str(number), prompt, params, time.monotonic(), is_streamed=streaming))
     for _ in range(20):
         engine.step()
     times_us = [_timed_step(engine, workers) for _ in range(num_steps)]
@@ -127,7 +118,7 @@ def measure_prefix(block_size: int, num_repeats: int) -> Row:
         found = manager.find(keys)
         times_us.append((1e6 * (hashed - start), 1e6 * (time.perf_counter() - hashed)))
         if not found:
-            manager.make_findable(table, keys)
+            manager.publish(table, keys)
     hash_us, find_us = np.median(times_us, axis=0).round(1)
     row = {"prompt_len": PREFIX_LEN, "block_size": block_size, "hash_us": hash_us, "find_us": find_us}
     return {**row, "bar_us": PREFIX_BARS_US[block_size]}

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-import nanopd.core.scheduler
+import nanopd.core.results
 import nanopd.engine.engine
 from bench.lib.report import Row, arguments, emit, gpu_name, load
 from nanopd import LLM, SamplingParams
@@ -48,7 +48,7 @@ class Replay(Drafter):
 def replay(answer: list[int], prompt_token_ids: list[int]) -> Drafter:
     """In place of the next request's drafter, which is the only one then."""
     drafter = Replay(answer, prompt_token_ids)
-    nanopd.core.scheduler.rounds_of = drafter.rounds_of
+    nanopd.core.results.rounds_of = drafter.rounds_of
     return drafter
 
 

@@ -23,14 +23,15 @@ import torch
 from bench.lib.report import Row, arguments, emit, gpu_name, save
 from nanopd import EngineConfig
 from nanopd.checkpoints.model_files import read_model_config, resolve
-from nanopd.config import ModelConfig
+from nanopd.config import KVLayout, ModelConfig
 from nanopd.ipc.doorbell import Doorbell
 from nanopd.messages import TransferAck, TransferPath, TransferPlan
 from nanopd.worker.block_mover import MAX_CTAS
-from nanopd.worker.relay import SLOT_BYTES
-from nanopd.workers import processes
+from nanopd.worker.relay import BUFFER_BYTES
+from nanopd.workers import process
 from nanopd.workers.paths import send_plan
-from nanopd.workers.processes import WorkerProcess, WorkerProcesses
+from nanopd.workers.process import WorkerProcess
+from nanopd.workers.supervisor import WorkerSupervisor
 
 TOKENS = (16, 64, 256, 1024, 2048, 4096, 8192, 16384, 32768)
 SWEEP_TOKENS = (2048, 8192)
@@ -58,8 +59,8 @@ class Pool:
     def __init__(self, config: EngineConfig, model: ModelConfig, path: Path) -> None:
         self._num_blocks = config.num_blocks or 0
         self._rng = np.random.default_rng(0)
-        self._processes = WorkerProcesses(config, model, path, Doorbell())
-        with mock.patch.object(processes, "WORKER_ENTRY", "bench.lib.pool_worker"):
+        self._processes = WorkerSupervisor(config, model, path, Doorbell())
+        with mock.patch.object(process, "WORKER_ENTRY", "bench.lib.pool_worker"):
             self._workers: list[WorkerProcess] = self._processes.start()
         self.close, self._num_plans = self._processes.close, 0
 
@@ -148,7 +149,7 @@ def slot_rows(device: str, block_bytes: int) -> list[Row]:
 
     kv = torch.zeros(512, block_bytes, dtype=torch.uint8, device=device)
     index, rows = kv.get_device(), []
-    for slot_bytes in (SLOT_BYTES // 2, SLOT_BYTES, 2 * SLOT_BYTES):
+    for slot_bytes in (BUFFER_BYTES // 2, BUFFER_BYTES, 2 * BUFFER_BYTES):
         count = max(1, slot_bytes // block_bytes)
         slot = torch.empty(count * block_bytes, dtype=torch.uint8, pin_memory=True)
         staging = torch.empty_like(slot, device=device)
@@ -181,7 +182,7 @@ def main() -> None:
     on_gpu = devices != ["cpu", "cpu"]
     path = resolve(args.model, load_format="dummy")
     model = read_model_config(path, "auto", not on_gpu)
-    block_bytes = BLOCK_SIZE * model.kv_bytes_per_token()
+    block_bytes = KVLayout.of(model, BLOCK_SIZE).bytes_per_block
     sweep_tokens = [count for count in SWEEP_TOKENS if count in args.tokens] if args.sweep and on_gpu else []
     plain = PlainCopies(devices, max(LINK_BYTES, -(-max(args.tokens) // BLOCK_SIZE) * block_bytes))
     plain_ms = {count: plain.peer_ms(-(-count // BLOCK_SIZE) * block_bytes) for count in args.tokens}

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from nanopd.routing.closed_form import ClosedForm
 from nanopd.routing.cost_model import Parameters, Terms
-from nanopd.routing.policy import find_parameters
+from nanopd.routing.factory import find_parameters
 
 PROMPTS = np.unique(np.rint(np.geomspace(64, 8192, 60)).astype(int))  # tokens
 NUM_OUTPUT = 128

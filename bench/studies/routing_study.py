@@ -24,8 +24,8 @@ from bench.studies.simulate import base_config, workload
 from nanopd.lab.planner import Arrangement, Goodput, Scenario, default_slo, search
 from nanopd.lab.tables import format_table
 from nanopd.lab.workload import WorkloadRequest, read_trace
+from nanopd.routing.factory import find_parameters
 from nanopd.routing.length_predictor import LengthPredictor
-from nanopd.routing.policy import find_parameters
 
 TRACES = Path(os.environ.get("NANOPD_TRACES", "traces"))
 AZURE = {name: str(TRACES / f"azure_2023_{name}.csv") for name in ("code", "conv")}

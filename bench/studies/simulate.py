@@ -19,7 +19,7 @@ from nanopd.config import EngineConfig, load_config
 from nanopd.lab.planner import Arrangement, Scenario, at_rate, default_slo
 from nanopd.lab.workload import MIXED_PROMPTS, FixedLength, WorkloadRequest, read_trace, synthetic_requests
 from nanopd.metrics import SLO, summarize
-from nanopd.routing.policy import find_parameters
+from nanopd.routing.factory import find_parameters
 
 MAX_LEN = 18432
 

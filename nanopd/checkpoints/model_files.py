@@ -1,4 +1,4 @@
-"""Finds a model's files and reads what describes it; runs in the parent process, before workers are spawned.
+"""Finds a model's files and reads its configuration and tokenizer, in the parent, before workers are spawned.
 
 Owns paths, the hub, the built-in demo model and the translation of Hugging Face configurations. Loads no weights
 and knows neither the engine nor the decoder.
@@ -25,7 +25,7 @@ HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"
 
 
 def resolve(model: str, *, load_format: str) -> Path:
-    """The directory of a model, or for dummy weights perhaps the configuration file alone.
+    """The directory of a model; where weights are dummies, it may be a configuration file.
 
     `model` is a local directory with a config.json; the built-in demo model's name (downloaded and converted on
     first use); a hub id (downloaded on first use); or, with load_format "dummy" only, a configuration file or the
@@ -66,10 +66,10 @@ def _download(model: str) -> Path:
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a resolved model (None where it has none), or the one of this directory, name or hub id.
+    """The tokenizer of a resolved model, a directory, the demo model's name or a hub id; None where a path has none.
 
     Raises:
-        ConfigError: `source` is a name, and there is no tokenizer of that name; or it is not a fast one.
+        ConfigError: there is no tokenizer of that name, or it is not a fast one.
     """
     path = Path(source).expanduser()
     if path.is_file() or (path.is_dir() and not any((path / name).is_file() for name in TOKENIZER_FILES)):
@@ -88,12 +88,12 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:
 
 
 def read_model_config(path: Path, dtype: str, device_is_cpu: bool) -> ModelConfig:
-    """What `path` (a model's directory or a configuration file) says of the model's shape.
+    """The model's shape, read from its directory or from a configuration file.
 
-    dtype "auto" means the checkpoint's on a GPU and float32 on the CPU.
+    The dtype "auto" stands for the checkpoint's on a GPU, and for float32 on the CPU.
 
     Raises:
-        UnsupportedModelError: an architecture or a feature that the decoder does not have.
+        UnsupportedModelError: the model has an architecture or a feature that the decoder does not have.
     """
     hf = _read_hf_config(path)
     _check_supported(hf)
@@ -128,7 +128,7 @@ def _read_hf_config(path: Path) -> PreTrainedConfig:
         raise UnsupportedModelError("model_type", model_type, ARCHITECTURES)
     try:
         return AutoConfig.from_pretrained(file)
-    except Exception as error:  # what its validation raises differs from version to version
+    except Exception as error:  # the errors of transformers' validation differ from version to version
         reason = " ".join(str(error).split())
         raise UnsupportedModelError("config", str(file), f"a valid {model_type} configuration ({reason})") from error
 
@@ -150,14 +150,14 @@ def _check_supported(hf: PreTrainedConfig) -> None:
 
 
 def _sliding_window(hf: PreTrainedConfig) -> int | None:
-    """The window where one is in use; configurations may name one without using it."""
+    """The sliding window if a layer uses it; a configuration may name a window that no layer uses."""
     layer_types = getattr(hf, "layer_types", None) or ()
     is_used = getattr(hf, "use_sliding_window", False) or "sliding_attention" in layer_types
     return getattr(hf, "sliding_window", None) if is_used else None
 
 
 def _rope_parameters(hf: PreTrainedConfig) -> dict[str, Any]:
-    """`rope_parameters` of transformers 5, or the same made of `rope_theta` and `rope_scaling` of transformers 4."""
+    """`rope_parameters` as in transformers 5; from transformers 4 they are made of `rope_theta` and `rope_scaling`."""
     found = getattr(hf, "rope_parameters", None) or getattr(hf, "rope_scaling", None) or {}
     kind = found.get("rope_type") or found.get("type") or "default"
     theta = found.get("rope_theta") or getattr(hf, "rope_theta", None) or 10000.0

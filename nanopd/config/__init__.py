@@ -1,32 +1,10 @@
 """The settings of an engine and the shape of its model."""
 
-from nanopd.config.engine_config import (
-    DTYPES,
-    LEVELS,
-    MAX_STEPS_IN_FLIGHT,
-    POLICIES,
-    PREDICTING,
-    EngineConfig,
-    WorkerConfig,
-    allowed_routes,
-    check_devices,
-    load_config,
-    routes_for_policy,
-)
-from nanopd.config.model_config import ModelConfig, RopeScaling
-
-__all__ = [
-    "DTYPES",
-    "LEVELS",
-    "MAX_STEPS_IN_FLIGHT",
-    "POLICIES",
-    "PREDICTING",
-    "EngineConfig",
-    "ModelConfig",
-    "RopeScaling",
-    "WorkerConfig",
-    "allowed_routes",
-    "check_devices",
-    "load_config",
-    "routes_for_policy",
-]
+# `X as X` tells type checkers that X is exported (PEP 484)
+from nanopd.config.engine_config import DTYPES as DTYPES, LEVELS as LEVELS, MAX_STEPS_IN_FLIGHT as MAX_STEPS_IN_FLIGHT
+from nanopd.config.engine_config import POLICIES as POLICIES, PREDICTING as PREDICTING
+from nanopd.config.engine_config import EngineConfig as EngineConfig, WorkerConfig as WorkerConfig
+from nanopd.config.engine_config import allowed_routes as allowed_routes, routes_for_policy as routes_for_policy
+from nanopd.config.engine_config import check_devices as check_devices, load_config as load_config
+from nanopd.config.kv_layout import KVLayout as KVLayout
+from nanopd.config.model_config import ITEMSIZES as ITEMSIZES, ModelConfig as ModelConfig, RopeScaling as RopeScaling

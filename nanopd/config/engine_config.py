@@ -1,7 +1,7 @@
 """What can be configured of an engine, validated before anything else happens.
 
-`EngineConfig` is the whole configuration (one YAML file, or keywords of `LLM`); it is frozen and crosses process
-borders as it is. Knows no tensors and no processes; reading YAML is the only file access.
+`EngineConfig` is the whole configuration (one YAML file, or keywords of `LLM`). It is frozen, and workers get it
+pickled. Knows no tensors and no processes; a YAML file is the only file that is read here.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ from typing import Any
 import yaml
 
 from nanopd.config.files import find_config
-from nanopd.config.model_config import ModelConfig
+from nanopd.config.kv_layout import KVLayout
+from nanopd.config.model_config import ITEMSIZES, ModelConfig
 from nanopd.errors import ConfigError
 from nanopd.messages import Role, Route, TransferPath
 from nanopd.rules import SEED, TRUE_OR_FALSE, Rule, check, integer, number, one_of, optional, positive, ruled, text
 
 PREDICTING = ("closed_form", "adaptive")  # the policies that need the parameters of a cost model
 POLICIES = ("collocated", "disaggregated", "round_robin", *PREDICTING)
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = tuple(ITEMSIZES)
 LEVELS = ("ttft_ms", "tpot_ms", "first_gap_ms")
 MAX_STEPS_IN_FLIGHT = 4
 MAX_SPECULATIVE_TOKENS = 15
 
 
 def allowed_routes(roles: Sequence[Role]) -> list[Route]:
-    """Every route that workers of these roles may serve, by prefill worker, then decode worker."""
+    """Every route that workers of these roles may serve, ordered by prefill worker, then by decode worker."""
     workers = range(len(roles))
     return [Route(p, d) for p in workers for d in workers if roles[p].may_prefill and roles[d].may_decode]
 
@@ -55,6 +56,8 @@ WORKERS = Rule(
     "a non-empty list of {device: cpu or cuda:N, role: ..., count: ...}",
 )
 LIMITS = Rule(lambda limits: isinstance(limits, Mapping), f"a mapping of {', '.join(LEVELS)} to milliseconds")
+LIMIT = Rule(positive().allows, "milliseconds, a number above 0")
+WORKER = Rule(lambda entry: isinstance(entry, Mapping), "a mapping {device: cpu or cuda:N, role: ..., count: ...}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +83,9 @@ class WorkerConfig:
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """All settings of an engine. See docs/en/configuration.md for each key's meaning.
+    """All settings of an engine. docs/en/configuration.md says more of each key.
 
-    `workers` is also taken as a list of mappings `{device, role, count}`, `count` standing for that many alike.
+    `workers` may also be a list of mappings `{device, role, count}`, where `count` workers are alike.
 
     Raises:
         ConfigError: names the field, its value and what is allowed.
@@ -93,9 +96,9 @@ class EngineConfig:
     dtype: str = ruled("auto", one_of("auto", *DTYPES), "auto: the checkpoint's on a GPU, float32 on a CPU")
     load_format: str = ruled("auto", one_of("auto", "safetensors", "dummy"), "dummy: random weights")
     policy: str = ruled("collocated", one_of(*POLICIES), "how a request's route is chosen")
-    params: str | None = ruled(None, optional(text("a shipped file's name, a path")), "of the cost model")
-    answer_lengths: str | None = ruled(None, optional(text("a path")), "keeps what is learned of them between runs")
-    slo: Mapping[str, float] | None = ruled(None, optional(LIMITS), "what the policy adaptive tries to keep")
+    params: str | None = ruled(None, optional(text("a shipped file's name, a path")), "parameters of the cost model")
+    answer_lengths: str | None = ruled(None, optional(text("a path")), "file that keeps their lengths between runs")
+    slo: Mapping[str, float] | None = ruled(None, optional(LIMITS), "limits that the policy adaptive tries to keep")
     admission: str = ruled("queue", one_of("queue", "reject"), "of requests that no route serves within slo")
     workers: tuple[WorkerConfig, ...] = ruled((WorkerConfig(),), WORKERS, "one process each")
     block_size: int = ruled(16, integer(1), "tokens per KV block")
@@ -107,8 +110,8 @@ class EngineConfig:
     max_num_batched_tokens: int = ruled(2048, integer(1), "tokens that a worker computes in a step, decode rows first")
     gpu_memory_utilization: float = ruled(0.9, positive(1), "share of a GPU that its workers may fill together")
     transfer: str = ruled("auto", one_of("auto", *TransferPath), "how KV blocks get from worker to worker")
-    verify_transfers: bool = ruled(False, TRUE_OR_FALSE, "compare digests of moved blocks")
-    steps_in_flight: int = ruled(2, integer(1, MAX_STEPS_IN_FLIGHT), "steps of a worker that are out at once")
+    verify_transfers: bool = ruled(False, TRUE_OR_FALSE, "digests of moved blocks are compared")
+    steps_in_flight: int = ruled(2, integer(1, MAX_STEPS_IN_FLIGHT), "steps of a worker that are in flight at once")
     num_speculative_tokens: int = ruled(
         0, integer(0, MAX_SPECULATIVE_TOKENS), "drafts of a sequence that a step may verify; 0: none"
     )
@@ -120,7 +123,7 @@ class EngineConfig:
         300.0, positive(), "how long a step or a transfer may take before its worker counts as hung"
     )
     max_restarts: int = ruled(3, integer(0), "how often each worker is replaced after it has died; 0: never")
-    seed: int = ruled(0, SEED, "what the seeds of requests without their own are mixed from")
+    seed: int = ruled(0, SEED, "what the seeds of requests without one are derived from")
 
     def __post_init__(self) -> None:
         for name in ("model", "tokenizer", "params", "answer_lengths"):
@@ -136,7 +139,7 @@ class EngineConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EngineConfig:
-        """The configuration with these keys, the others at their defaults; an unknown key is a ConfigError."""
+        """The configuration with these keys, and defaults for the others; an unknown key is a ConfigError."""
         _check_keys("config key", values, [f.name for f in fields(cls)])
         return cls(**{"model": None, **values})
 
@@ -150,25 +153,32 @@ class EngineConfig:
 
     @property
     def may_relay(self) -> bool:
-        """Whether blocks may go through the relay; where there are GPUs, only their workers can tell."""
+        """Whether blocks may go through the relay; where there are GPUs, only the workers find out whether they do."""
         return self.transfer == TransferPath.RELAY or any(worker.device != "cpu" for worker in self.workers)
 
     def max_len_of(self, model: ModelConfig) -> int:
-        """The most tokens a sequence may have, prompt and output: what is configured, or else the model's own limit."""
+        """The most tokens of a sequence, prompt and output: the configured limit, or else the model's own."""
         return self.max_model_len or model.max_position_embeddings
 
+    def kv_layout(self, model: ModelConfig) -> KVLayout:
+        """Of the caches of all workers, and of what is swapped out of them."""
+        return KVLayout.of(model, self.block_size)
+
     def num_host_blocks(self, model: ModelConfig) -> int:
-        """Of a worker, in host memory: what `swap_space_gb` holds, and a null block."""
-        return 1 + int(self.swap_space_gb * 1e9 // (model.kv_bytes_per_token() * self.block_size))
+        """KV blocks in a worker's host memory: as many as `swap_space_gb` holds, and a null block."""
+        return 1 + int(self.swap_space_gb * 1e9 // self.kv_layout(model).bytes_per_block)
 
     @property
     def num_slots(self) -> int:
-        """Slots of a worker: what may run, and as many again for each step in flight, as that may name ended ones."""
+        """Slots of a worker: one for each running sequence, and as many again for each step in flight.
+
+        A step in flight may still name the slots of sequences that have ended.
+        """
         return (1 + self.steps_in_flight) * self.max_num_seqs
 
     @property
     def max_decode_rows(self) -> int:
-        """Of a worker's step: drafts take the places of sequences that are not there, and those of one always fit."""
+        """Decode rows of a worker's step; drafts take rows that no sequence needs, and those of one always fit."""
         return self.max_num_seqs + self.num_speculative_tokens
 
     def _check_transfer(self) -> None:
@@ -187,8 +197,7 @@ class EngineConfig:
     def _check_levels(self) -> None:
         _check_keys("slo key", self.slo or {}, LEVELS)
         for name, limit in (self.slo or {}).items():
-            if not positive().allows(limit):
-                raise ConfigError(f"slo.{name}", limit, "milliseconds, a number above 0")
+            LIMIT.check(f"slo.{name}", limit, ConfigError)
         if self.admission == "reject" and not (self.policy == "adaptive" and self.slo):
             raise ConfigError("admission", self.admission, "queue, where there is no policy adaptive with an slo")
 
@@ -196,7 +205,7 @@ class EngineConfig:
 def load_config(name_or_path: str | Path, overrides: Iterable[str] = (), **keys: Any) -> EngineConfig:
     """Read a YAML configuration, then apply `key=value` overrides, whose values are YAML too, then `keys`.
 
-    An override may reach into the workers: `workers.0.role=decode`.
+    The key of an override may be a path into the workers: `workers.0.role=decode`.
 
     Raises:
         ConfigError: no such file, not a mapping, a bad override or a bad value.
@@ -232,17 +241,17 @@ def _check_keys(what: str, values: Mapping[str, Any], known: Sequence[str]) -> N
             raise ConfigError(what, key, ", ".join(known) + hint)
 
 
-def _parse_worker(where: str, entry: object) -> list[WorkerConfig]:
+def _parse_worker(where: str, entry: Any) -> list[WorkerConfig]:
+    """The workers that an entry of `workers` stands for; errors name its place, such as workers.0.role."""
     if isinstance(entry, WorkerConfig):
         return [entry]
-    if not isinstance(entry, Mapping):
-        raise ConfigError(where, entry, "a mapping {device: cpu or cuda:N, role: ..., count: ...}")
+    WORKER.check(where, entry, ConfigError)
     _check_keys(f"{where} key", entry, ["device", "role", "count"])
-    count = entry.get("count", 1)
-    if not integer(1).allows(count):
-        raise ConfigError(f"{where}.count", count, integer(1).text)
+    keys = dict(entry)
+    count = keys.pop("count", 1)
+    integer(1).check(f"{where}.count", count, ConfigError)
     try:
-        return [WorkerConfig(**{key: value for key, value in entry.items() if key != "count"})] * count
+        return [WorkerConfig(**keys)] * count
     except ConfigError as error:
         raise ConfigError(f"{where}.{error.field}", error.value, error.allowed) from None
 

@@ -1,6 +1,7 @@
 """Where configuration files lie: configs/ of the checkout, or the package data `nanopd.configs` once installed.
 
-Owns names and paths only; what the files mean is for `config` (engines) and `models` (model shapes).
+Owns names and paths only. The contents are read by engine_config.py (engines), checkpoints/ (shapes of models) and
+routing/ (parameters of cost models).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def find_config(name_or_path: str | Path) -> Path:
     """The YAML file of that path, or of that name (with or without .yaml) among the shipped configurations.
 
     Raises:
-        ConfigError: there is none; lists the names there are.
+        ConfigError: there is no such file; names the shipped ones.
     """
     path = Path(name_or_path)
     shipped = config_dir()

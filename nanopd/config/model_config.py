@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of an element of each dtype that a model may run in
+
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
@@ -41,13 +43,10 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
-    dtype: str = "float32"  # the dtype to run in: float32 | bfloat16 | float16
+    dtype: str = "float32"  # the dtype to run in, of ITEMSIZES
+    scheme: str = "plain"  # how the layers' projections are stored, of `nanopd.models.weights.SCHEMES`
+    mlp: str = "gated"  # of `nanopd.models.mlp.MLPS`
     eos_token_ids: tuple[int, ...] = ()  # of config and generation_config
-
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of K and V of one token over all layers."""
-        itemsize = 4 if self.dtype == "float32" else 2
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
 
     def num_matrix_weights(self) -> int:
         """Weights of all matrix products of a token: every layer's, and the output head's."""

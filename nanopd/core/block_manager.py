@@ -5,7 +5,7 @@ Lives in the parent and is driven by one thread. Knows blocks and block tables, 
 Contents stay with the worker; where a shared block is about to be written, the manager says which block to copy.
 Every operation is all-or-nothing: it does its work, or raises `OutOfBlocks` and has changed nothing.
 
-Prefix cache: a full block may be made findable under a key that stands for its tokens and all before them
+Prefix cache: a full block may be published under a key that stands for its tokens and all before them
 (`extend_keys`). It stays so, in use or free, until it is handed out for other tokens.
 """
 
@@ -55,15 +55,15 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._ref_counts = [0] * num_blocks  # tables that hold the block, and pins
-        # Queues: the block that has been free for longest is handed out first, findable ones when there are no others.
+        # Queues: the block that has been free for longest is handed out first, published ones when there are no others.
         self._free = deque(range(NULL_BLOCK + 1, num_blocks))
-        self._free_findable: OrderedDict[int, None] = OrderedDict()
-        self._by_key: dict[bytes, int] = {}  # findable blocks
+        self._free_published: OrderedDict[int, None] = OrderedDict()
+        self._by_key: dict[bytes, int] = {}  # published blocks
         self._key_of: dict[int, bytes] = {}  # the reverse
 
     @property
     def num_free(self) -> int:
-        return len(self._free) + len(self._free_findable)
+        return len(self._free) + len(self._free_published)
 
     @property
     def num_usable(self) -> int:
@@ -75,7 +75,7 @@ class BlockManager:
         return -(-num_tokens // self.block_size)
 
     def find(self, keys: Iterable[bytes]) -> list[int]:
-        """The findable blocks of the longest prefix of `keys`, for `allocate`."""
+        """The published blocks of the longest prefix of `keys`, for `allocate`."""
         blocks = []
         for key in keys:
             block = self._by_key.get(key)
@@ -84,7 +84,7 @@ class BlockManager:
             blocks.append(block)
         return blocks
 
-    def make_findable(self, blocks: Iterable[int], keys: Iterable[bytes]) -> None:
+    def publish(self, blocks: Iterable[int], keys: Iterable[bytes]) -> None:
         """Blocks in use hold the tokens of `keys` and are not written any more; of two for one key, one is found."""
         for block, key in zip(blocks, keys, strict=True):
             if self._by_key.setdefault(key, block) == block:
@@ -104,7 +104,7 @@ class BlockManager:
         if num_needed > self.num_free:
             raise OutOfBlocks(num_needed, self.num_free)
         for block in table:
-            self._free_findable.pop(block, None)
+            self._free_published.pop(block, None)
             self._ref_counts[block] += 1
         table += [self._take() for _ in range(num_blocks)]
         return table
@@ -166,7 +166,7 @@ class BlockManager:
             AssertionError: names a block that is lost, held by nobody or too often, or free and in use at once.
         """
         held = Counter(int(block) for blocks in (*tables, *pinned) for block in blocks)
-        free = Counter([*self._free, *self._free_findable])
+        free = Counter([*self._free, *self._free_published])
         for block in sorted(held.keys() | free.keys() | set(range(self.num_blocks))):
             is_usable = NULL_BLOCK < block < self.num_blocks
             ref_count = self._ref_counts[block] if is_usable else 0
@@ -176,8 +176,8 @@ class BlockManager:
                     f"{free[block]} times in the free queues"
                 )
         assert self._by_key == {key: block for block, key in self._key_of.items()}, "keys and blocks do not match"
-        findable = [block for block in self._key_of if not self._ref_counts[block]]
-        assert sorted(findable) == sorted(self._free_findable), "a free block is in the wrong queue"
+        published = [block for block in self._key_of if not self._ref_counts[block]]
+        assert sorted(published) == sorted(self._free_published), "a free block is in the wrong queue"
 
     def _shared(self, table: list[int], first_new_token: int, num_tokens: int) -> list[int]:
         """Indices into `table` of the blocks that are to be written and that others hold too."""
@@ -194,7 +194,7 @@ class BlockManager:
         if self._free:
             block = self._free.popleft()
         else:
-            block, _ = self._free_findable.popitem(last=False)
+            block, _ = self._free_published.popitem(last=False)
             self._forget(block)
         self._ref_counts[block] = 1
         return block
@@ -211,6 +211,6 @@ class BlockManager:
             self._ref_counts[block] -= 1
             if self._ref_counts[block] == 0:
                 if block in self._key_of:
-                    self._free_findable[block] = None
+                    self._free_published[block] = None
                 else:
                     self._free.append(block)

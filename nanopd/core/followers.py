@@ -63,7 +63,7 @@ class Followers:
 def _has_joined(child: Sequence, parent: Sequence, scheduler: Scheduler, now_s: float) -> bool:
     """Whether there was room for it, or it has ended."""
     if not child.status.is_finished:
-        if not scheduler.fork(parent, child):
+        if not scheduler.queues.fork(parent, child):
             return False
         child.route = parent.route
         child.log_event(now_s, EventKind.SCHEDULED, scheduler.worker)

@@ -2,9 +2,9 @@
 
 Owns what is under way between two workers: places reserved at the destination, which blocks have been sent, and the
 plans that are out. Blocks that a plan names are pinned on both sides until the plan is acknowledged, whatever becomes
-of the sequence. A sequence that finds no room in time goes to another decode worker that has, or stays where it is
-if that worker may decode. On a pure prefill worker it goes on waiting: nothing waits for room there in order to leave
-a decode worker, so no workers can wait for each other in a circle.
+of the sequence. A sequence that finds no room in time goes to another decode worker that has room, or stays where it
+is if that worker may decode. On a pure prefill worker it goes on waiting: nothing waits for room there in order to
+leave a decode worker, so no workers can wait for each other in a circle.
 
     routed ─ begin ─▶ start ─▶ (reserve as soon as there is room; complete blocks move after each chunk)
            ─ prefilled ─▶ (the rest moves) ─ every plan acknowledged ─▶ decodes at the destination
@@ -24,27 +24,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nanopd.core.plans import Handover, Plans
 from nanopd.core.scheduler import Scheduler
 from nanopd.core.sequence import Sequence, SequenceStatus
 from nanopd.messages import EventKind, Route, TransferAck, TransferPlan
-
-
-@dataclass(slots=True)
-class _Handover:
-    seq: Sequence
-    src: Scheduler
-    dst: Scheduler
-    home: Route | None = None  # of a sequence that has decoded at the source: its route if it stays
-    dst_table: list[int] | None = None  # reserved there; None: no room so far
-    num_computed: int = 0  # tokens whose KV entries exist at the source and may move
-    num_planned: int = 0  # blocks that plans have been sent for, or that the destination had already
-    num_plans_out: int = 0
-    is_complete: bool = False  # nothing more will be computed at the source
-    waits_since_s: float = math.inf  # for room, with a time limit from then on
-
-    @property
-    def has_arrived(self) -> bool:
-        return self.is_complete and self.dst_table is not None and not self.num_plans_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,23 +35,15 @@ class _Refusal:
     """The last sequence that a destination had no room for; as long as nothing gets free, no longer one fits either."""
 
     num_tokens: int
-    num_free: int  # blocks, without those kept for who decodes
+    num_free: int  # blocks, without those kept for sequences that decode
     num_seqs: int
 
     @classmethod
     def of(cls, dst: Scheduler, num_tokens: int) -> _Refusal:
-        return cls(num_tokens, dst.blocks.num_free - len(dst.decoding), dst.num_seqs)
+        return cls(num_tokens, dst.queues.num_spare_blocks, dst.queues.num_seqs)
 
     def holds(self, dst: Scheduler) -> bool:
-        return dst.num_seqs >= self.num_seqs and dst.blocks.num_free - len(dst.decoding) <= self.num_free
-
-
-@dataclass(slots=True)
-class _PlanOut:
-    plan: TransferPlan
-    src: Scheduler  # as they were when it was sent; a worker that is replaced gets another one
-    dst: Scheduler
-    handover: _Handover | None  # None: nobody waits for it any more
+        return dst.queues.num_seqs >= self.num_seqs and dst.queues.num_spare_blocks <= self.num_free
 
 
 class Handovers:
@@ -76,16 +51,14 @@ class Handovers:
 
     def __init__(self, schedulers: list[Scheduler], send: Callable[[TransferPlan], None], timeout_s: float) -> None:
         self._schedulers = schedulers  # the engine's own list, in which it replaces those of dead workers
-        self._send = send  # gives a plan to the worker that executes it: the destination, which pulls
+        self._plans = Plans(send)  # `send` gives a plan to the worker that executes it: the destination, which pulls
         self._timeout_s = timeout_s
-        self._by_seq: dict[int, _Handover] = {}  # from routing on
-        self._roomless: dict[int, _Handover] = {}  # those of started sequences without a reservation, oldest first
+        self._by_seq: dict[int, Handover] = {}  # from routing on
+        self._blocked: dict[int, Handover] = {}  # those of started sequences without a reservation, oldest first
         self._refusals: dict[Scheduler, _Refusal] = {}
         self._is_changed = False  # since the last `tick`: somebody else waits for a destination
         self._due_s = math.inf  # before that, nobody has to be redirected
-        self._settling: dict[int, _Handover] = {}  # those that have a reservation and steps in flight to come back
-        self._plans: dict[int, _PlanOut] = {}
-        self._num_plans = 0
+        self._draining: dict[int, Handover] = {}  # those that have a reservation and steps in flight to come back
 
     @property
     def has_plans_out(self) -> bool:
@@ -94,23 +67,23 @@ class Handovers:
     def begin(self, seq: Sequence) -> None:
         assert seq.route is not None and not seq.route.is_collocated
         src, dst = self._schedulers[seq.route.prefill_worker], self._schedulers[seq.route.decode_worker]
-        self._add(_Handover(seq, src, dst))
+        self._add(Handover(seq, src, dst))
 
     def start(self, seq: Sequence, now_s: float) -> None:
         """The prefill has started: from now on a reservation is worth its blocks."""
         handover = self._by_seq.get(seq.seq_id)
         if handover is None:
             return
-        others = (other for other in self._roomless.values() if other.dst is handover.dst and other.seq.rank < seq.rank)
+        others = (other for other in self._blocked.values() if other.dst is handover.dst and other.seq.rank < seq.rank)
         if any(other.is_complete for other in others) or not self._try_reserve(handover, handover.dst, now_s):
-            self._roomless[seq.seq_id] = handover
+            self._blocked[seq.seq_id] = handover
 
     def move(self, seq: Sequence, dst: int, now_s: float) -> None:
         """Let a decoding sequence go on at another worker, as soon as there is room within the time-out."""
         assert seq.status is SequenceStatus.RUNNING and seq.route is not None
         self.cancel(seq)  # an earlier move that has not begun
         src = self._schedulers[seq.route.decode_worker]
-        handover = _Handover(seq, src, self._schedulers[dst], home=seq.route, waits_since_s=now_s)
+        handover = Handover(seq, src, self._schedulers[dst], home=seq.route, waits_since_s=now_s)
         self._add(handover)
         self._await_room(handover)
 
@@ -119,10 +92,10 @@ class Handovers:
         src = self._schedulers[worker]
         for handover in [h for h in self._by_seq.values() if h.dst is src]:
             self._redirect(handover, now_s)
-        for seq in src.decoding[:]:
+        for seq in src.queues.decodes.seqs[:]:
             if seq.seq_id not in self._by_seq and (others := self.destinations(seq, src)):
                 self.move(seq, others[0].worker, now_s)
-        for seq in src.prefilling:
+        for seq in src.queues.prefilling:
             assert seq.route is not None
             if seq.route.is_collocated and (others := self.destinations(seq, src)):
                 seq.route = Route(worker, others[0].worker)
@@ -147,20 +120,15 @@ class Handovers:
             self._due_s = min(self._due_s, now_s + self._timeout_s)
             self._move_blocks(handover)
 
-    def _of_prefill(self, seq: Sequence) -> _Handover | None:
+    def _of_prefill(self, seq: Sequence) -> Handover | None:
         """None: the sequence was told to stay while its last chunk was computed."""
         handover = self._by_seq.get(seq.seq_id)
         return None if handover is None or handover.home is not None else handover
 
     def acknowledge(self, ack: TransferAck, now_s: float) -> None:
-        out = self._plans.pop(ack.plan_id, None)
-        if out is None:
-            return  # of a plan that was dropped with its destination
-        _unpin(out)
-        if out.handover is not None:
-            out.handover.num_plans_out -= 1
-            if out.handover.has_arrived:
-                self._arrive(out.handover, now_s)
+        handover = self._plans.acknowledge(ack.plan_id)
+        if handover is not None and handover.has_arrived:
+            self._arrive(handover, now_s)
 
     def cancel(self, seq: Sequence) -> None:
         """Forget a hand-over, if there is one; plans that are out keep their blocks pinned."""
@@ -170,19 +138,20 @@ class Handovers:
             self._end(handover)
 
     def tick(self, now_s: float) -> None:
-        """Try to reserve what could not be reserved; redirect what has waited too long; move what has settled.
+        """Try to reserve what could not be reserved; redirect what has waited too long; move what is drained.
 
-        Room is kept for who waits with its prompt done, or small ones would take from a large one all that gets free.
+        Room is kept for sequences that wait with their prompt done, or small ones would take from a large one all that
+        gets free.
         """
-        if self._roomless:
+        if self._blocked:
             may_fit = self._is_changed or not all(refusal.holds(dst) for dst, refusal in self._refusals.items())
             if may_fit or now_s >= self._due_s:
                 self._retry(now_s)
             else:
                 for dst in self._refusals:
-                    dst.lacks_room = True
-        for handover in list(self._settling.values()):
-            if handover.src.is_settled(handover.seq):
+                    dst.queues.turn_away()
+        for handover in list(self._draining.values()):
+            if handover.src.residency.is_drained(handover.seq):
                 self._complete(handover)
                 if handover.has_arrived:  # nothing had been computed of it, so no plan will tell
                     self._arrive(handover, now_s)
@@ -191,19 +160,19 @@ class Handovers:
         self._refusals = {dst: refusal for dst, refusal in self._refusals.items() if refusal.holds(dst)}
         self._is_changed = False
         kept: list[Scheduler] = []
-        for handover in sorted(self._roomless.values(), key=lambda handover: handover.seq.rank):
+        for handover in sorted(self._blocked.values(), key=lambda handover: handover.seq.rank):
             if handover.dst not in kept and self._try_reserve(handover, handover.dst, now_s):
                 continue
             if handover.is_complete:
                 kept.append(handover.dst)
             if now_s >= handover.waits_since_s + self._timeout_s:
                 self._redirect(handover, now_s)
-        first_s = min((handover.waits_since_s for handover in self._roomless.values()), default=math.inf)
+        first_s = min((handover.waits_since_s for handover in self._blocked.values()), default=math.inf)
         self._due_s = first_s + self._timeout_s
 
     def next_due_s(self) -> float:
         """When `tick` may have to redirect a sequence, if no room is found before; inf: never."""
-        return self._due_s if self._roomless else math.inf
+        return self._due_s if self._blocked else math.inf
 
     def drop_worker(self, worker: int, now_s: float) -> list[Sequence]:
         """A worker is dead: no plan to it will be acknowledged, sequences bound for it go elsewhere.
@@ -211,10 +180,7 @@ class Handovers:
         Returns those that have to start over. Sequences *from* that worker are the caller's to cancel.
         """
         dead = self._schedulers[worker]
-        for plan_id, out in list(self._plans.items()):
-            if out.dst is dead:
-                _unpin(out)
-                del self._plans[plan_id]
+        self._plans.drop(dead.residency)
         self._refusals.pop(dead, None)
         bound = [h for h in self._by_seq.values() if h.dst is dead]
         return [handover.seq for handover in bound if not self._redirect(handover, now_s)]
@@ -225,86 +191,70 @@ class Handovers:
 
     def pinned(self, worker: int) -> Iterable[np.ndarray]:
         """Blocks of a worker that plans name, for integrity checks."""
-        scheduler = self._schedulers[worker]
-        for out in self._plans.values():
-            if out.src is scheduler:
-                yield out.plan.src_blocks
-            if out.dst is scheduler:
-                yield out.plan.dst_blocks
+        return self._plans.pinned(self._schedulers[worker].residency)
 
-    def _add(self, handover: _Handover) -> None:
+    def _add(self, handover: Handover) -> None:
         self._by_seq[handover.seq.seq_id] = handover
-        handover.dst.num_expected += 1
+        handover.dst.queues.expect(1)
 
     def destinations(self, seq: Sequence, *excluded: Scheduler) -> list[Scheduler]:
         """Workers that may decode the sequence and are large enough, the idlest first."""
         others = [s for s in self._schedulers if s.role.may_decode and not s.is_dead and s not in excluded]
         return sorted((s for s in others if s.can_hold(seq.end_len)), key=lambda s: s.load)
 
-    def _try_reserve(self, handover: _Handover, dst: Scheduler, now_s: float) -> bool:
+    def _try_reserve(self, handover: Handover, dst: Scheduler, now_s: float) -> bool:
         seq, src = handover.seq, handover.src
-        num_tokens = seq.num_tokens if handover.home is None else src.settled_len(seq)
+        num_tokens = seq.num_tokens if handover.home is None else src.residency.drained_len(seq)
         refusal = self._refusals.get(dst)
         if refusal is not None and num_tokens >= refusal.num_tokens and refusal.holds(dst):
-            dst.lacks_room = True
+            dst.queues.turn_away()
             return False
-        reserved = dst.reserve(num_tokens, seq.block_keys)
+        reserved = dst.queues.reserve(num_tokens, seq.block_keys)
         if reserved is None:
-            if dst.keeps_room:  # whatever gets free
+            if dst.queues.keeps_room:  # whatever gets free
                 self._is_changed = True
             else:
                 self._refusals[dst] = _Refusal.of(dst, num_tokens)
             return False
-        self._roomless.pop(seq.seq_id, None)
+        self._blocked.pop(seq.seq_id, None)
         if seq.status is SequenceStatus.RUNNING:
-            src.depart(seq)
+            src.queues.migrate(seq)
             seq.log_event(now_s, EventKind.MOVING, src.worker)
-            self._settling[seq.seq_id] = handover
+            self._draining[seq.seq_id] = handover
         self._set_destination(handover, dst)
         handover.dst_table, handover.num_planned = reserved
         self._move_blocks(handover)
         return True
 
-    def _complete(self, handover: _Handover) -> None:
+    def _complete(self, handover: Handover) -> None:
         """A sequence that was decoding has all its steps back: its blocks may move."""
         seq = handover.seq
-        del self._settling[seq.seq_id]
-        handover.src.slots.sync(seq)
+        del self._draining[seq.seq_id]
+        handover.src.residency.slots.sync(seq)
         handover.num_computed, handover.is_complete = seq.num_tokens - 1, True
         self._move_blocks(handover)
 
-    def _move_blocks(self, handover: _Handover) -> None:
+    def _move_blocks(self, handover: Handover) -> None:
         """Send a plan for what is complete and has not been sent."""
         if handover.dst_table is None:
             return
-        block_size = handover.src.blocks.block_size
+        block_size = handover.src.residency.blocks.block_size
         num_computed = handover.num_computed
         end = -(-num_computed // block_size) if handover.is_complete else num_computed // block_size
         start = handover.num_planned
         if end > start:
             handover.num_planned = end
-            self._send_plan(handover, handover.seq.block_table[start:end], handover.dst_table[start:end])
+            self._plans.send(handover, handover.seq.block_table[start:end], handover.dst_table[start:end])
 
-    def _send_plan(self, handover: _Handover, src_blocks: list[int], dst_blocks: list[int]) -> None:
-        self._num_plans += 1
-        src, dst = handover.src, handover.dst
-        blocks = np.array(src_blocks, np.int32), np.array(dst_blocks, np.int32)
-        plan = TransferPlan(self._num_plans, src.worker, src.generation, dst.worker, dst.generation, *blocks)
-        src.blocks.pin(src_blocks)
-        dst.blocks.pin(dst_blocks)
-        handover.num_plans_out += 1
-        self._plans[plan.plan_id] = _PlanOut(plan, src, dst, handover)
-        self._send(plan)
-
-    def _arrive(self, handover: _Handover, now_s: float) -> None:
+    def _arrive(self, handover: Handover, now_s: float) -> None:
         seq, table = handover.seq, handover.dst_table
         assert table is not None
         self._end(handover)
         handover.src.remove(seq)
-        handover.dst.take_over(seq, table)
+        handover.dst.queues.take_over(seq, table)
         seq.log_event(now_s, EventKind.MOVED, handover.dst.worker)
 
-    def _redirect(self, handover: _Handover, now_s: float) -> bool:
+    def _redirect(self, handover: Handover, now_s: float) -> bool:
         """Find another way for a sequence whose destination has no room, or is none any more; False: there is none."""
         self._cancel_reservation(handover)
         seq, src, dst = handover.seq, handover.src, handover.dst
@@ -324,7 +274,7 @@ class Handovers:
             src.remove(seq)
         return may_stay or is_move
 
-    def _wait_again(self, handover: _Handover, dst: Scheduler, now_s: float) -> None:
+    def _wait_again(self, handover: Handover, dst: Scheduler, now_s: float) -> None:
         """Wait for room at `dst`, with a new time limit; a sequence that can decode meanwhile does so."""
         if handover.home is not None:
             self._stay(handover)
@@ -334,43 +284,36 @@ class Handovers:
         if handover.seq.slot is not None:
             self._await_room(handover)
 
-    def _await_room(self, handover: _Handover) -> None:
-        self._roomless[handover.seq.seq_id] = handover
+    def _await_room(self, handover: Handover) -> None:
+        self._blocked[handover.seq.seq_id] = handover
         self._is_changed = True
         self._due_s = min(self._due_s, handover.waits_since_s + self._timeout_s)
 
-    def _stay(self, handover: _Handover) -> None:
+    def _stay(self, handover: Handover) -> None:
         seq, src = handover.seq, handover.src
-        self._settling.pop(seq.seq_id, None)
+        self._draining.pop(seq.seq_id, None)
         handover.is_complete, handover.num_computed = False, 0
         seq.route = handover.home or Route(src.worker, src.worker)
-        if seq in src.departing:  # else it decodes, or its last chunk is still to come and will see the new route
-            src.keep(seq)
+        # Else the sequence decodes, or its last chunk is still to come and will see the new route.
+        if seq in src.queues.migrating:
+            src.queues.keep(seq)
 
-    def _end(self, handover: _Handover) -> None:
+    def _end(self, handover: Handover) -> None:
         seq_id = handover.seq.seq_id
-        handover.dst.num_expected -= 1
+        handover.dst.queues.expect(-1)
         del self._by_seq[seq_id]
-        self._is_changed |= self._roomless.pop(seq_id, None) is not None
-        self._settling.pop(seq_id, None)
+        self._is_changed |= self._blocked.pop(seq_id, None) is not None
+        self._draining.pop(seq_id, None)
 
-    def _set_destination(self, handover: _Handover, dst: Scheduler) -> None:
-        handover.dst.num_expected -= 1
-        dst.num_expected += 1
+    def _set_destination(self, handover: Handover, dst: Scheduler) -> None:
+        handover.dst.queues.expect(-1)
+        dst.queues.expect(1)
         handover.dst = dst
         if handover.seq.status is not SequenceStatus.RUNNING:  # else it is at home still
             handover.seq.route = Route(handover.src.worker, dst.worker)
 
-    def _cancel_reservation(self, handover: _Handover) -> None:
-        for out in self._plans.values():
-            if out.handover is handover:
-                out.handover = None
-        handover.num_plans_out = 0
+    def _cancel_reservation(self, handover: Handover) -> None:
+        self._plans.forget(handover)
         if handover.dst_table is not None:
-            handover.dst.cancel_reservation(handover.dst_table)
+            handover.dst.queues.cancel_reservation(handover.dst_table)
             handover.dst_table = None
-
-
-def _unpin(out: _PlanOut) -> None:
-    out.src.blocks.unpin(out.plan.src_blocks)
-    out.dst.blocks.unpin(out.plan.dst_blocks)

@@ -1,7 +1,7 @@
-"""A request on its way through the engine.
+"""A sequence of tokens on its way through the engine: one answer to a request.
 
-Owns what belongs to one request wherever it is: tokens, parameters, status, route, times. What a worker's scheduler
-needs of it every step stands in that scheduler's `SlotTable` while the sequence holds a slot there.
+Owns what belongs to one sequence wherever it is: tokens, status, route, times. What a worker's scheduler needs of it
+every step stands in that scheduler's `SlotTable` while the sequence holds a slot there.
 Parent process only; knows neither workers nor blocks beyond the ids in its table.
 
     WAITING ─▶ PREFILL ─▶ MOVING ◀─▶ RUNNING ─▶ FINISHED_(STOPPED | LENGTH | ABORTED | ERROR)
@@ -18,7 +18,7 @@ import numpy as np
 
 from nanopd.core.speculation import Drafter
 from nanopd.messages import EventKind, FinishReason, RequestEvent, RequestLog, Route
-from nanopd.request import SamplingParams
+from nanopd.request import Request
 
 
 class TextStream(Protocol):
@@ -34,13 +34,13 @@ class TextStream(Protocol):
 
 
 class Chooser(Protocol):
-    """Chooses the tokens of sequences, each of which waits for that before it goes on."""
+    """Chooses the tokens of sequences, each of which waits for the choice before it goes on."""
 
     def sampled(self, seq: Sequence) -> None:
-        """It has its next token, which is no more than a proposal, and its logprobs."""
+        """The sequence has its next token, which is no more than a proposal, and its logprobs."""
 
     def ended(self, seq: Sequence) -> None:
-        """It has finished, in whatever way."""
+        """The sequence has finished, in whatever way."""
 
 
 class SequenceStatus(Enum):
@@ -80,22 +80,22 @@ class Sequence:
         "end_len",
         "error",
         "events",
-        "fixed_route",
         "host_table",
-        "is_streamed",
         "is_watched",
         "logprobs",
         "min_len",
         "num_cached_tokens",
         "num_deaths",
-        "num_findable",
+        "num_expected_cached",
         "num_prompt_tokens",
-        "num_spared",
+        "num_published_blocks",
         "num_swapped",
         "params",
         "prompt_logprobs",
         "rank",
+        "request",
         "request_id",
+        "root_key",
         "route",
         "seed",
         "seq_id",
@@ -111,56 +111,53 @@ class Sequence:
     def __init__(
         self,
         seq_id: int,
-        request_id: str,
-        prompt_token_ids: list[int],
-        params: SamplingParams,
+        request: Request,
         *,
         max_model_len: int,
         eos_token_ids: tuple[int, ...],
-        arrival_s: float,
         seed: int,
-        is_streamed: bool = False,
-        priority: int = 0,
+        root_key: bytes = b"",
         chooser: Chooser | None = None,
     ) -> None:
+        """`seed` counts where the request has none; `root_key` is what the keys of its prefixes begin with."""
+        params = request.params
         self.seq_id = seq_id  # order of submission
-        self.rank = (priority, seq_id, seq_id)  # priority, then order of requests, then within one; lower goes first
-        self.request_id = request_id
-        self.params = params
+        self.request, self.request_id, self.params = request, request.request_id, params
+        self.rank = (request.priority, seq_id, seq_id)  # then the order of requests, and within one; lower goes first
         self.seed = params.seed if params.seed is not None else seed
-        self.token_ids = list(prompt_token_ids)  # prompt, then every token the parent has received
+        self.root_key = root_key
+        # The prompt, then the tokens that the parent has received: of an unwatched sequence as of its last
+        # `SlotTable.sync`, as the table has the newest ones.
+        self.token_ids = list(request.prompt_token_ids)
         self.token_times_s: list[float] = []  # one per generated token
         self.logprobs: list[dict[int, float]] | None = None if params.logprobs is None else []
         self.prompt_logprobs: list[dict[int, float] | None] = []  # if asked for: per token of the prompt, first None
-        self.num_prompt_tokens = len(prompt_token_ids)
-        limit = max_model_len if params.max_tokens is None else self.num_prompt_tokens + params.max_tokens
-        self.end_len = limit  # number of tokens at which the sequence ends for length
+        self.num_prompt_tokens = len(request.prompt_token_ids)
+        self.end_len = request.max_num_tokens or max_model_len  # number of tokens at which the sequence ends for length
         self.min_len = self.num_prompt_tokens + params.min_tokens  # below, the sequence must not stop
-        eos = () if params.ignore_eos else eos_token_ids
-        self.stop_ids = frozenset(eos) | frozenset(params.stop_token_ids)
+        self.stop_ids = frozenset(() if params.ignore_eos else eos_token_ids) | frozenset(params.stop_token_ids)
         self.status = SequenceStatus.WAITING
         self.route: Route | None = None
-        self.fixed_route: Route | None = None  # asked for at submission
         self.slot: int | None = None  # in the scheduler of the worker it is on
         self.block_table: list[int] = []  # on the worker it is on
-        self.host_table: list[int] = []  # of one that has been swapped out: blocks in host memory of its decode worker
-        self.num_swapped = 0  # tokens that these hold; else 0
-        self.num_spared = 0  # tokens that need not be computed where it waits, as far as is known
-        self.num_findable = 0  # blocks at its beginning that the worker's prefix cache has been told of
+        self.host_table: list[int] = []  # of a swapped-out sequence: blocks in host memory of its decode worker
+        self.num_swapped = 0  # tokens in `host_table`; else 0
+        self.num_expected_cached = 0  # tokens that need not be computed where it waits, as far as is known
+        self.num_published_blocks = 0  # blocks at its beginning that the worker's prefix cache knows
         self.block_keys: list[bytes] = []  # of full blocks, for prefix caches; as far as they were needed
-        self.num_cached_tokens: int | None = None  # that were found when its prefill started first; None: it has not
-        self.is_streamed = is_streamed
+        self.num_cached_tokens: int | None = None  # found when its prefill started first; None: it has not started
         self.chooser = chooser  # None: what is sampled is taken
         self.awaits_choice = False  # its last token is a proposal
-        self.drafter: Drafter | None = None  # None: it never has drafts
-        # somebody wants to see each token as it comes
-        self.is_watched = bool(is_streamed or self.needs_feedback or params.stop_token_ids or self.logprobs is not None)
+        self.drafter: Drafter | None = None  # None: the sequence never has drafts
+        self.is_watched = bool(  # the engine looks at each of its tokens
+            request.is_streamed or self.needs_feedback or params.stop_token_ids or self.logprobs is not None
+        )
         self.stop_reason: int | str | None = None
         self.text: TextStream | None = None  # where tokens become text while they come
         self.error: str | None = None
-        self.decision: object = None  # of the router, with the numbers behind it
+        self.decision: object = None  # of the policy, with the numbers behind it
         self.num_deaths = 0  # of workers that were computing it
-        self.events = [RequestEvent(arrival_s, EventKind.ARRIVED)]
+        self.events = [RequestEvent(request.arrival_s, EventKind.ARRIVED)]
 
     @property
     def worker(self) -> int | None:

@@ -15,8 +15,8 @@ from nanopd.core.sequence import Sequence
 class SlotTable:
     """Columns of length `num_slots`.
 
-    Tokens that come in are written down for all slots at once; `sync` hands them to the one sequence that somebody
-    wants to look at.
+    New tokens are written here for all slots at once; `sync` copies those of one slot to its sequence, whose own list
+    is behind until then.
     """
 
     def __init__(self, num_slots: int, max_model_len: int) -> None:
@@ -32,16 +32,16 @@ class SlotTable:
         self.first_len = column(np.int32)  # with more tokens, all before the newest are sure to have been computed
         self.num_computed = column(np.int32)  # tokens computed once all steps in flight are done
         self.writable_len = column(np.int32)  # positions below may be written without asking the block manager
-        self.end_len = column(np.int32)
+        self.end_len = column(np.int32)  # number of tokens at which the sequence ends for length
         self.last_start = column(np.int32)  # the last position to be computed is before this one
         self.is_active = column(np.bool_)  # results for the slot are wanted
         self.is_entered = column(np.bool_)  # the worker knows the slot's parameters and block table
         self.num_drafts = column(np.int32)  # in the step in flight, behind the sequence's newest token
         self.has_last_token = column(np.bool_)  # the worker has the newest token of the slot, or will have in order
         self.is_awaited = column(np.bool_)  # must not be scheduled before its result is back
-        self.needs_feedback = column(np.bool_)
-        self.is_watched = column(np.bool_)  # its tokens are looked at one by one
-        self.heeds_eos = column(np.bool_)
+        self.needs_feedback = column(np.bool_)  # the parent must see each token before the next one may be computed
+        self.is_watched = column(np.bool_)  # the engine looks at each of its tokens
+        self.stops_at_eos = column(np.bool_)
         self._free = list(reversed(range(num_slots)))
 
     @property
@@ -64,7 +64,7 @@ class SlotTable:
         self.is_awaited[slot] = seq.awaits_choice
         self.needs_feedback[slot] = seq.needs_feedback
         self.is_watched[slot] = seq.is_watched
-        self.heeds_eos[slot] = not seq.params.ignore_eos
+        self.stops_at_eos[slot] = not seq.params.ignore_eos
 
     def append(self, slots: np.ndarray, token_ids: np.ndarray, now_s: float) -> np.ndarray:
         """A new token for each of `slots` ([*] int32); returns how many tokens each has now."""
@@ -76,8 +76,20 @@ class SlotTable:
         self.num_tokens[slots] = positions
         return positions
 
+    def append_many(self, slots: np.ndarray, times_s: np.ndarray) -> None:
+        """Take token 0 for each of `slots` ([num_slots] int32) at each of `times_s` ([num_steps]), as in simulation.
+
+        The tokens count as computed too, as further steps take the place of those that brought them.
+        """
+        num_steps = len(times_s)
+        # [num_steps, num_slots]; the tokens themselves are 0 already, as no other token is ever written in simulation
+        cells = slots * self._max_model_len + self.num_tokens[slots] + np.arange(num_steps)[:, None]
+        self._times_s[cells] = times_s[:, None]
+        self.num_tokens[slots] += num_steps
+        self.num_computed[slots] += num_steps
+
     def sync(self, seq: Sequence) -> None:
-        """Bring a sequence's own list of tokens up to date."""
+        """Bring the sequence's own list of tokens up to date."""
         assert seq.slot is not None
         row = seq.slot * self._max_model_len
         new = slice(row + len(seq.token_ids), row + int(self.num_tokens[seq.slot]))

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nanopd.core.extras import extras_of, has_extras
 from nanopd.core.sequence import Sequence
-from nanopd.messages import BLOCK_COPY, SLOT_INIT, TABLE_UPDATE, RowFlag, StepBatch
+from nanopd.messages import BLOCK_COPY, SLOT_INIT, TABLE_UPDATE, RowFlag, SlotExtras, StepBatch
 
 NO_INTS, NO_INITS = np.empty(0, np.int32), np.empty(0, SLOT_INIT)
 
@@ -39,6 +40,7 @@ class BatchBuilder:
     def __init__(self, step_id: int, budget: int) -> None:
         self.step_id = step_id
         self.budget = budget
+        self.extras: list[SlotExtras] = []  # to be sent ahead of the step
         self.inits: list[tuple] = []
         self.stop_ids: list[int] = []
         self.table_updates: list[int] = []  # slot, index, block_id, slot, index, ...
@@ -49,11 +51,26 @@ class BatchBuilder:
         self.rows: list[tuple[int, int, int, int]] = []  # prefill rows: slot, start, length, flags
         self.token_ids: list[int] = []
         self.chunks: list[Chunk] = []
+        self.admitted: list[Sequence] = []  # their prefill starts with this step
         self.num_prompt_tokens = 0  # of the chunks
 
     @property
     def is_empty(self) -> bool:
         return not self.rows and not len(self.decodes[0])
+
+    def enter(self, seq: Sequence, slot: int) -> None:
+        """Tell the worker who holds the slot from now on, and in which blocks."""
+        params = seq.params
+        stop_ids = sorted(seq.stop_ids) if params.min_tokens else []  # the worker needs them for masking only
+        logprobs = -1 if params.logprobs is None else params.logprobs
+        draw = params.temperature, params.top_p, max(params.top_k, 0)
+        self.inits.append((seq.seed, slot, *draw, logprobs, seq.min_len, len(stop_ids), params.min_p))
+        if has_extras(seq):
+            self.extras.append(extras_of(seq, slot))
+            if seq.awaits_prompt_logprobs:
+                seq.prompt_logprobs = [None]
+        self.stop_ids += stop_ids
+        self.add_blocks(slot, 0, seq.block_table)
 
     def add_blocks(self, slot: int, first_index: int, block_ids: list[int]) -> None:
         for index, block_id in enumerate(block_ids, first_index):

@@ -1,17 +1,14 @@
 """The operations of a decoder: float32 on the CPU runs the numba kernels, all else runs torch (`portable`).
 
-`nanopd.cuda.operations` has the same functions, and takes these for what it has no kernels for. With the kernels every
-output is computed in an order of its own, so results do not depend on what else is in the batch or on where a prompt
-was cut into chunks. Tensors must be contiguous. Knows no model and no scheduling.
-
-KV storage: kv [num_blocks, num_layers, 2 (K, V), num_kv_heads, block_size, head_dim]; token i of a sequence lies in
-block `block_table[i // block_size]` at offset `i % block_size`; a slot is `block_id * block_size + offset`.
+This module is `nanopd.models.Operations`; `nanopd.cuda.operations` takes these for what it has no kernels for. With
+the kernels every output is computed in an order of its own, so results do not depend on what else is in the batch or
+on where a prompt was cut into chunks. Tensors must be contiguous. A projection is multiplied by the function that
+PRODUCTS has for its scheme. Knows no model and no scheduling.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numba
 import numpy as np
@@ -19,6 +16,9 @@ import torch
 from torch import Tensor
 
 from nanopd.cpu import kernels, portable
+from nanopd.models.batch import PrefillRow
+from nanopd.models.operations import AttentionSpec
+from nanopd.models.weights import Linear
 
 
 def prepare_thread() -> None:
@@ -27,7 +27,7 @@ def prepare_thread() -> None:
 
 
 def begin_step(decode_seq_lens: Tensor, slot_mapping: Tensor, is_decode_only: bool) -> None:
-    """Before the first operation of a step. What a GPU wants to know of it makes no difference here."""
+    """Comes before the first operation of a step. What a GPU wants to know of the step makes no difference here."""
     prepare_thread()
 
 
@@ -36,14 +36,23 @@ def embedding(token_ids: Tensor, weight: Tensor) -> Tensor:
     return weight.index_select(0, token_ids)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [T, in], weight [out, in], bias [out] -> [T, out]; out is at least 4."""
+def multiply(x: Tensor, linear: Linear) -> Tensor:
+    """x [T, in] through a projection -> [T, out]."""
+    return PRODUCTS[linear.scheme.name](x, linear)
+
+
+def plain_product(x: Tensor, linear: Linear) -> Tensor:
+    """x [T, in] -> [T, out] with weights [out, in] of x's dtype; out is at least 4."""
+    weight, bias = linear.weight, linear.bias
     if not _has_kernels(x):
         return torch.nn.functional.linear(x, weight, bias)
     assert weight.shape[0] >= kernels.ROWS, weight.shape
     out = x.new_empty(x.shape[0], weight.shape[0])
     kernels.linear(x.numpy(), weight.numpy(), _numpy(bias), out.numpy())
     return out
+
+
+PRODUCTS: dict[str, Callable[[Tensor, Linear], Tensor]] = {"plain": plain_product}  # by the name of a scheme
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -64,29 +73,29 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     return out
 
 
-def norm_linear(x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """RMS norm of x [T, in] with weights norm [in], times weight [out, in], plus bias [out] -> [T, out]."""
-    return linear(rms_norm(x, norm, eps), weight, bias)
+def norm_linear(x: Tensor, norm: Tensor, eps: float, linear: Linear) -> Tensor:
+    """RMS norm of x [T, in] with weights norm [in], through the projection -> [T, out]."""
+    return multiply(rms_norm(x, norm, eps), linear)
 
 
-def norm_gated_linear(x: Tensor, norm: Tensor, eps: float, gate_up: Tensor) -> Tensor:
-    """RMS norm of x [T, in], times gate_up [2 * size, in]: silu(gate) * up [T, size] (SwiGLU, arXiv:2002.05202)."""
-    return silu_and_mul(linear(rms_norm(x, norm, eps), gate_up))
+def norm_gated_linear(x: Tensor, norm: Tensor, eps: float, gate_up: Linear) -> Tensor:
+    """RMS norm of x [T, in], through the projection [T, 2 * size]: silu(gate) * up [T, size]."""
+    return silu_and_mul(multiply(rms_norm(x, norm, eps), gate_up))
 
 
-def add_linear(x: Tensor, weight: Tensor, residual: Tensor) -> None:
-    """residual [T, out] += x [T, in] times weight [out, in]."""
-    residual.add_(linear(x, weight))
+def add_linear(x: Tensor, linear: Linear, residual: Tensor) -> None:
+    """residual [T, out] += x [T, in] through the projection."""
+    residual.add_(multiply(x, linear))
 
 
 def rotary_and_store(
     qkv: Tensor,  # [T, (num_heads + 2 * num_kv_heads) * head_dim]
     positions: Tensor,  # [T] int64
     slot_mapping: Tensor,  # [T] int64
-    cos_sin: Tensor,  # [max_positions, head_dim] float32: cosines of the head_dim / 2 frequencies, then sines
-    kv: Tensor,  # KV storage
+    kv: Tensor,
     layer: int,
-    q_norm: Tensor | None = None,  # [head_dim], RMS norm of each query head before rotation
+    spec: AttentionSpec,
+    q_norm: Tensor | None = None,  # [head_dim], RMS norm of each query head before it is rotated
     k_norm: Tensor | None = None,  # [head_dim]
     eps: float = 1e-6,
 ) -> Tensor:
@@ -94,30 +103,20 @@ def rotary_and_store(
 
     Returns Q [T, num_heads, head_dim].
     """
-    num_kv_heads, head_dim = kv.shape[3], kv.shape[5]
-    num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
+    num_kv_heads, head_dim = spec.layout.num_kv_heads, spec.layout.head_dim
     if not _has_kernels(qkv):
-        return portable.rotary_and_store(qkv, positions, slot_mapping, cos_sin, kv, layer, q_norm, k_norm, eps)
-    q = qkv.new_empty(qkv.shape[0], num_heads, head_dim)
-    kernels.rotary_and_store(
-        qkv.numpy(),
-        positions.numpy(),
-        slot_mapping.numpy(),
-        cos_sin.numpy(),
-        kv.numpy(),
-        layer,
-        _numpy(q_norm),
-        _numpy(k_norm),
-        np.float32(eps),
-        q.numpy(),
-    )
+        return portable.rotary_and_store(qkv, positions, slot_mapping, kv, layer, spec, q_norm, k_norm, eps)
+    q = qkv.new_empty(qkv.shape[0], qkv.shape[1] // head_dim - 2 * num_kv_heads, head_dim)
+    inputs = qkv.numpy(), positions.numpy(), slot_mapping.numpy(), spec.cos_sin.numpy(), kv.numpy(), layer
+    kernels.rotary_and_store(*inputs, _numpy(q_norm), _numpy(k_norm), np.float32(eps), q.numpy())
     return q
 
 
 def paged_decode_attention(
     q: Tensor,  # [num_rows, num_heads, head_dim], one token of each sequence
-    kv: Tensor,  # KV storage
+    kv: Tensor,
     layer: int,
+    spec: AttentionSpec,
     block_tables: Tensor,  # [num_rows, max_blocks] int32; [1, max_blocks]: all tokens are of one sequence
     seq_lens: Tensor,  # [num_rows] int32, context length including the token itself
     out: Tensor,  # [num_rows, num_heads, head_dim]
@@ -125,26 +124,22 @@ def paged_decode_attention(
     """Attention of one token per sequence over its cached K and V, its own included."""
     if _has_kernels(q):
         arrays = q.numpy(), kv.numpy(), layer, block_tables.numpy(), seq_lens.numpy()
-        kernels.paged_attention(*arrays, np.float32(q.shape[2] ** -0.5), out.numpy())
+        kernels.paged_attention(*arrays, np.float32(spec.scale), out.numpy())
     else:
-        portable.paged_attention(q, kv, layer, block_tables, seq_lens, out)
+        portable.paged_attention(q, kv, layer, spec, block_tables, seq_lens, out)
 
 
-def prefill_attention(
-    q: Tensor,  # [T, num_heads, head_dim], all tokens of the step
-    kv: Tensor,  # KV storage
-    layer: int,
-    rows: Sequence[Any],  # chunks, with the attributes of `nanopd.models.batch.PrefillRow`
-) -> Tensor:
+def prefill_attention(q: Tensor, kv: Tensor, layer: int, spec: AttentionSpec, rows: Sequence[PrefillRow]) -> Tensor:
     """Causal attention of the rows over their histories and themselves, all already stored in the cache.
 
-    Returns [T, num_heads, head_dim]; what it holds for tokens of no row is undefined.
+    q [T, num_heads, head_dim] is of all tokens of the step, and so is the result; what it holds for tokens of no row
+    is undefined.
     """
     out = torch.empty_like(q)
     for row in rows:
         tokens, first = slice(row.start, row.end), row.num_cached + 1
         context_lens = torch.arange(first, first + row.end - row.start, dtype=torch.int32, device=q.device)
-        paged_decode_attention(q[tokens], kv, layer, row.block_table.unsqueeze(0), context_lens, out[tokens])
+        paged_decode_attention(q[tokens], kv, layer, spec, row.block_table.unsqueeze(0), context_lens, out[tokens])
     return out
 
 

@@ -1,4 +1,4 @@
-"""The operations in torch, for any device and type: right, not fast. Signatures as in `nanopd.cpu.ops`.
+"""The operations in torch, for any device and type: right, not fast. Their signatures are those of `nanopd.cpu.ops`.
 
 Sums, norms, rotation and softmax are computed in float32 and rounded once. Nothing waits for a GPU.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from nanopd.models.operations import AttentionSpec
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -25,18 +27,18 @@ def rotary_and_store(
     qkv: Tensor,
     positions: Tensor,
     slot_mapping: Tensor,
-    cos_sin: Tensor,
     kv: Tensor,
     layer: int,
+    spec: AttentionSpec,
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     eps: float,
 ) -> Tensor:
     """Returns the rotated Q [T, num_heads, head_dim]; K and V go to their slots of kv."""
-    num_kv_heads, block_size, head_dim = kv.shape[3:]
+    num_kv_heads, block_size, head_dim = spec.layout.num_kv_heads, spec.layout.block_size, spec.layout.head_dim
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
     heads = qkv.view(qkv.shape[0], -1, head_dim).split((num_heads, num_kv_heads, num_kv_heads), dim=1)
-    angles = cos_sin.index_select(0, positions)
+    angles = spec.cos_sin.index_select(0, positions)
     q, k = (_rotate(x if norm is None else rms_norm(x, norm, eps), angles) for x, norm in zip(heads, (q_norm, k_norm)))
     blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
     layer_kv = kv[:, layer]
@@ -56,25 +58,29 @@ def paged_attention(
     q: Tensor,  # [T, num_heads, head_dim]
     kv: Tensor,
     layer: int,
+    spec: AttentionSpec,
     block_tables: Tensor,  # [T or 1, max_blocks]
     context_lens: Tensor,  # [T]
     out: Tensor,  # [T, num_heads, head_dim]
 ) -> None:
-    """Gathers what the tables name, and masks: on a GPU all of it at once, as the lengths are not known here."""
-    num_rows, num_kv_heads, block_size, head_dim = len(block_tables), *kv.shape[3:]
+    """Gathers the blocks that the tables name, and masks what lies behind the contexts.
+
+    On a GPU all rows are gathered at once, as the host does not know their lengths.
+    """
+    num_rows, layout = len(block_tables), spec.layout
     if not q.is_cuda and num_rows > 1:
         rows = zip(*(tensor.split(1) for tensor in (q, block_tables, context_lens, out)), strict=True)
         for one_q, table, context_len, one_out in rows:
-            paged_attention(one_q, kv, layer, table, context_len, one_out)
+            paged_attention(one_q, kv, layer, spec, table, context_len, one_out)
         return
     if not q.is_cuda:
-        block_tables = block_tables[:, : -(-int(context_lens.max()) // block_size)]
+        block_tables = block_tables[:, : -(-int(context_lens.max()) // layout.block_size)]
     blocks = kv[block_tables.long(), layer]  # [num_rows, max_blocks, 2, num_kv_heads, block_size, head_dim]
-    keys, values = blocks.permute(2, 0, 3, 1, 4, 5).reshape(2, num_rows, num_kv_heads, -1, head_dim)
+    keys, values = blocks.permute(2, 0, 3, 1, 4, 5).reshape(2, num_rows, layout.num_kv_heads, -1, layout.head_dim)
     # [num_rows, queries, keys]
     seen = torch.arange(keys.shape[2], device=q.device) < context_lens.view(num_rows, -1, 1)
-    # what no query sees may be no numbers, and 0 * nan is nan
+    # Keys and values that no query sees may be NaN, and 0 * NaN is NaN.
     keys, values = (x.masked_fill(~seen.any(1)[:, None, :, None], 0) for x in (keys, values))
     heads = q.view(num_rows, -1, *q.shape[1:]).transpose(1, 2)
-    y = F.scaled_dot_product_attention(heads, keys, values, attn_mask=seen[:, None], enable_gqa=True)
+    y = F.scaled_dot_product_attention(heads, keys, values, attn_mask=seen[:, None], scale=spec.scale, enable_gqa=True)
     out.copy_(y.transpose(1, 2).reshape(out.shape))

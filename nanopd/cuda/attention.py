@@ -15,7 +15,6 @@ go to a workspace, and the last CTA to arrive merges them by their log-sum-exp.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,10 +23,12 @@ from numba.cuda.types import float32 as f32
 from numba.cuda.types import int32 as i32
 from torch import Tensor
 
+from nanopd.config import KVLayout
 from nanopd.cuda import warp
-from nanopd.cuda.elementwise import layout_of
+from nanopd.cuda.elementwise import LOG2_E
 from nanopd.cuda.launch import Spec, kernel_for
 from nanopd.cuda.ptx import inlined, macro, shared_memory
+from nanopd.models.operations import AttentionSpec
 
 NUM_WARPS = 4  # of a CTA
 WARP_TILE = 16  # tokens of a warp: the rows of an mma
@@ -504,25 +505,24 @@ class PagedDecodeAttention:
         self,
         max_rows: int,
         num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,  # one of HEAD_DIMS
-        block_size: int,  # a power of two, at least WARP_TILE
+        layout: KVLayout,  # head_dim one of HEAD_DIMS; block_size a power of two, at least WARP_TILE
         dtype: torch.dtype,  # one of warp.NAMES
         device: torch.device,
         max_queries: int = 1,
     ) -> None:
-        assert block_size >= WARP_TILE and block_size.bit_count() == 1
+        assert layout.block_size >= WARP_TILE and layout.block_size.bit_count() == 1
         properties = torch.cuda.get_device_properties(device)
         shared_limit: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-        spec = decode_spec(head_dim, warp.NAMES[dtype], shared_limit)
+        spec = decode_spec(layout.head_dim, warp.NAMES[dtype], shared_limit)
         index = torch.device(device).index or 0
         self._plan_kernel, self._kernel = kernel_for(plan_spec(), index), kernel_for(spec, index)
         ctas_per_sm = properties.shared_memory_per_multiprocessor // (spec.shared_bytes + RESERVED_SHARED_BYTES)
         self._num_ctas = properties.multi_processor_count * ctas_per_sm
-        self._num_kv_heads, self._group = num_kv_heads, num_heads // num_kv_heads
+        self._num_kv_heads, self._group = layout.num_kv_heads, num_heads // layout.num_kv_heads
+        self._block_shift = layout.block_size.bit_length() - 1
         empty = functools.partial(torch.empty, device=device)
         self._plan = empty(max_rows + 1, dtype=torch.int32)
-        self._partials = empty(2 * self._num_ctas, COLUMNS, head_dim, dtype=torch.float32)
+        self._partials = empty(2 * self._num_ctas, COLUMNS, layout.head_dim, dtype=torch.float32)
         self._partial_lse = empty(2 * self._num_ctas, COLUMNS, dtype=torch.float32)
         self._arrivals = torch.zeros(max_rows, self._head_units(max_queries), dtype=torch.int32, device=device)
 
@@ -534,24 +534,25 @@ class PagedDecodeAttention:
     def __call__(
         self,
         q: Tensor,  # [num_rows * num_queries, num_heads, head_dim]
-        kv: Tensor,  # KV storage
+        kv: Tensor,
         layer: int,
+        spec: AttentionSpec,
         block_tables: Tensor,  # [num_rows, max_blocks] int32
         seq_lens: Tensor,  # [num_rows] int32; a row of length 0 is left as it is
         out: Tensor,  # as q
         overlap: bool = False,
     ) -> None:
         """One layer. With `overlap`, not right after `begin_step`: the plan is read before the predecessor is done."""
-        num_rows, block_size, head_dim = seq_lens.shape[0], kv.shape[4], kv.shape[5]
+        num_rows, layout = seq_lens.shape[0], spec.layout
         assert q.is_contiguous() and out.is_contiguous() and block_tables.stride(1) == 1
-        first_key, *strides = layout_of(kv, layer)
+        first_key = kv.data_ptr() + layer * layout.layer_bytes
         inputs = q.data_ptr(), first_key, block_tables.data_ptr(), seq_lens.data_ptr(), self._plan.data_ptr()
         workspace = self._partials.data_ptr(), self._partial_lse.data_ptr(), self._arrivals.data_ptr()
         sizes = num_rows, self._num_kv_heads, self._group, q.shape[0] // num_rows
-        tables = block_size.bit_length() - 1, block_tables.stride(0)
-        scale = head_dim**-0.5 * math.log2(math.e)
+        tables = self._block_shift, block_tables.stride(0)
+        scale = spec.scale * LOG2_E
         addresses = *inputs, out.data_ptr(), *workspace
-        self._kernel(self._num_ctas, *addresses, *strides, *sizes, *tables, scale, overlap=overlap)
+        self._kernel(self._num_ctas, *addresses, *layout.strides, *sizes, *tables, scale, overlap=overlap)
 
     def _head_units(self, num_queries: int) -> int:
         return self._num_kv_heads * -(-self._group * num_queries // COLUMNS)

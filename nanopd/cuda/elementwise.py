@@ -18,6 +18,7 @@ from torch import Tensor
 from nanopd.cuda import warp
 from nanopd.cuda.launch import Kernel, Spec, address_of, kernel_of
 from nanopd.cuda.ptx import macro, shared_memory
+from nanopd.models.operations import AttentionSpec
 
 THREADS = 256
 NUM_WARPS = THREADS // 32
@@ -254,9 +255,9 @@ def rotary_and_store(
     qkv: Tensor,  # [T, (num_heads + 2 * num_kv_heads) * head_dim]
     positions: Tensor,  # [T] int64
     slot_mapping: Tensor,  # [T] int64
-    cos_sin: Tensor,  # [max_positions, head_dim] float32: cosines of the head_dim / 2 frequencies, then sines
-    kv: Tensor,  # KV storage
+    kv: Tensor,
     layer: int,
+    spec: AttentionSpec,
     q_norm: Tensor | None = None,  # [head_dim], RMS norm of each query head before rotation
     k_norm: Tensor | None = None,  # [head_dim]
     eps: float = 1e-6,
@@ -266,7 +267,8 @@ def rotary_and_store(
 
     Returns Q [T, num_heads, head_dim]. With `overlap`, positions must be older than the predecessor.
     """
-    num_tokens, (num_kv_heads, block_size, head_dim) = qkv.shape[0], kv.shape[3:]
+    num_tokens, layout = qkv.shape[0], spec.layout
+    num_kv_heads, head_dim = layout.num_kv_heads, layout.head_dim
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
     q = qkv.new_empty(num_tokens, num_heads, head_dim)
     if num_tokens:
@@ -274,21 +276,14 @@ def rotary_and_store(
         heads_per_warp = 1 if num_tokens < MANY_TOKENS else 8
         warps_per_token = math.ceil((num_heads + 2 * num_kv_heads) / heads_per_warp)
         num_warps = warps_per_token * math.ceil(num_tokens * head_dim / 128)
-        first_key, *strides = layout_of(kv, layer)
-        inputs = qkv.data_ptr(), positions.data_ptr(), slot_mapping.data_ptr(), cos_sin.data_ptr()
-        sizes = num_tokens, num_heads, num_kv_heads, block_size, heads_per_warp
+        first_key = kv.data_ptr() + layer * layout.layer_bytes
+        inputs = qkv.data_ptr(), positions.data_ptr(), slot_mapping.data_ptr(), spec.cos_sin.data_ptr()
+        sizes = num_tokens, num_heads, num_kv_heads, layout.block_size, heads_per_warp
         norms = address_of(q_norm), address_of(k_norm)
         kernel = _kernel(rotary_spec, qkv, head_dim)
         num_ctas = math.ceil(num_warps / NUM_WARPS)
-        kernel(num_ctas, *inputs, first_key, *norms, q.data_ptr(), *strides, *sizes, eps, overlap=overlap)
+        kernel(num_ctas, *inputs, first_key, *norms, q.data_ptr(), *layout.strides, *sizes, eps, overlap=overlap)
     return q
-
-
-def layout_of(kv: Tensor, layer: int) -> tuple[int, int, int, int]:
-    """Where K of a layer's block 0 lies; bytes to the next block, to the next head, and from K to V."""
-    size = kv.element_size()
-    strides = kv.stride(0) * size, kv.stride(3) * size, kv.stride(2) * size
-    return kv.data_ptr() + layer * kv.stride(1) * size, *strides
 
 
 def _kernel(make_spec: Callable[..., Spec], x: Tensor, *parameters: int) -> Kernel:

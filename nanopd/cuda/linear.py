@@ -24,6 +24,7 @@ from nanopd.cuda import warp
 from nanopd.cuda.elementwise import LOG2_E, eight_at_a_time, rms_norm, silu_and_mul
 from nanopd.cuda.launch import Kernel, Spec, address_of, kernel_for
 from nanopd.cuda.ptx import inlined, macro, shared_memory
+from nanopd.models.weights import PLAIN, Linear
 
 MMA_ROWS = 16  # of W in an mma tile
 ROW_TILES = 2  # mma tiles in a CTA: neighbours, or rows of the gate and the same rows of the up projection
@@ -32,7 +33,7 @@ NUM_WARPS = 16
 THREADS = 32 * NUM_WARPS
 PITCH = TILE_ROWS + 4  # of the sums of one row of x in shared memory: spreads a warp over all banks
 SKINNY_ARGUMENTS = "lllllrrrrrrf"
-PLAIN, ADD, GATE = 0, 1, 2  # what becomes of a product: y = it, y += it, y = silu(first tile's) * second tile's
+STORE, ADD, GATE = 0, 1, 2  # of a product p: y = p, y += p, or y = silu(p of the first tile) * p of the second
 MAX_ROWS = 16
 MUCH_SHARED_BYTES = 128 << 10
 # x * norm is not divided by the rms yet: in float16 it is kept this much smaller, so that it stays within its range
@@ -153,7 +154,7 @@ def skinny_kernel(dtype: str, x_tiles: int, unroll: int) -> Callable[..., None]:
         row_bytes,  # of W and x
         y_stride,  # bytes
         second_tile,  # bytes from the first mma tile of a CTA to its second
-        result,  # PLAIN, ADD or GATE
+        result,  # STORE, ADD or GATE
         eps,
     ):
         thread = warp.thread_index()
@@ -247,56 +248,61 @@ def skinny_spec(dtype: str, x_tiles: int, shared_limit: int) -> Spec:
     )
 
 
-def norm_linear(
-    x: Tensor, norm: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None, overlap: bool = False
-) -> Tensor:
-    """RMS norm of x [T, in] with weights norm [in], times weight [out, in], plus bias [out] -> [T, out]."""
-    if not is_skinny(x, weight):
-        return F.linear(rms_norm(x, norm, eps, overlap), weight, bias)
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    _skinny(y, x, weight, PLAIN, overlap, norm, eps, bias)
+def norm_linear(x: Tensor, norm: Tensor, eps: float, linear: Linear, overlap: bool = False) -> Tensor:
+    """RMS norm of x [T, in] with weights norm [in], through the projection -> [T, out]."""
+    if not is_skinny(x, linear):
+        return PRODUCTS[linear.scheme.name](rms_norm(x, norm, eps, overlap), linear)
+    y = x.new_empty(x.shape[0], linear.weight.shape[0])
+    _skinny(y, x, linear, STORE, overlap, norm, eps)
     return y
 
 
-def norm_gated_linear(x: Tensor, norm: Tensor, eps: float, gate_up: Tensor, overlap: bool = False) -> Tensor:
-    """RMS norm of x [T, in], times gate_up [2 * size, in]: silu(gate) * up [T, size] (SwiGLU, arXiv:2002.05202)."""
-    if not is_skinny(x, gate_up):
-        return silu_and_mul(F.linear(rms_norm(x, norm, eps, overlap), gate_up), overlap)
-    y = x.new_empty(x.shape[0], gate_up.shape[0] // 2)
+def norm_gated_linear(x: Tensor, norm: Tensor, eps: float, gate_up: Linear, overlap: bool = False) -> Tensor:
+    """RMS norm of x [T, in], through the projection [T, 2 * size]: silu(gate) * up [T, size]."""
+    if gate_up.bias is not None or not is_skinny(x, gate_up):
+        return silu_and_mul(PRODUCTS[gate_up.scheme.name](rms_norm(x, norm, eps, overlap), gate_up), overlap)
+    y = x.new_empty(x.shape[0], gate_up.weight.shape[0] // 2)
     _skinny(y, x, gate_up, GATE, overlap, norm, eps)
     return y
 
 
-def add_linear(x: Tensor, weight: Tensor, residual: Tensor, overlap: bool = False) -> None:
-    """residual [T, out] += x [T, in] times weight [out, in]."""
-    if is_skinny(x, weight):
-        _skinny(residual, x, weight, ADD, overlap)
+def add_linear(x: Tensor, linear: Linear, residual: Tensor, overlap: bool = False) -> None:
+    """residual [T, out] += x [T, in] through the projection."""
+    if is_skinny(x, linear):
+        _skinny(residual, x, linear, ADD, overlap)
     else:
-        residual.addmm_(x, weight.T)
+        PRODUCTS[linear.scheme.name](x, linear, residual)
+
+
+def plain_product(x: Tensor, linear: Linear, residual: Tensor | None = None) -> Tensor:
+    """x [T, in] through the projection -> [T, out], or added to residual [T, out], which then is returned."""
+    if residual is None:
+        return F.linear(x, linear.weight, linear.bias)
+    residual.addmm_(x, linear.weight.T)
+    return residual if linear.bias is None else residual.add_(linear.bias)
+
+
+PRODUCTS: dict[str, Callable[..., Tensor]] = {PLAIN.name: plain_product}  # of many rows, by the name of a scheme
 
 
 def _skinny(
-    y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    result: int,
-    overlap: bool,
-    norm: Tensor | None = None,
-    eps: float = 0.0,
-    bias: Tensor | None = None,
+    y: Tensor, x: Tensor, linear: Linear, result: int, overlap: bool, norm: Tensor | None = None, eps: float = 0.0
 ) -> None:
+    weight = linear.weight
     num_tiles, row_bytes = weight.shape[0] // TILE_ROWS, 2 * weight.shape[1]
     second_tile = row_bytes * (weight.shape[0] // 2 if result == GATE else MMA_ROWS)
-    addresses = weight.data_ptr(), x.data_ptr(), address_of(norm), address_of(bias), y.data_ptr()
+    addresses = weight.data_ptr(), x.data_ptr(), address_of(norm), address_of(linear.bias), y.data_ptr()
     sizes = x.shape[0], num_tiles, row_bytes, 2 * y.stride(0), second_tile
     kernel, num_sms = _kernel(x.dtype, -(-x.shape[0] // 8), x.get_device())
     kernel(min(num_tiles, num_sms), *addresses, *sizes, result, eps, overlap=overlap)
 
 
-def is_skinny(x: Tensor, weight: Tensor) -> bool:
-    """Whether there is a kernel for it."""
+def is_skinny(x: Tensor, linear: Linear) -> bool:
+    """Whether there is a kernel for the product."""
+    weight = linear.weight
     fits = 0 < x.shape[0] <= MAX_ROWS and weight.shape[0] % TILE_ROWS == 0 and weight.shape[1] % 128 == 0
-    return fits and x.dtype in warp.NAMES and x.is_contiguous() and weight.is_contiguous()
+    is_known = linear.scheme is PLAIN and x.dtype in warp.NAMES
+    return fits and is_known and x.is_contiguous() and weight.is_contiguous()
 
 
 @functools.cache

@@ -1,51 +1,54 @@
-"""The operations of one model on one GPU, and what they keep between calls: the decoder's `ops`.
+"""The operations of one model on one GPU, and what they keep between calls: `nanopd.models.Operations` of a GPU.
 
-A step is a chain of small kernels where all rows decode: each then starts while the one before it ends.
+A step is a chain of small kernels where all rows decode: each of them then starts while the one before it ends.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanopd.cuda import warp
+from nanopd.cuda import elementwise, linear, warp
 from nanopd.cuda.attention import HEAD_DIMS, WARP_TILE, PagedDecodeAttention
 from nanopd.cuda.blocks import copy_blocks
-from nanopd.cuda.elementwise import rotary_and_store
-from nanopd.cuda.linear import add_linear, norm_gated_linear, norm_linear
 from nanopd.cuda.prefill import PrefillAttention
+from nanopd.models.operations import Operations
 
 
-class Operations:
-    """Signatures are those of `nanopd.cpu.ops`."""
+class CudaOperations:
+    """Operations are attributes, so that those that a step overlaps are bound once a step and not at each launch."""
 
     def __init__(
         self,
-        others: Any,  # has the same functions, for any type and size: they take the place of kernels that there are not
-        decode_attention: PagedDecodeAttention | None,  # None: there are no kernels
+        others: Operations,  # for any type and size: these take the place of kernels that do not exist
+        decode_attention: PagedDecodeAttention | None,  # None: the model's types and sizes have no kernels
         prefill_attention: PrefillAttention | None,
     ) -> None:
-        self._others, self._decode_attention = others, decode_attention
-        self._prefill_attention = prefill_attention
-        self.prefill_attention = prefill_attention or others.prefill_attention
+        self._decode_attention, self._prefill_attention = decode_attention, prefill_attention
+        self.embedding = others.embedding
+        self.norm_linear: Callable[..., Tensor] = others.norm_linear
+        self.norm_gated_linear: Callable[..., Tensor] = others.norm_gated_linear
+        self.add_linear: Callable[..., None] = others.add_linear
+        self.rotary_and_store: Callable[..., Tensor] = others.rotary_and_store
+        self.paged_decode_attention: Callable[..., None] = others.paged_decode_attention
+        self.prefill_attention: Callable[..., Tensor] = prefill_attention or others.prefill_attention
         self.copy_blocks = copy_blocks
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._others, name)
-
     def begin_step(self, decode_seq_lens: Tensor, slot_mapping: Tensor, is_decode_only: bool) -> None:
-        """Before the first operation of a step; decode_seq_lens [num_rows] int32, slot_mapping [T] int64."""
+        """Comes before the first operation of a step; decode_seq_lens [num_rows] int32, slot_mapping [T] int64."""
         if self._prefill_attention:
             self._prefill_attention.begin_step(slot_mapping)
         if self._decode_attention is None:
             return
         if len(decode_seq_lens):
             self._decode_attention.begin_step(decode_seq_lens)
-        for operation in (norm_linear, norm_gated_linear, add_linear, rotary_and_store):
-            setattr(self, operation.__name__, partial(operation, overlap=is_decode_only))
+        self.norm_linear = partial(linear.norm_linear, overlap=is_decode_only)
+        self.norm_gated_linear = partial(linear.norm_gated_linear, overlap=is_decode_only)
+        self.add_linear = partial(linear.add_linear, overlap=is_decode_only)
+        self.rotary_and_store = partial(elementwise.rotary_and_store, overlap=is_decode_only)
         self.paged_decode_attention = partial(self._decode_attention, overlap=is_decode_only)
 
 

@@ -5,7 +5,7 @@ call, packed. Where cuDNN is faster (on Hopper twice as fast; measured at the fi
 It makes a plan for each new shape, which takes 36 ms, and its causal mask knows no history. So it gets the head of a
 prompt's first chunk, a multiple of GRAIN tokens; the rest is a packed row with the head as its history. Prompts of
 equal length share a call when as many of that length have come together REPEATS times.
-Knows no model; `rows` are objects with the attributes of `nanopd.models.batch.PrefillRow`.
+Knows no model.
 """
 
 from __future__ import annotations
@@ -14,10 +14,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from nanopd.models.batch import PrefillRow
+from nanopd.models.operations import AttentionSpec
+
+Rows = Sequence[PrefillRow]
 
 LONG = 1024  # tokens of a first chunk from which on its head is worth a call of its own
 GRAIN = 256
@@ -57,8 +61,8 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Backends:
-    packed: Callable[[Tensor, Tensor, Tensor, Packed], Tensor]  # as `flash_attention`
-    dense: Callable[[Tensor, Tensor, Tensor], Tensor] | None  # as `cudnn_attention`; None: no faster than packed
+    packed: Callable[[Tensor, Tensor, Tensor, Packed, float], Tensor]  # as `flash_attention`
+    dense: Callable[..., Tensor] | None  # as `cudnn_attention`; None: no faster than packed
 
 
 class PrefillAttention:
@@ -78,24 +82,25 @@ class PrefillAttention:
     def __call__(
         self,
         q: Tensor,  # [T, num_heads, head_dim], all tokens of the step
-        kv: Tensor,  # KV storage
+        kv: Tensor,
         layer: int,
-        rows: Sequence[Any],  # the same in each layer, in the order of their tokens, which are the step's last ones
+        spec: AttentionSpec,
+        rows: Rows,  # the same in each layer, in the order of their tokens, the last ones of the step
     ) -> Tensor:
         """Causal attention of the rows over their histories and themselves, all already stored in the cache.
 
         Returns [T, num_heads, head_dim]; what it holds for tokens of no row is undefined.
         """
         if self._backends is None:
-            self._backends = fastest_backends(q, kv.shape[3])
+            self._backends = fastest_backends(q, spec)
             if self._backends.dense is not None:
-                self._warm_up(q, kv.shape[3], self._backends)
+                self._warm_up(q, spec, self._backends)
         if self._plan is None:
             has_dense = self._backends.dense is not None
-            self._plan = make_plan(rows, self._slot_mapping, kv.shape[4], has_dense, self._is_frequent(rows))
-        return attend(q, gather(kv, layer, self._plan), self._plan, self._backends)
+            self._plan = make_plan(rows, self._slot_mapping, spec.layout.block_size, has_dense, self._is_frequent(rows))
+        return attend(q, gather(kv, layer, self._plan), self._plan, self._backends, spec.scale)
 
-    def _is_frequent(self, rows: Sequence[Any]) -> bool:
+    def _is_frequent(self, rows: Rows) -> bool:
         """Whether the rows are of equal length, and as many of it have come together before."""
         length, *others = {row.end - row.start for row in rows}
         if others:
@@ -103,16 +108,17 @@ class PrefillAttention:
         self._num_seen[len(rows), length] += 1
         return self._num_seen[len(rows), length] > REPEATS
 
-    def _warm_up(self, q: Tensor, num_kv_heads: int, backends: Backends) -> None:
+    def _warm_up(self, q: Tensor, spec: AttentionSpec, backends: Backends) -> None:
         """Lets the dense backend make its plans for the heads of all lengths now: 1 s for 8,192 tokens on an H200."""
         queries = q.new_zeros(self._max_tokens, *q.shape[1:])
-        context = q.new_zeros(self._max_tokens, 2, num_kv_heads, q.shape[2])
+        context = q.new_zeros(self._max_tokens, 2, spec.layout.num_kv_heads, q.shape[2])
         nowhere = torch.empty(0, dtype=torch.int64)
         for length in range(LONG, self._max_tokens + 1, GRAIN):
-            attend(queries, context, Plan(nowhere, nowhere, [Dense(0, 1, length, 0)], None), backends)
+            plan = Plan(nowhere, nowhere, [Dense(0, 1, length, 0)], None)
+            attend(queries, context, plan, backends, spec.scale)
 
 
-def make_plan(rows: Sequence[Any], slot_mapping: Tensor, block_size: int, has_dense: bool, share_call: bool) -> Plan:
+def make_plan(rows: Rows, slot_mapping: Tensor, block_size: int, has_dense: bool, share_call: bool) -> Plan:
     """Decides which tokens go where; `share_call`: rows of equal length may share a call of the dense backend."""
     lengths = [row.end - row.start for row in rows]
     is_fresh = [has_dense and not row.num_cached for row in rows]
@@ -135,7 +141,7 @@ def make_plan(rows: Sequence[Any], slot_mapping: Tensor, block_size: int, has_de
     return Plan(slots // block_size, slots % block_size, dense, packed)
 
 
-def _slots(row: Any, slot_mapping: Tensor, block_size: int) -> Tensor:
+def _slots(row: PrefillRow, slot_mapping: Tensor, block_size: int) -> Tensor:
     """[num_cached + length] int64, where K and V of the row's context lie."""
     if not row.num_cached:
         return slot_mapping[row.start : row.end]
@@ -157,16 +163,16 @@ def gather(kv: Tensor, layer: int, plan: Plan) -> Tensor:
     return sixteen_bytes[:, layer][plan.blocks, :, :, plan.offsets].view(kv.dtype)
 
 
-def attend(q: Tensor, context: Tensor, plan: Plan, backends: Backends) -> Tensor:
+def attend(q: Tensor, context: Tensor, plan: Plan, backends: Backends, scale: float) -> Tensor:
     """One layer; context as from `gather`. Returns [T, num_heads, head_dim]."""
     keys, values = context.unbind(1)
-    out = None if plan.packed is None else backends.packed(q, keys, values, plan.packed)
+    out = None if plan.packed is None else backends.packed(q, keys, values, plan.packed, scale)
     for part in plan.dense:
         assert backends.dense
         size = part.count * part.length
         tokens, places = slice(part.start, part.start + size), slice(part.context, part.context + size)
         batch = (x.unflatten(0, (part.count, part.length)) for x in (q[tokens], keys[places], values[places]))
-        y = backends.dense(*(x.transpose(1, 2) for x in batch)).transpose(1, 2).flatten(0, 1)
+        y = backends.dense(*(x.transpose(1, 2) for x in batch), scale).transpose(1, 2).flatten(0, 1)
         if size == len(q):
             return y
         out = torch.empty_like(q) if out is None else out
@@ -185,28 +191,29 @@ def flash_attention(
     keys: Tensor,  # [>= sum of k_lens, num_kv_heads, head_dim]
     values: Tensor,  # as keys
     packed: Packed,
+    scale: float,  # of the scores
 ) -> Tensor:
     """As q; undefined where there are no keys."""
     seen = [q_len for q_len, k_len in zip(packed.q_lens, packed.k_lens, strict=True) if k_len]
     max_q = max(2, *seen)  # 1 would mean that each segment has one query
     lens = packed.starts[0], packed.starts[1], max_q, max(packed.k_lens)
-    return torch.ops.aten._flash_attention_forward(q, keys, values, *lens, 0.0, True, False)[0]
+    return torch.ops.aten._flash_attention_forward(q, keys, values, *lens, 0.0, True, False, scale=scale)[0]
 
 
-def cudnn_attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def cudnn_attention(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
     """Causal; q [count, num_heads, length, head_dim], keys and values [count, num_kv_heads, length, head_dim]."""
-    return torch.ops.aten._scaled_dot_product_cudnn_attention(q, keys, values, None, False, 0.0, True)[0]
+    return torch.ops.aten._scaled_dot_product_cudnn_attention(q, keys, values, None, False, 0.0, True, scale=scale)[0]
 
 
-def fastest_backends(q: Tensor, num_kv_heads: int) -> Backends:
+def fastest_backends(q: Tensor, spec: AttentionSpec) -> Backends:
     """For queries like q [T, num_heads, head_dim]; measures on the current stream."""
     queries = q.new_zeros(MEASURED_TOKENS, *q.shape[1:])
-    keys = q.new_zeros(MEASURED_TOKENS, num_kv_heads, q.shape[2])
+    keys = q.new_zeros(MEASURED_TOKENS, spec.layout.num_kv_heads, q.shape[2])
     packed = _pack([(MEASURED_TOKENS, MEASURED_TOKENS)], q.device)
-    batch = [x.transpose(0, 1).unsqueeze(0) for x in (queries, keys, keys)]
-    flash_ms = _milliseconds(lambda: flash_attention(queries, keys, keys, packed))
+    batch_q, batch_k = (x.transpose(0, 1).unsqueeze(0) for x in (queries, keys))
+    flash_ms = _milliseconds(lambda: flash_attention(queries, keys, keys, packed, spec.scale))
     try:
-        cudnn_ms = _milliseconds(lambda: cudnn_attention(*batch))
+        cudnn_ms = _milliseconds(lambda: cudnn_attention(batch_q, batch_k, batch_k, spec.scale))
     except RuntimeError:  # not for this device or type
         return Backends(flash_attention, None)
     return Backends(flash_attention, cudnn_attention if cudnn_ms < flash_ms else None)

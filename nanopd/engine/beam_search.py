@@ -15,7 +15,7 @@ from nanopd.core.sequence import FINISH_REASONS, Sequence, SequenceStatus
 from nanopd.engine.engine import Engine
 from nanopd.errors import RequestError
 from nanopd.messages import MAX_LOGPROBS, EventKind, FinishReason, RequestEvent, RequestLog
-from nanopd.request import BeamSearchParams, SamplingParams
+from nanopd.request import BeamSearchParams, Request, SamplingParams
 
 
 @dataclass(slots=True)
@@ -74,7 +74,7 @@ class Beams:
 
 
 def sampling_params(params: BeamSearchParams, eos_token_ids: tuple[int, ...]) -> SamplingParams:
-    """Of the sequences of a search.
+    """Those of the sequences of a search.
 
     Raises:
         RequestError: with so many end-of-sequence tokens there may be no more than so many beams.
@@ -89,20 +89,14 @@ def sampling_params(params: BeamSearchParams, eos_token_ids: tuple[int, ...]) ->
 class BeamSearch:
     """A request under way; the `Chooser` of its sequences."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        request_id: str,
-        prompt_token_ids: list[int],
-        params: BeamSearchParams,
-        arrival_s: float,
-        on_end: Callable[[BeamSearch], None],
-    ) -> None:
-        """Start it.
+    def __init__(self, engine: Engine, request: Request, on_end: Callable[[BeamSearch], None]) -> None:
+        """Start it; `request` has `beams`, and as `params` what `sampling_params` says.
 
         Raises:
             RequestError: it can never be served.
         """
+        params = request.beams
+        assert params is not None
         eos_token_ids = () if params.ignore_eos else engine.model.eos_token_ids
         self.beams = Beams(params, eos_token_ids)
         self.reason: FinishReason | None = None  # why it has ended, if not for having all answers
@@ -113,8 +107,7 @@ class BeamSearch:
         self._num_forks = 0
         self._ended_s = 0.0
         self.seqs: list[Sequence] = []  # of the running beams
-        sampling = sampling_params(params, eos_token_ids)
-        self.first = engine.submit(request_id, prompt_token_ids, sampling, arrival_s=arrival_s, chooser=self)
+        self.first = engine.submit(request, chooser=self)
         self.seqs.append(self.first)
         if self.first.status.is_finished:
             self.ended(self.first)
@@ -141,7 +134,7 @@ class BeamSearch:
         """End it with what it has."""
         self.reason, self.error, self._ended_s = reason, error, self._engine.clock()
         seqs, self.seqs = self.seqs, []
-        for seq in reversed(seqs):  # nobody is to be computed for having lost who it followed
+        for seq in reversed(seqs):  # else a follower would be computed from the beginning as its parent ends
             self._engine.abort(seq.request_id)
         self._on_end(self)
 

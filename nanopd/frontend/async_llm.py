@@ -1,8 +1,8 @@
 """`AsyncLLM`: nanopd for programs that run an event loop.
 
-A thin layer over `LLM`, whose engine has a thread of its own. What that thread has to say crosses to the loop of the
-caller by `call_soon_threadsafe`, one wake-up for all that has gathered meanwhile. Any loop, in any thread, may submit.
-Cancelling the task that waits for a request aborts the request.
+A thin layer over `LLM`, whose engine has a thread of its own. Increments cross from that thread to the loop of the
+caller by `call_soon_threadsafe`, with one wake-up for all that have come meanwhile. Any loop, in any thread, may
+submit. Cancelling the task that waits for a request aborts the request. Knows neither engine nor workers.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from collections.abc import AsyncIterator, Callable, Generator
 from functools import partial
 from typing import Any
 
-from nanopd.frontend.engine_thread import EngineStats
 from nanopd.frontend.llm import LLM, Prompt
-from nanopd.frontend.outputs import RequestOutput, RequestOutputDelta
+from nanopd.frontend.outputs import EngineStats, RequestOutput, RequestOutputDelta
 from nanopd.request import SamplingParams
 
 
 class AsyncRequest:
-    """A submitted request: `async for` gives its increments, each handed out once, `await` its result.
+    """A submitted request: `async for` gives its increments, each of them once; `await` gives its result.
 
-    The result is that of `RequestHandle.result`. Cancelling who waits, or leaving the iteration, aborts the request.
+    The result is that of `RequestHandle.result`. The request is aborted when the task that waits is cancelled, or when
+    the iteration is left before its end.
     """
 
     def __init__(self, submit: Callable, mailbox: _Mailbox) -> None:
@@ -33,7 +33,7 @@ class AsyncRequest:
         self.request_id: str = self._handle.request_id
 
     def abort(self) -> None:
-        """End it with what it has; does nothing once it has ended."""
+        """End the request with the tokens that it has; does nothing once it has ended."""
         if not self._handle.done():
             self._handle.abort()
 
@@ -63,28 +63,28 @@ class AsyncRequest:
 
 
 class AsyncLLM:
-    """An `LLM` for event loops, made with the same arguments; blocks while the model loads. `llm` is that LLM."""
+    """An `LLM` for event loops; made with the arguments of `LLM`, and blocks while the model loads.
+
+    Attributes:
+        llm: the `LLM` itself
+    """
 
     def __init__(self, model: str | None = None, **settings: Any) -> None:
         self.llm = LLM(model, **settings)
-        self._mailbox: _Mailbox | None = None  # of the loop that submitted last
+        self._mailbox: _Mailbox | None = None  # to the loop that submitted last
 
     def generate(
-        self,
-        prompt: Prompt,
-        sampling_params: SamplingParams | None = None,
-        *,
-        stream: bool = True,
-        **submit_args: Any,
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, stream: bool = True, **submit_args: Any
     ) -> AsyncRequest:
         """Queue one request and return at once; to be called in a running event loop.
 
         Args:
-            stream: give increments as they come; False, which costs less: only the last one, for who awaits the result.
-            submit_args: those of `LLM.submit`.
+            stream: give increments as they come. With False, which costs less, only the last one is given, for callers
+                that await the result.
+            submit_args: other arguments of `LLM.submit`.
 
         Raises:
-            RequestError: it can never be served.
+            RequestError: the request can never be served.
         """
         loop, mailbox = asyncio.get_running_loop(), self._mailbox
         if mailbox is None or mailbox.loop is not loop:
@@ -108,7 +108,7 @@ class _Mailbox:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self._items: deque[tuple[Callable[[RequestOutputDelta], None], RequestOutputDelta]] = deque()
-        self._is_due = False  # a wake-up is under way, and will find what is added meanwhile
+        self._is_due = False  # whether a wake-up is under way, which will find what is added meanwhile
 
     def put(self, take: Callable[[RequestOutputDelta], None], delta: RequestOutputDelta) -> None:
         self._items.append((take, delta))
@@ -117,7 +117,7 @@ class _Mailbox:
             try:
                 self.loop.call_soon_threadsafe(self._empty)
             except RuntimeError:
-                pass  # the loop is closed: nobody waits any more
+                pass  # the loop is closed, so that no task waits any more
 
     def _empty(self) -> None:
         self._is_due = False

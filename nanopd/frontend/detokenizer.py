@@ -1,8 +1,8 @@
 """Text from token ids as they come, for sequences that stream or have stop strings.
 
-`StoppableText` is one sequence's text. It joins `IncrementalDetokenizer`, which gives out only text that no later token
-can change (never a part of a UTF-8 character), and `StopStrings`, which holds text back for as long as it may be the
-beginning of a stop string. `TokenPieces` is what all sequences share. None of them knows of requests or of the engine.
+`StoppableText` is the text of one sequence. It joins `IncrementalDetokenizer`, which gives out only text that no later
+token can change (never a part of a UTF-8 character), and `StopStrings`, which holds text back while it may be the
+beginning of a stop string. All sequences share one `TokenPieces`. None of them knows of requests or of the engine.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ if TYPE_CHECKING:
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 MAX_CHARACTER_BYTES = 4  # of UTF-8
-MAX_HELD_IDS = 8  # from here on, ids that never become a character are looked through for text that is settled
+MAX_HELD_IDS = 8  # once as many ids are held, the text of the first ones is looked for that no later id can change
 
 
 class TokenPieces(dict[int, "str | None"]):
     """The text of every token that stands for itself, looked up once: `pieces[token_id]`.
 
-    None is a token whose text depends on its neighbours: a part of a character, or a byte token, since decoders take
-    a run of those as one. The text is the one inside of a text, where no decoder strips a leading space.
+    It is None for a token whose text depends on its neighbours: a part of a character, or a byte token, since decoders
+    take a run of byte tokens as one. The text is that of a token in the middle of others, where no decoder strips a
+    leading space.
 
     Args:
         tokenizer: a fast tokenizer, transformers' or the `tokenizers` library's own
@@ -47,33 +48,34 @@ class TokenPieces(dict[int, "str | None"]):
         return self[token_id]
 
     def decode(self, token_ids: list[int]) -> str:
-        """The text of ids that are a whole text."""
+        """The text of ids before which nothing stands."""
         return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)
 
     def decode_inside(self, token_ids: list[int]) -> str:
-        """The text of ids that come after other text."""
+        """The text of ids before which other text stands."""
         return self.decode([self._anchor, *token_ids])[len(self._anchor_text) :]
 
 
 class IncrementalDetokenizer:
     """Decodes the output of one sequence.
 
-    The pieces together are what decoding the whole output gives. Where a decoder strips the space at the beginning of
-    a text (SentencePiece's do) and a prompt with text went before, that space is kept.
+    The pieces together are what decoding the whole output gives. Some decoders (SentencePiece's) strip the space at the
+    beginning of a text; that space is kept where the prompt has text.
 
     Args:
-        pieces: of the tokenizer, shared by all sequences
-        prompt_token_ids: what goes before the output
+        pieces: the tokenizer's, shared by all sequences
+        prompt_token_ids: the tokens before the output
     """
 
     def __init__(self, pieces: TokenPieces, prompt_token_ids: Sequence[int]) -> None:
         self._pieces = pieces
         self._held: list[int] = []  # ids whose text is not final yet
-        self._is_inside = any(pieces[token_id] != "" for token_id in reversed(prompt_token_ids))  # text went before
-        self._is_plain = self._is_inside  # nothing held, text went before: a piece is its token's own
+        # whether text stands before the held ids
+        self._is_inside = any(pieces[token_id] != "" for token_id in reversed(prompt_token_ids))
+        self._is_plain = self._is_inside  # and no ids are held, so that the next token's piece is its text
 
     def push(self, token_ids: Iterable[int]) -> str:
-        """Take the next ids; returns the text that has become final, perhaps none."""
+        """Take the next ids; returns the text that has become final, or "" if none has."""
         text = ""
         for token_id in token_ids:
             piece = self._pieces[token_id]
@@ -96,7 +98,7 @@ class IncrementalDetokenizer:
         return self._give_out(len(self._held))
 
     def _num_settled(self) -> int:
-        """How many held ids no later one can reach, with a border between characters after them."""
+        """How many of the held ids have text that no later id can change: a character ends after the last of them."""
         if len(self._held) < MAX_HELD_IDS:
             return 0
         text = self._decode(self._held)
@@ -120,8 +122,8 @@ class IncrementalDetokenizer:
 class StopStrings:
     """Cuts a text that comes in pieces before its first stop string.
 
-    First is the one that is complete first, and of several that end together the longest, so that the result does not
-    depend on how the text was cut into pieces.
+    The first stop string is the one that ends first; of several with the same end it is the longest. So the result does
+    not depend on how the text was cut into pieces.
 
     Args:
         stop: at least one string, none of them empty
@@ -135,13 +137,13 @@ class StopStrings:
         self._max_held = max(map(len, stop)) - 1
 
     def push(self, piece: str, may_stop: bool = True) -> str:
-        """Take the next piece; returns the text that is certainly before any stop string, perhaps none.
+        """Take the next piece; returns the text that is certainly before any stop string, or "" if there is none.
 
-        With `may_stop` False, no stop string ends in this piece, but a later one may begin in it.
+        With `may_stop` False, stop strings that end in this piece are not heeded; one that ends later may begin in it.
         """
         assert self.matched is None, "text after a stop string"
         if not self._held and self._first_characters.isdisjoint(piece):
-            return piece  # nearly always
+            return piece  # the usual case
         text = self._held + piece
         ends = self._find_ends(text) if may_stop else []
         if ends:
@@ -158,13 +160,13 @@ class StopStrings:
         return held
 
     def _find_ends(self, text: str) -> list[tuple[int, int, str]]:
-        """(end, -length, stop string) of each one's first occurrence that ends behind the text already held."""
+        """(end, -length, stop string) of each stop string's first occurrence that ends behind the held text."""
         new = len(self._held) + 1
         starts = [(text.find(stop, max(0, new - len(stop))), stop) for stop in self._stop]
         return [(start + len(stop), -len(stop), stop) for start, stop in starts if start >= 0]
 
     def _first_possible_start(self, text: str) -> int:
-        """Where the longest end of `text` begins that is the beginning of a stop string; its length if none is."""
+        """Where the longest suffix of `text` starts that is a prefix of a stop string; len(text) if there is none."""
         for start in range(max(0, len(text) - self._max_held), len(text)):
             end = text[start:]
             if any(stop.startswith(end) and stop != end for stop in self._stop):
@@ -177,7 +179,7 @@ class StoppableText:
 
     Args:
         pieces, prompt_token_ids: as for `IncrementalDetokenizer`
-        stop: strings that end the text, and are no part of it
+        stop: strings that end the text and are not part of it
     """
 
     def __init__(self, pieces: TokenPieces, prompt_token_ids: Sequence[int], stop: Sequence[str] = ()) -> None:
@@ -188,11 +190,11 @@ class StoppableText:
 
     @property
     def text(self) -> str:
-        """All that was given out."""
+        """The text that was given out so far."""
         return "".join(self._given_out)
 
     def push(self, token_ids: Iterable[int], may_stop: bool = True) -> str:
-        """Take the next ids; returns the text that has become final, none once stopped."""
+        """Take the next ids; returns the text that has become final, "" after a stop string."""
         if self.stopped_by is not None:
             return ""
         piece = self._detokenizer.push(token_ids)

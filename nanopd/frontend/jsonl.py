@@ -1,8 +1,8 @@
 """Rows of JSON through an `LLM`: one line is one request, and one line of answer, in the same order.
 
-A row holds one of `prompt`, `prompt_token_ids` and `messages`, any field of `SamplingParams`, and a `request_id` if
-wanted. A row that cannot be served becomes an answer with `error`; the others are served. Input may be endless: a
-bounded number of rows is on its way, submitted by the caller's thread, waited for and written by one of its own.
+A row holds one of `prompt`, `prompt_token_ids` and `messages`, any field of `SamplingParams` but functions, and perhaps
+a `request_id`. A row that cannot be served becomes an answer with `error`; the others are served. Input may be endless:
+the caller's thread submits a bounded number of rows, and a second thread waits for the answers and writes them.
 Knows the public face of the library, but imports none of it: the `LLM` is given.
 """
 
@@ -13,49 +13,35 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from nanopd.errors import RequestError
-from nanopd.request import SamplingParams
+from nanopd.request import PLAIN_FIELDS, SamplingParams
 
 if TYPE_CHECKING:
     from nanopd.frontend.llm import LLM, RequestHandle
     from nanopd.frontend.outputs import RequestOutput
-    from nanopd.routing.decision import Prediction
+    from nanopd.routing.policy import Prediction
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
-SAMPLING_KEYS = tuple(f.name for f in fields(SamplingParams) if f.name != "logits_processors")
-ROW_KEYS = (*PROMPT_KEYS, "request_id", *SAMPLING_KEYS)
-METRIC_KEYS = (
-    "queue_ms",
-    "ttft_ms",
-    "first_gap_ms",
-    "tpot_ms",
-    "e2e_ms",
-    "num_prompt_tokens",
-    "num_cached_tokens",
-    "num_output_tokens",
-    "num_preemptions",
-)
+ROW_KEYS = (*PROMPT_KEYS, "request_id", *PLAIN_FIELDS)
 PREDICTED_KEYS = ("ttft_ms", "first_gap_ms", "tpot_ms")
+COUNT_KEYS = ("num_prompt_tokens", "num_cached_tokens", "num_output_tokens", "num_preemptions")
+METRIC_KEYS = ("queue_ms", *PREDICTED_KEYS, "e2e_ms", *COUNT_KEYS)
 
 Row = dict[str, Any]
 
 
 def serve_rows(
-    llm: LLM,
-    lines: Iterable[str | bytes],
-    sampling: Mapping[str, Any],
-    write: Callable[[Row], None],
-    window: int,
+    llm: LLM, lines: Iterable[str | bytes], sampling: Mapping[str, Any], write: Callable[[Row], None], window: int
 ) -> int:
     """Serve every line and `write` its answer, in order; returns how many failed.
 
-    `sampling` holds for rows that do not say otherwise. At most `window` rows are submitted and not yet written. When
-    interrupted, what runs is aborted, written as far as it got, and the interruption goes on.
+    `sampling` holds for rows that do not say otherwise. At most `window` rows are submitted and not yet written. On an
+    exception the running requests are aborted, their answers are written as far as they got, and it is raised again.
     """
     total = len(lines) if isinstance(lines, list) else None
     num_failed, under_way = 0, deque[tuple[_Job, Future[bool]]]()
@@ -65,11 +51,11 @@ def serve_rows(
     ):
 
         def finish(job: _Job, before: Future[bool] | None) -> bool:
-            """Whether the row has failed."""
+            """Write the answer; returns whether the row has failed."""
             row = job.answer()
             progress.update()
             if before is not None:
-                before.result()  # nothing is written behind a row that could not be
+                before.result()  # raises if the row before could not be written; then no later one is
             write(row)
             return "error" in row
 
@@ -93,7 +79,7 @@ def parse_row(line: str | bytes) -> Row:
     """The JSON object of a line, with only known keys and one prompt. Raises RequestError."""
     try:
         row = json.loads(line)
-        json.dumps(row, ensure_ascii=False).encode()  # an escaped lone surrogate is no text
+        json.dumps(row, ensure_ascii=False).encode()  # fails for an escaped lone surrogate, which is no text
     except ValueError as error:
         raise RequestError("row", line[:60], f"a JSON object in UTF-8 ({error})") from None
     if not isinstance(row, dict):
@@ -117,15 +103,15 @@ def _check_types(row: Row) -> None:
 
 @dataclass(slots=True)
 class _Job:
-    """A row on its way: submitted, or refused with an error."""
+    """A row that was submitted, or refused with an error, and whose answer is not written yet."""
 
-    line: int  # from 1
+    line: int  # the number of its line, from 1
     row: Row
     handle: RequestHandle | None = None
     error: str | None = None
 
     def answer(self) -> Row:
-        """Wait for the result."""
+        """Wait for the result, and return the row of the answer."""
         echo = {"line": self.line} | {key: self.row[key] for key in ("request_id", *PROMPT_KEYS) if key in self.row}
         if self.handle is None:
             return echo | {"error": self.error}
@@ -136,7 +122,7 @@ def _submit(llm: LLM, number: int, line: str | bytes, sampling: Mapping[str, Any
     job = _Job(number, {})
     try:
         job.row = parse_row(line)
-        params = SamplingParams(**{**sampling, **{key: job.row[key] for key in SAMPLING_KEYS if key in job.row}})
+        params = SamplingParams(**{**sampling, **{key: job.row[key] for key in PLAIN_FIELDS if key in job.row}})
         prompt: Any = job.row.get("prompt", job.row.get("prompt_token_ids"))
         if "messages" in job.row:
             prompt = llm.encode_chat(job.row["messages"])
@@ -148,7 +134,7 @@ def _submit(llm: LLM, number: int, line: str | bytes, sampling: Mapping[str, Any
 
 
 def _answer(output: RequestOutput) -> Row:
-    """What became of a request; with an error comes whatever was generated before it."""
+    """The result of a request as a row; beside an error stands the text that was generated before it."""
     completion = output.outputs[0]
     row: Row = {
         "request_id": output.request_id,

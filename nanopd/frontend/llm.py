@@ -31,14 +31,15 @@ from nanopd.core.sequence import FINISH_REASONS, Sequence
 from nanopd.engine.beam_search import BeamSearch, sampling_params
 from nanopd.errors import ConfigError, RequestError
 from nanopd.frontend.detokenizer import StoppableText
-from nanopd.frontend.engine_thread import EngineStats, EngineThread, Request, RequestHandle
-from nanopd.frontend.outputs import CompletionOutput, RequestOutput, RequestOutputDelta
+from nanopd.frontend.engine_thread import EngineThread
+from nanopd.frontend.handle import RequestHandle
+from nanopd.frontend.outputs import CompletionOutput, EngineStats, RequestOutput, RequestOutputDelta
 from nanopd.lab.profiler import cache_file
 from nanopd.messages import FinishReason, RequestLog, Route, Work
 from nanopd.metrics import RequestMetrics
-from nanopd.request import BeamSearchParams, SamplingParams
-from nanopd.routing.decision import Decision, Policy
-from nanopd.routing.policy import find_parameters, keep_lengths, make_policy
+from nanopd.request import BeamSearchParams, Request, SamplingParams
+from nanopd.routing.factory import find_parameters, keep_lengths, make_policy
+from nanopd.routing.policy import Decision, Policy
 
 Prompt = str | list[int]
 
@@ -115,8 +116,7 @@ class LLM:
         """
         prompt_list = _as_list(prompts)
         params_list = _as_params(sampling_params, len(prompt_list))
-        handles = [self._handle(p, s) for p, s in zip(prompt_list, params_list, strict=True)]
-        return self._results(handles, use_tqdm)
+        return self._results([self._request(p, s) for p, s in zip(prompt_list, params_list, strict=True)], use_tqdm)
 
     def beam_search(
         self,
@@ -131,7 +131,7 @@ class LLM:
         """
         beams = params or BeamSearchParams()
         sampling = sampling_params(beams, () if beams.ignore_eos else self.model_config.eos_token_ids)
-        return self._results([self._handle(p, sampling, beams=beams) for p in _as_list(prompts)], use_tqdm)
+        return self._results([self._request(p, sampling, beams=beams) for p in _as_list(prompts)], use_tqdm)
 
     def chat(
         self,
@@ -178,10 +178,18 @@ class LLM:
         Raises:
             RequestError: it can never be served.
         """
-        limits = {"deadline_s": deadline_s, "queue_timeout_s": queue_timeout_s}
-        options = {**limits, "priority": priority, "route": route}
-        params = sampling_params or SamplingParams()
-        handle = self._handle(prompt, params, request_id, arrival_time_s, on_delta, is_streamed=stream, options=options)
+        request = self._request(
+            prompt,
+            sampling_params or SamplingParams(),
+            request_id=request_id,
+            arrival_s=arrival_time_s,
+            is_streamed=stream,
+            deadline_s=deadline_s,
+            queue_timeout_s=queue_timeout_s,
+            priority=priority,
+            route=route,
+        )
+        handle = RequestHandle(request, self._output, self.abort, on_delta)
         self._thread.submit_all([handle])
         return handle
 
@@ -224,7 +232,7 @@ class LLM:
 
     def observe(self, on_work: Callable[[Work], None] | None) -> None:
         """Call `on_work`, which must neither wait nor raise, in the engine's thread with all that workers have done."""
-        self._thread.call(lambda engine: setattr(engine, "on_work", on_work))
+        self._thread.call(lambda engine: engine.observe(on_work))
 
     def observe_logs(self, on_log: Callable[[RequestLog], None]) -> None:
         """Likewise, with the log of each request that ends from now on; `stats` then keeps the latest 1,000 only."""
@@ -243,15 +251,14 @@ class LLM:
 
     # --------------------------------------------------------------------------------------------------- pieces
 
-    def _handle(
+    def _request(
         self,
         prompt: Prompt,
         params: SamplingParams,
         request_id: str | None = None,
         arrival_s: float | None = None,
-        on_delta: Callable[[RequestOutputDelta], None] | None = None,
         **more: Any,
-    ) -> RequestHandle:
+    ) -> Request:
         """`more` fields of Request."""
         arrival_s = time.monotonic() if arrival_s is None else arrival_s
         if not isinstance(params, SamplingParams):
@@ -261,10 +268,9 @@ class LLM:
             params = replace(params, bad_words=tuple(words))
         if more.get("is_streamed") and params.best_of not in (None, params.n):
             raise RequestError("best_of", params.best_of, "None or n, for a stream")
-        text = prompt if isinstance(prompt, str) else None
         name = f"request-{next(self._numbers)}" if request_id is None else request_id
-        request = Request(name, text, self._encode(prompt), params, arrival_s, **more)
-        return RequestHandle(request, self._output, self.abort, on_delta)
+        text = prompt if isinstance(prompt, str) else None
+        return Request(name, self._encode(prompt), params, arrival_s, text, **more)
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -275,7 +281,8 @@ class LLM:
             raise RequestError("prompt", prompt, "text, or a list of token ids")
         return list(prompt)
 
-    def _results(self, handles: list[RequestHandle], use_tqdm: bool) -> list[RequestOutput]:
+    def _results(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
+        handles = [RequestHandle(request, self._output, self.abort) for request in requests]
         self._thread.submit_all(handles)
         try:
             return [h.result() for h in tqdm(handles, desc="generating", unit="req", disable=not use_tqdm)]
@@ -408,7 +415,7 @@ def _policy(config: EngineConfig, model: ModelConfig) -> Policy:
     if config.policy not in PREDICTING:
         return make_policy(config)
     parameters = find_parameters(config.params, cache_file(config, model))
-    num_bytes = model.kv_bytes_per_token()
+    num_bytes = config.kv_layout(model).bytes_per_token
     if parameters.kv_bytes_per_token != num_bytes:
         what = f"{config.params}: {parameters.model}, {parameters.kv_bytes_per_token} bytes per token"
         raise ConfigError("params", what, f"those of a model with {num_bytes} bytes of KV cache per token")

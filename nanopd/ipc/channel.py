@@ -1,35 +1,74 @@
-"""A two-way channel between two processes: a ring and a doorbell in either direction."""
+"""Messages of bytes between two processes: what an end of a channel is, and the one made of rings and doorbells."""
 
 from __future__ import annotations
 
+from collections import deque
+from typing import Protocol
+
 from nanopd.ipc.doorbell import Doorbell
-from nanopd.ipc.ring import RingReader, RingWriter, ring_memory
+from nanopd.ipc.ring import RingFull, RingReader, RingWriter, ring_memory
 from nanopd.ipc.shared_memory import SharedMemory
 
 
-class Endpoint:
-    """One side of a channel; may be handed to a process that is about to be spawned until it is opened."""
+class Endpoint(Protocol):
+    """One end of a channel: whole messages, in order. Nothing here waits; a `Waiter` does, for its descriptor."""
+
+    has_backlog: bool  # whether there is no room yet for some of what was sent
+
+    def send(self, message: bytes) -> None:
+        """Give the other side a message and wake it. Never fails: what there is no room for goes at a later call."""
+
+    def receive(self) -> bytes | None:
+        """The next message from the other side, after another try with the backlog; None: there is none yet."""
+
+    def fileno(self) -> int:
+        """The descriptor to wait for: readable since something came. Who is woken receives until there is nothing."""
+
+    def close(self) -> None: ...
+
+
+class RingEndpoint:
+    """An end of two rings in shared memory. May be an argument of a process that is about to be spawned."""
 
     def __init__(self, outgoing: SharedMemory, outgoing_bell: Doorbell, incoming: SharedMemory, bell: Doorbell) -> None:
-        self._outgoing, self._outgoing_bell, self._incoming = outgoing, outgoing_bell, incoming
-        self.bell = bell  # rung when there is something to read
+        self._parts = outgoing, outgoing_bell, incoming, bell
+        self._writer, self._reader = RingWriter(outgoing), RingReader(incoming)
+        self._outgoing_bell, self._bell = outgoing_bell, bell
+        self._backlog: deque[bytes] = deque()
+        self.has_backlog = False
 
-    def open(self) -> None:
-        self.writer = RingWriter(self._outgoing)
-        self.reader = RingReader(self._incoming)
+    def send(self, message: bytes) -> None:
+        self._backlog.append(message)
+        self._flush()
 
-    def commit(self, nbytes: int) -> None:
-        """Publish what was written to `writer.reserve(nbytes)`, and wake the other side."""
-        self.writer.commit(nbytes)
-        self._outgoing_bell.ring()
+    def receive(self) -> bytes | None:
+        if self.has_backlog:
+            self._flush()
+        return self._reader.read()
+
+    def fileno(self) -> int:
+        return self._bell.fileno()
 
     def close(self) -> None:
-        for part in (self._outgoing, self._outgoing_bell, self._incoming, self.bell):
+        for part in self._parts:
             part.close()
+
+    def __reduce__(self) -> tuple:
+        return type(self), self._parts
+
+    def _flush(self) -> None:
+        try:
+            while self._backlog:
+                self._writer.write(self._backlog[0])
+                self._backlog.popleft()
+                self._outgoing_bell.ring()
+        except RingFull:
+            pass
+        self.has_backlog = bool(self._backlog)
 
 
 def channel(max_message_nbytes: int, num_messages: int) -> tuple[Endpoint, Endpoint]:
-    """The two sides of a channel with room for `num_messages` of `max_message_nbytes` each way."""
+    """The two ends of a channel with room for `num_messages` of `max_message_nbytes` each way."""
     there, back = (ring_memory(max_message_nbytes, num_messages) for _ in range(2))
     bell_there, bell_back = Doorbell(), Doorbell()
-    return Endpoint(there, bell_there, back, bell_back), Endpoint(back, bell_back, there, bell_there)
+    return RingEndpoint(there, bell_there, back, bell_back), RingEndpoint(back, bell_back, there, bell_there)

@@ -32,22 +32,24 @@ class Waiter:
     """Waits until one of its sources is ready: a doorbell rung, a pipe readable or at its end, a process ended.
 
     A doorbell is reported once for what was rung since it was last reported, and is never read back (its counter
-    runs on: 2**64 rings). Everything else is reported for as long as it is readable.
+    runs on: 2**64 rings). Everything else is reported for as long as it is readable, or once if `add` was told so.
     """
 
     def __init__(self, spin_s: float = 0.0) -> None:
-        """`spin_s`: seconds to ask again and again before sleeping; burns a core to save the wake-up.
+        """`spin_s`: seconds to ask again and again before sleeping, which burns a core to save the wake-up.
 
-        Pays only where the other side has a core of its own: on a shared one it delays what it waits for.
+        Spinning pays only where the other side has a core of its own: on a shared one it delays what it waits for.
         """
         self._epoll = select.epoll()
         self._sources: dict[int, HasFileno] = {}  # by descriptor
         self._spin_s = spin_s
 
-    def add(self, source: HasFileno) -> None:
+    def add(self, source: HasFileno, once: bool = False) -> None:
+        """`once`: report the source once for what came since its last report, as a doorbell always is."""
         fd = source.fileno()
         # Edge-triggered saves the system call that would read the eventfd back to zero: each write is an edge.
-        self._epoll.register(fd, select.EPOLLIN | (select.EPOLLET if isinstance(source, Doorbell) else 0))
+        is_edge = once or isinstance(source, Doorbell)
+        self._epoll.register(fd, select.EPOLLIN | (select.EPOLLET if is_edge else 0))
         self._sources[fd] = source
 
     def remove(self, source: HasFileno) -> None:

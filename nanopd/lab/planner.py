@@ -24,9 +24,9 @@ from nanopd.lab.simulator import simulate
 from nanopd.lab.workload import WorkloadRequest
 from nanopd.messages import RequestLog, Role
 from nanopd.metrics import SLO, RequestMetrics
-from nanopd.routing.adaptive import AdaptiveRouter
+from nanopd.routing.adaptive import AdaptivePolicy
 from nanopd.routing.cost_model import Parameters, chunk_pairs
-from nanopd.routing.policy import make_policy
+from nanopd.routing.factory import make_policy
 
 TARGET = 0.9  # attainment
 STEP = 1.2  # between rates while the goodput is not enclosed
@@ -80,11 +80,11 @@ class Arrangement:
         )
 
 
-class Oracle(AdaptiveRouter):
+class Oracle(AdaptivePolicy):
     """Knows what nobody can: how long each answer will be."""
 
-    def foresee(self, seq: Request) -> tuple[float, tuple[float, ...]]:
-        return float(seq.end_len - seq.num_tokens), super().foresee(seq)[1]
+    def expected_output(self, seq: Request) -> tuple[float, tuple[float, ...]]:
+        return float(seq.end_len - seq.num_tokens), super().expected_output(seq)[1]
 
 
 def candidates(num_workers: int, budgets: Iterable[int] = BUDGETS) -> list[Arrangement]:
@@ -139,7 +139,7 @@ class Scenario:
         """What became of the requests at `rate` per second (None: at their own times); `until`: see `simulate`."""
         config = arrangement.config(self.base, self.slo)
         requests = at_rate(self.requests, rate) if rate else self.requests
-        policy = make_policy(config, self.parameters, Oracle if arrangement.policy == "oracle" else AdaptiveRouter)
+        policy = make_policy(config, self.parameters, Oracle if arrangement.policy == "oracle" else AdaptivePolicy)
         return simulate(config, self.model, self.parameters, requests, policy, until=until)[1]
 
     def attainment(self, arrangement: Arrangement, rate: float) -> float:

@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 from tqdm import tqdm
 
-from nanopd.config import EngineConfig, ModelConfig, allowed_routes
+from nanopd.config import ITEMSIZES, EngineConfig, ModelConfig, allowed_routes
 from nanopd.errors import WorkerError
 from nanopd.ipc.doorbell import Doorbell
 from nanopd.messages import (
@@ -49,7 +49,8 @@ from nanopd.routing.cost_model import (
     prediction_errors,
 )
 from nanopd.workers.paths import send_plan
-from nanopd.workers.processes import WorkerProcess, WorkerProcesses
+from nanopd.workers.process import WorkerProcess
+from nanopd.workers.supervisor import WorkerSupervisor
 
 REPEATS = 5  # after one that does not count; the best does, as whatever disturbs a measurement makes it longer
 ANSWER_TIMEOUT_S = 120.0
@@ -128,7 +129,7 @@ class Profile:
             machine=machine(config),
             model=Path(config.model).name,
             provenance=f"measured by nanopd profile on {time.strftime('%Y-%m-%d')}",
-            kv_bytes_per_token=model.kv_bytes_per_token(),
+            kv_bytes_per_token=config.kv_layout(model).bytes_per_token,
             num_kv_tokens=self.num_kv_tokens,
             terms=self.fit.terms,
             pair_bandwidth=self.pair_bandwidth,
@@ -151,7 +152,7 @@ def profile(config: EngineConfig, model: ModelConfig, path: Path, show_progress:
     Raises:
         WorkerError: one failed, or does not answer.
     """
-    with closing(WorkerProcesses(config, model, path, Doorbell())) as processes:
+    with closing(WorkerSupervisor(config, model, path, Doorbell())) as processes:
         workers = processes.start()
         steps, moves = _measure(workers, FITTED, config, model, show_progress)
         held_steps, held_moves = _measure(workers, HELD_OUT, config, model, show_progress)
@@ -181,7 +182,7 @@ def _measure(
 
         rounds = [[run(task) for task in tasks] for _ in range(REPEATS + 1)]  # not each one's repeats in a row: what
     best_ms = np.min(rounds[1:], axis=0).tolist()  # disturbs for a while then spoils none of them
-    block_bytes = config.block_size * model.kv_bytes_per_token()
+    block_bytes = config.kv_layout(model).bytes_per_block
     of_routes: dict[Route, list[MoveSample]] = {route: [] for route in routes}
     for (route, count), ms in zip(moves, best_ms[len(shapes) :], strict=True):
         of_routes[route].append(MoveSample(count * block_bytes, ms))
@@ -285,7 +286,6 @@ def table(parameters: Parameters, model: ModelConfig) -> list[list[object]]:
     """Rows for people: the seed's terms first, each with its error, then the rest and what it means per second."""
     terms, seed = parameters.terms, ClosedForm.of(parameters)
     weights = model.num_matrix_weights()
-    itemsize = 4 if model.dtype == "float32" else 2
     peaks = next((peaks for name, peaks in PEAKS.items() if name in parameters.machine), (None, None))
 
     def rate(amount: float, term: str, what: str, peak: float | None) -> str:
@@ -295,7 +295,7 @@ def table(parameters: Parameters, model: ModelConfig) -> list[list[object]]:
         return f"{amount / ms:.4g} {what}{share}" if ms > parameters.stderr.get(term, 0.0) else ""
 
     tflops = rate(2 * weights / 1e9, "a1", "TFLOP/s of matrix products", peaks[0])
-    reading = rate(weights * itemsize / 1e6, "beta", "GB/s of weights", peaks[1])
+    reading = rate(weights * ITEMSIZES[model.dtype] / 1e6, "beta", "GB/s of weights", peaks[1])
     context = rate(parameters.kv_bytes_per_token / 1e6, "kv", "GB/s", peaks[1])
     jumps = f"ms per step above {terms.batch_thresh:g} rows"
     fitted = [

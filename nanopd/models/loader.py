@@ -15,18 +15,21 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from nanopd.config import ModelConfig
+from nanopd.config import KVLayout, ModelConfig
 from nanopd.errors import UnsupportedModelError
 from nanopd.models.decoder import Decoder
-from nanopd.models.layers import allocate, checkpoint_tensors
+from nanopd.models.layers import allocate, attention_specs
+from nanopd.models.operations import Operations
+from nanopd.models.weights import Part
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
-DUMMY_STD = 0.02  # keeps activations of order one through any depth
 MAX_NAMES_SHOWN = 8
 
 
 def load_model(
     config: ModelConfig,
+    layout: KVLayout,  # of the caches that the decoder will be given
+    ops: Operations,  # of the device
     path: Path,  # the model's directory; not looked at for load_format "dummy"
     device: torch.device,
     load_format: str,  # auto | safetensors | dummy
@@ -39,29 +42,25 @@ def load_model(
     Raises:
         UnsupportedModelError: files or tensors are missing, unexpected or of another shape; names them.
     """
-    weights = allocate(config, device)
-    tensors = checkpoint_tensors(config, weights)
-    total_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    weights = allocate(config, attention_specs(config, layout, max_model_len, device), device)
+    parts = dict(weights.parts(config))
+    total_bytes = sum(part.tensor.nbytes for part in parts.values())
     if load_format == "dummy":
-        filled = _filled_randomly(tensors, seed)
+        filled = _filled_randomly(parts, seed, device)
     else:
-        filled = _filled_from_files(tensors, _safetensors_files(path), tied=config.tie_word_embeddings)
+        filled = _filled_from_files(parts, _safetensors_files(path), tied=config.tie_word_embeddings)
     for done_bytes in accumulate(tensor.nbytes for tensor in filled):
         if on_progress is not None:
             on_progress(done_bytes, total_bytes)
-    return Decoder(config, weights, max_model_len)
+    return Decoder(config, weights, ops)
 
 
-def _filled_randomly(tensors: dict[str, Tensor], seed: int) -> Iterator[Tensor]:
-    """Norms are one, all else is normal; the same on every worker with a device of the same kind."""
-    device = next(iter(tensors.values())).device
+def _filled_randomly(parts: dict[str, Part], seed: int, device: torch.device) -> Iterator[Tensor]:
+    """The same weights on every worker with a device of the same kind."""
     generator = torch.Generator(device).manual_seed(seed)
-    for name, tensor in tensors.items():
-        if name.endswith("norm.weight"):
-            tensor.fill_(1.0)
-        else:
-            tensor.normal_(0.0, DUMMY_STD, generator=generator)
-        yield tensor
+    for part in parts.values():
+        part.fill_randomly(part.tensor, generator)
+        yield part.tensor
 
 
 def _safetensors_files(path: Path) -> list[Path]:
@@ -77,14 +76,14 @@ def _safetensors_files(path: Path) -> list[Path]:
     return [path / name for name in names]
 
 
-def _filled_from_files(tensors: dict[str, Tensor], files: Iterable[Path], *, tied: bool) -> Iterator[Tensor]:
-    missing = dict(tensors)
+def _filled_from_files(parts: dict[str, Part], files: Iterable[Path], *, tied: bool) -> Iterator[Tensor]:
+    missing = dict(parts)
     unexpected: list[str] = []
     for file in files:
         with safe_open(file, framework="pt") as checkpoint:
             for name in checkpoint.keys():  # noqa: SIM118 (not a dict)
                 if name in missing:
-                    target = missing.pop(name)
+                    target = missing.pop(name).tensor
                     _copy(name, checkpoint.get_tensor(name), target)
                     yield target
                 elif not _is_redundant(name, tied):
@@ -102,7 +101,7 @@ def _copy(name: str, source: Tensor, target: Tensor) -> None:
 
 
 def _is_redundant(name: str, tied: bool) -> bool:
-    """Tensors that some checkpoints carry although they follow from others."""
+    """Whether it is a tensor that some checkpoints carry although it follows from others."""
     return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
 
 

@@ -1,4 +1,4 @@
-"""The seed's closed form: what a request takes collocated and disaggregated, from the load alone.
+"""The seed's closed form: how long a request takes collocated and disaggregated, from the load alone.
 
     T_prefill(L)    = alpha * L
     T_transfer(L)   = L * bytes_per_token / bandwidth
@@ -6,7 +6,7 @@
     T_collocated    = T_prefill(L) + T_step(max(load, 1)) * O + [load > 0] * gamma * L * min(load, thr) / thr
     T_disaggregated = T_prefill(L) + T_transfer(L) + T_step(B_decode + 1) * O
 
-Kept as it is, queues and memory left out, so that the adaptive router can be compared with it.
+The formula stays as it was, without queues and memory, so that the adaptive policy can be compared with it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from collections.abc import Callable
 from collections.abc import Sequence as Workers
 from dataclasses import dataclass
 
-from nanopd.core.sequence import Sequence, SequenceStatus
+from nanopd.core.sequence import Sequence
 from nanopd.messages import Route
 from nanopd.routing.cost_model import Parameters
-from nanopd.routing.decision import Decision, Prediction, WorkerLoad
 from nanopd.routing.length_predictor import LengthPredictor
+from nanopd.routing.policy import Decision, Prediction, WorkerLoad
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +56,13 @@ class ClosedForm:
         return load > 0 and self.gamma / self.transfer_rate > self.batch_thresh / load
 
     def winning_load(self) -> int:
-        """The least load from which disaggregated wins."""
+        """The least load from which the disaggregated route is faster."""
         return int(self.batch_thresh * self.transfer_rate / self.gamma) + 1
 
     def rank(
         self, feasible: list[Route], num_prompt: float, num_output: float, load: Callable[[int], int]
     ) -> list[Route]:
-        """The fastest route first; among equals, the one whose workers have the least to do."""
+        """The fastest route first; among equally fast ones, the one whose workers have the fewest sequences."""
 
         def cost(route: Route) -> tuple[float, int, Route]:
             num_seqs = load(route.decode_worker)
@@ -72,7 +72,7 @@ class ClosedForm:
         return sorted(feasible, key=cost)
 
     def predict(self, route: Route, num_prompt: float, num_output: float, load: int) -> Prediction:
-        """The parts of what `rank` compares; `load`: of the decode worker."""
+        """The time that `rank` compares, in its parts; `load`: sequences at the decode worker."""
         ttft_ms, moved_ms, step_ms, caused_ms = self.alpha * num_prompt, 0.0, self.step_ms(max(load, 1)), 0.0
         if route.is_collocated:
             caused_ms = self.collocated_ms(num_prompt, num_output, load) - ttft_ms - step_ms * num_output
@@ -82,14 +82,18 @@ class ClosedForm:
         return Prediction(route, ttft_ms, moved_ms + step_ms, step_ms, caused_ms, 0.0, total_ms)
 
 
-class ClosedFormRouter:
+class ClosedFormPolicy:
     """Takes the fastest route by the closed form. A `Policy`."""
 
     def __init__(self, routes: list[Route], parameters: Parameters, predictor: LengthPredictor | None = None) -> None:
         self.routes = routes
         self.predictor = predictor or LengthPredictor()
-        self.costs = None  # its terms stay as they are
+        self.costs = None  # The closed form's terms are not corrected.
         self._form = ClosedForm.of(parameters)
+
+    def set_routes(self, routes: list[Route]) -> None:
+        """See `Policy.set_routes`."""
+        self.routes = routes
 
     def choose(self, feasible: list[Route], seq: Sequence, workers: Workers[WorkerLoad], now_s: float) -> Decision:
         """See `Policy.choose`."""
@@ -102,5 +106,4 @@ class ClosedFormRouter:
 
     def finished(self, seq: Sequence) -> None:
         """See `Policy.finished`; a complete answer's length is learned."""
-        if seq.status in (SequenceStatus.FINISHED_STOPPED, SequenceStatus.FINISHED_LENGTH):
-            self.predictor.observe(seq.num_prompt_tokens, seq.num_tokens - seq.num_prompt_tokens)
+        self.predictor.finished(seq)

@@ -115,7 +115,8 @@ class Terms:
         """
         by_gamma = (limit_ms - self.decode_ms(num_decodes, num_kv_tokens, maximum)) / max(self.gamma, 1e-9)
         matrix_ms = maximum(limit_ms - self.kv * num_kv_tokens - self.m0, self.a0)
-        by_matrix = (matrix_ms**2 - self.a0**2) ** 0.5 / max(self.a1, 1e-9) - num_decodes
+        # An array's square is rounded differently from a number's, so the difference can lie just below 0.
+        by_matrix = maximum(matrix_ms**2 - self.a0**2, 0.0) ** 0.5 / max(self.a1, 1e-9) - num_decodes
         return maximum(-maximum(-by_gamma, -by_matrix), 0.0)
 
     @property

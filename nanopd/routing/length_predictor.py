@@ -1,4 +1,4 @@
-"""How long an answer will be: learned online from the answers so far, before the first token and while it grows.
+"""How long an answer will be: learned online from the answers so far, predicted before its first token and later.
 
 A Dirichlet distribution over bins of output length for each bucket of prompt lengths (a factor of two each), whose
 prior is the distribution over all prompts: a bucket with few answers looks like the whole, one with many like itself.
@@ -14,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from nanopd.core.sequence import Sequence, SequenceStatus
 from nanopd.errors import ConfigError
 
+# Set by hand, no measurement is on record: how fine, how strong the prior, how fast old answers fade, how stale.
 BINS_PER_OCTAVE = 8
 MAX_LEN = 2**20
 SHRINKAGE = 20.0  # answers that the distribution over all prompts is worth in a bucket
@@ -23,8 +25,8 @@ DISCOUNT = 0.995  # of all counts, at each completion
 # [num_bins + 1] int64: bin i holds the lengths edges[i] .. edges[i + 1] - 1
 EDGES = np.unique(np.rint(2.0 ** np.arange(0, math.log2(MAX_LEN) + 1e-9, 1 / BINS_PER_OCTAVE)).astype(np.int64))
 NUM_BUCKETS = 24
-STALENESS = 0.02  # share of the answers so far, as far as they count
-# before the first answer, a belief worth one: exponentially distributed, with a little room for anything
+STALENESS = 0.02  # a prediction is made again after so many more answers, as a share of those that still count
+# Before the first answer there is a belief worth one answer: an exponential distribution, and a tail of weight TAIL.
 PRIOR_MEAN, TAIL = 200.0, 0.01
 
 
@@ -38,7 +40,8 @@ class LengthPredictor:
         self._centres = (EDGES[:-1] + EDGES[1:] - 1) / 2  # [num_bins] mean length of a bin
         self._cumulative = np.zeros(len(EDGES))
         self._num_observed = 0
-        self._cache: dict[tuple, tuple[int, tuple[float, list[int]]]] = {}  # what was foreseen, and after how many
+        # by arguments: how many answers had been observed, and what was predicted from them
+        self._cache: dict[tuple, tuple[int, tuple[float, list[int]]]] = {}
 
     def observe(self, num_prompt: int, num_output: int) -> None:
         """An answer is complete."""
@@ -47,28 +50,36 @@ class LengthPredictor:
         self._counts[rows] *= DISCOUNT
         self._counts[rows, np.searchsorted(EDGES, min(num_output, MAX_LEN - 1), side="right") - 1] += 1
 
+    def finished(self, seq: Sequence) -> None:
+        """A request has ended; its length counts if its answer is complete."""
+        if seq.status in (SequenceStatus.FINISHED_STOPPED, SequenceStatus.FINISHED_LENGTH):
+            self.observe(seq.num_prompt_tokens, seq.num_tokens - seq.num_prompt_tokens)
+
     def quantiles(self, num_prompt: int, probabilities: tuple[float, ...], num_generated: int = 0) -> list[int]:
         """Output lengths in tokens, those generated included, that are not exceeded with these probabilities."""
-        return self.foresee(num_prompt, probabilities, num_generated)[1]
+        return self.predict(num_prompt, probabilities, num_generated)[1]
 
     def mean(self, num_prompt: int, num_generated: int = 0) -> float:
         """Expected output length in tokens, those generated included."""
-        return self.foresee(num_prompt, (), num_generated)[0]
+        return self.predict(num_prompt, (), num_generated)[0]
 
-    def foresee(
+    def predict(
         self, num_prompt: int, probabilities: tuple[float, ...], num_generated: int = 0
     ) -> tuple[float, list[int]]:
-        """`mean` and `quantiles` at once, from a little while ago if nothing has been generated."""
-        if num_generated:
-            return self._foresee(num_prompt, probabilities, num_generated)
-        key = _bucket(num_prompt), probabilities
-        then, foreseen = self._cache.get(key, (-1, (0.0, [])))
-        if then < 0 or self._num_observed - then > STALENESS * min(then, 1 / (1 - DISCOUNT)):
-            foreseen = self._foresee(num_prompt, probabilities, 0)
-            self._cache[key] = self._num_observed, foreseen
-        return foreseen
+        """`mean` and `quantiles` at once.
 
-    def _foresee(
+        Before the first token they may be STALENESS old: what was predicted for the same bucket of prompts is reused.
+        """
+        if num_generated:
+            return self._predict(num_prompt, probabilities, num_generated)
+        key = _bucket(num_prompt), probabilities
+        then, predicted = self._cache.get(key, (-1, (0.0, [])))
+        if then < 0 or self._num_observed - then > STALENESS * min(then, 1 / (1 - DISCOUNT)):
+            predicted = self._predict(num_prompt, probabilities, 0)
+            self._cache[key] = self._num_observed, predicted
+        return predicted
+
+    def _predict(
         self, num_prompt: int, probabilities: tuple[float, ...], num_generated: int
     ) -> tuple[float, list[int]]:
         weights = self._probabilities(num_prompt, num_generated)
@@ -89,7 +100,7 @@ class LengthPredictor:
         return counts
 
     def save(self, path: Path) -> None:
-        """In one step: who reads the file meanwhile sees it as it was, or as it is then."""
+        """Write the counts in one step: a reader sees the old file or the new one, and never half of it."""
         partial = path.with_name(f"{path.name}.partial")
         partial.write_text(json.dumps(self._counts.tolist()), encoding="utf-8")
         partial.replace(path)

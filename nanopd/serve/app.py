@@ -1,6 +1,7 @@
 """The application: endpoints over one `AsyncLLM`, errors in the API's shape, and the process's server around them.
 
-A client that leaves has its requests aborted. Failures after the headers of a stream are told as its last event.
+When a client leaves, its requests are aborted. A failure after the headers of a stream is told as its last event.
+Runs in the event loop; knows the shapes of requests and answers only through protocol.py.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from nanopd.messages import FinishReason
 from nanopd.serve.metrics import CONTENT_TYPE, Metrics
 from nanopd.serve.protocol import ChatBody, CompletionBody, Json, usage
 
-SHUTDOWN_TIMEOUT_S = 3  # for answers under way when the server is to end
-CLIENT_LEFT = 499  # nobody reads it; as nginx logs it
+SHUTDOWN_TIMEOUT_S = 3  # how long answers under way have when the server is to end
+CLIENT_LEFT = 499  # the status that nginx logs then; nobody reads it
 
 Body = CompletionBody | ChatBody
 
@@ -47,7 +48,7 @@ class ApiError(Exception):
 
 
 class Api:
-    """The endpoints."""
+    """The endpoints. One model is served, and the metrics are those of this object's lifetime."""
 
     def __init__(self, llm: AsyncLLM) -> None:
         self._llm = llm
@@ -94,7 +95,7 @@ class Api:
         return JSONResponse({**head, "object": body.OBJECT, "choices": choices, "usage": usage(outputs)})
 
     def _submit(self, body: Body) -> list[AsyncRequest]:
-        """A request for each prompt, or none if one cannot be served."""
+        """Submit a request for each prompt. If one is refused, all are aborted and the error goes on."""
         requests: list[AsyncRequest] = []
         params = body.params()
         try:
@@ -108,7 +109,7 @@ class Api:
 
     async def _events(self, body: Body, head: Json, requests: list[AsyncRequest]) -> AsyncIterator[str]:
         without_usage = {"usage": None} if body.includes_usage else {}
-        starts = [0] * len(requests) * body.n  # characters given out, per choice
+        starts = [0] * len(requests) * body.n  # how many characters of each choice were sent
         for index in range(len(starts)):
             if opening := body.opening(index):
                 yield _event({**head, "choices": [opening], **without_usage})
@@ -144,7 +145,7 @@ class Api:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; when it ends, however it does, no request of it goes on."""
+    """Server-sent events. When the stream ends, for whatever reason, its requests are aborted."""
 
     def __init__(self, events: AsyncIterator[str], requests: list[AsyncRequest]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -159,7 +160,7 @@ class EventStream(StreamingResponse):
 
 
 class KeyCheck:
-    """Lets only those with the key to what begins with /v1, before anything is read."""
+    """Refuses requests to /v1 that lack the key, before their bodies are read."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self._app = app
@@ -176,7 +177,7 @@ class KeyCheck:
 
 
 def make_app(llm: AsyncLLM, api_key: str | None = None) -> FastAPI:
-    """The ASGI application; /v1 is for who has the `api_key`, /health and /metrics are for everybody."""
+    """The ASGI application. With an `api_key`, /v1 is for clients that send it; /health and /metrics are for all."""
     api = Api(llm)
     app = FastAPI(title="nanopd")
     app.add_api_route("/v1/completions", api.completions, methods=["POST"], response_model=None)
@@ -193,11 +194,11 @@ def make_app(llm: AsyncLLM, api_key: str | None = None) -> FastAPI:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Take a port, 0 being any free one; nobody can connect before the server runs.
+    """Take a port, where 0 means any free one. Clients can connect once the server runs.
 
     Raises:
         ConfigError: no port has that number.
-        OSError: it is taken, or there is no such host.
+        OSError: the port is taken, or there is no such host.
     """
     if not 0 <= port < 2**16:
         raise ConfigError("port", port, "0 to 65535")
@@ -209,14 +210,14 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def run(llm: AsyncLLM, listener: socket.socket, api_key: str | None = None) -> None:
-    """Serve until a signal comes, which is raised again afterwards; answers under way have three seconds to end."""
+    """Serve until a signal comes, which is raised again afterwards; answers under way have SHUTDOWN_TIMEOUT_S."""
     app = make_app(llm, api_key)
     config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_S)
     uvicorn.Server(config).run(sockets=[listener])
 
 
 async def _results(requests: list[AsyncRequest], http: Request) -> list[RequestOutput] | None:
-    """All results; None if the client leaves before, which aborts the requests."""
+    """The results of all requests; None if the client leaves before they end, which aborts them."""
     results = asyncio.gather(*requests)
     left = asyncio.ensure_future(_has_left(http))
     futures: list[asyncio.Future] = [results, left]
@@ -240,7 +241,7 @@ async def _has_left(http: Request) -> None:
 
 
 async def _merged(requests: list[AsyncRequest]) -> AsyncIterator[tuple[int, RequestOutputDelta]]:
-    """The increments of all, each with its request's index, as they come."""
+    """The increments of all requests as they come, each with its request's index."""
     queue: asyncio.Queue[tuple[int, RequestOutputDelta]] = asyncio.Queue()
 
     async def pass_on(index: int, request: AsyncRequest) -> None:
@@ -264,26 +265,25 @@ def _event(data: Json) -> str:
 
 
 async def _answer_error(_: Request, error: Exception) -> Response:
-    return _as_api_error(error).response()
-
-
-def _as_api_error(error: Exception) -> ApiError:
     match error:
         case ApiError():
-            return error
+            answer = error
         case RequestError():
-            return ApiError(400, str(error), error.field)
+            answer = ApiError(400, str(error), error.field)
         case RequestValidationError():
-            return _invalid(error)
+            answer = _invalid(error)
         case HTTPException():
-            return ApiError(error.status_code, str(error.detail))
+            answer = ApiError(error.status_code, str(error.detail))
         case NanopdError():
-            return ApiError(503, str(error), code="engine_failed")
-    return ApiError(500, "an error of the server's own; its log has more")
+            answer = ApiError(503, str(error), code="engine_failed")
+        case _:
+            answer = ApiError(500, "an error of the server's own; its log has more")
+    return answer.response()
 
 
 def _invalid(error: RequestValidationError) -> ApiError:
     first = error.errors()[0]
-    place = [part for part in map(str, first["loc"][1:]) if part != "str" and "[" not in part]  # no branches of unions
+    # the place of a value in a union names the union's branch too, such as list[str]
+    place = [part for part in map(str, first["loc"][1:]) if part != "str" and "[" not in part]
     reason = "is not supported" if first["type"] == "extra_forbidden" else first["msg"]
     return ApiError(400, f"{'.'.join(place) or 'body'}: {reason}", place[0] if place else None)

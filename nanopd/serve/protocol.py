@@ -1,9 +1,9 @@
 """Requests and answers of the OpenAI API, as far as nanopd serves them.
 
 `CompletionBody` and `ChatBody` check what a client sends, turn it into prompts and `SamplingParams`, and give answers
-their shape. A parameter that nanopd does not have is refused by name, unless its value asks for nothing. Beyond the
-API: `top_k`, `min_p`, `min_tokens`, `ignore_eos`, `stop_token_ids`, `repetition_penalty`, `bad_words`,
-`allowed_token_ids`, `priority`, and `chat_template_kwargs` with `enable_thinking`.
+their shape. Their sampling parameters are the fields of `SamplingParams`; JSON_TYPES and API_FIELDS say where the two
+differ. Beyond the API are those that it does not have, `priority`, and `chat_template_kwargs` with `enable_thinking`.
+A parameter that nanopd does not have is refused by name, unless its value asks for nothing.
 Knows neither HTTP nor the event loop.
 """
 
@@ -11,20 +11,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import fields
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, model_validator
 
 from nanopd.frontend.detokenizer import REPLACEMENT
 from nanopd.frontend.llm import LLM, Prompt
 from nanopd.frontend.outputs import CompletionOutput, RequestOutput, RequestOutputDelta
 from nanopd.messages import MAX_LOGPROBS
-from nanopd.request import SamplingParams
+from nanopd.request import PLAIN_FIELDS, SamplingParams
 
-LEAST_LOGPROB = -9999.0  # JSON has no infinity
-NO_EFFECT = {"user", "metadata", "safety_identifier", "prompt_cache_key"}
-# parameters that nanopd does not have, with the values that ask for nothing; None does so for every parameter
+LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not have
+NO_EFFECT = {"user", "metadata", "safety_identifier", "prompt_cache_key"}  # taken and not looked at
+# parameters that nanopd does not have, each with the values that ask for nothing; null asks for nothing everywhere
 ASKS_NOTHING: dict[str, tuple] = {
     "echo": (False,),
     "modalities": (["text"],),
@@ -43,6 +42,18 @@ TokenText = Callable[[int], str]
 Piece = CompletionOutput | RequestOutputDelta
 
 
+# sampling parameters whose types JSON does not have
+JSON_TYPES: dict[str, tuple[Any, Any]] = {
+    "stop": (Text | list[Text], []),
+    "stop_token_ids": (list[int], []),
+    "logit_bias": (dict[str, float] | None, None),
+    "bad_words": (list[Text | list[int]], []),
+    "allowed_token_ids": (list[int] | None, None),
+}
+# sampling parameters that the API has in another form for each kind of request, or not at all
+API_FIELDS = {"max_tokens", "logprobs", "prompt_logprobs"}
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -58,34 +69,27 @@ class _Strict(BaseModel):
         }
 
 
+def _sampling_fields() -> dict[str, Any]:
+    """(type, default) of the fields that a body has in common with `SamplingParams`."""
+    types = get_type_hints(SamplingParams)
+    found = {name: (types[name], field.default) for name, field in PLAIN_FIELDS.items() if name not in API_FIELDS}
+    return found | JSON_TYPES
+
+
 class StreamOptions(_Strict):
     include_usage: bool = False
 
 
-class _Body(_Strict):
-    """What both kinds of requests have in common."""
+_Sampling: Any = create_model("_Sampling", __base__=_Strict, **_sampling_fields())
+
+
+class _Body(_Sampling):
+    """What both kinds of requests have in common: the sampling parameters, and what is no matter of sampling."""
 
     model: str | None = None
-    n: int = 1
-    best_of: int | None = None
     priority: int = 0
     stream: bool = False
     stream_options: StreamOptions | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int | None = None
-    min_tokens: int = 0
-    stop: Text | list[Text] = []
-    stop_token_ids: list[int] = []
-    ignore_eos: bool = False
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: dict[str, float] | None = None
-    bad_words: list[Text | list[int]] = []
-    allowed_token_ids: list[int] | None = None
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> _Body:
@@ -98,7 +102,7 @@ class _Body(_Strict):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def _params(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        others = self.model_dump(include={field.name for field in fields(SamplingParams)} - {"max_tokens", "logprobs"})
+        others = self.model_dump(include=PLAIN_FIELDS.keys() - API_FIELDS)
         return SamplingParams(**others, max_tokens=max_tokens, logprobs=logprobs)
 
 
@@ -120,14 +124,14 @@ class CompletionBody(_Body):
         return self._params(self.max_tokens, self.logprobs)
 
     def choice(self, index: int, piece: Piece, token_text: TokenText, start: int = 0) -> Json:
-        """An answer, or a part of it that begins at character `start`."""
+        """The API's form of an answer, or of a part of it that begins at character `start`."""
         logprobs = None if piece.logprobs is None else _completion_logprobs(piece.logprobs, token_text, start)
         return {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish_reason}
 
     chunk = choice
 
     def opening(self, index: int) -> Json | None:
-        """What goes before all other chunks of a choice."""
+        """The first chunk of a choice, sent before there is text; None if there is none of the kind."""
         return None
 
 
@@ -195,7 +199,7 @@ class ChatBody(_Body):
 
 
 def usage(outputs: list[RequestOutput]) -> Json:
-    """Tokens of the answers to all prompts; a prompt with several choices counts once."""
+    """Counts of the tokens of all prompts and answers; a prompt with several choices counts once."""
     num_prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs)
     num_output_tokens = sum(len(choice.token_ids) for output in outputs for choice in output.outputs)
     return {
@@ -207,7 +211,7 @@ def usage(outputs: list[RequestOutput]) -> Json:
 
 
 def _completion_logprobs(rows: list[dict[int, float]], token_text: TokenText, start: int) -> Json:
-    tokens = [token_text(next(iter(row))) for row in rows]  # the chosen one stands first
+    tokens = [token_text(next(iter(row))) for row in rows]  # the chosen token stands first in its row
     lengths = itertools.accumulate(map(len, tokens), initial=start)
     return {
         "tokens": tokens,
@@ -218,7 +222,7 @@ def _completion_logprobs(rows: list[dict[int, float]], token_text: TokenText, st
 
 
 def _by_text(row: dict[int, float], token_text: TokenText) -> dict[str, float]:
-    """Of tokens with the same text (parts of characters have it) the likeliest."""
+    """Log probabilities by text; of tokens with the same text, such as parts of characters, the likeliest counts."""
     return {token_text(token): _finite(value) for token, value in sorted(row.items(), key=lambda item: item[1])}
 
 
@@ -232,7 +236,7 @@ def _chat_logprobs(rows: list[dict[int, float]], token_text: TokenText, num_best
 
 
 def _chat_logprob(text: str, value: float) -> Json:
-    is_whole = REPLACEMENT not in text  # no part of a character
+    is_whole = REPLACEMENT not in text  # else the token is a part of a character
     return {"token": text, "logprob": _finite(value), "bytes": list(text.encode()) if is_whole else None}
 
 

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanopd.config import MAX_STEPS_IN_FLIGHT
 from nanopd.messages import MAX_BAD_WORD_TOKENS, LogitsProcessor, SlotExtras
 from nanopd.worker.upload import Uploader, upload_once
 
@@ -44,7 +43,7 @@ class Adjustments:
 
     def __init__(self, max_slots: int, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
-        self._upload = Uploader(device, MAX_STEPS_IN_FLIGHT + 1)
+        self._upload = Uploader(device)
         self._records = np.zeros(max_slots, ADJUSTMENT)
         self._tables = _Tables(-(-vocab_size // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, device)
         self._words: dict[int, np.ndarray] = {}  # of a slot: [num_words, MAX_BAD_WORD_TOKENS] int64, -1 in front

@@ -39,7 +39,7 @@ class Mark(Protocol):
 
 
 class Mover(Protocol):
-    """Ids are those that `ids` gave; a slot is host memory, [*] uint8, with room for the blocks one after the other."""
+    """Ids are those that `ids` gave. A buffer is host memory, [*] uint8, that holds the blocks one after the other."""
 
     def ids(self, *columns: np.ndarray) -> list[Tensor]:
         """Columns of block ids, each [num_blocks] int32, on the device."""
@@ -47,9 +47,9 @@ class Mover(Protocol):
     def pull(self, peer: Any, src_ids: Tensor, dst_ids: Tensor) -> None:
         """Copy blocks of a peer's cache (`Tensor` on the CPU, `PeerMemory` on a GPU), of the same shape, into this."""
 
-    def pack(self, ids: Tensor, slot: Tensor) -> None: ...
+    def pack(self, ids: Tensor, buffer: Tensor) -> None: ...
 
-    def unpack(self, slot: Tensor, ids: Tensor) -> None: ...
+    def unpack(self, buffer: Tensor, ids: Tensor) -> None: ...
 
     def mark(self) -> Mark: ...
 
@@ -80,11 +80,11 @@ class HostMover:
         for src, dst in zip(src_ids.split(self._chunk), dst_ids.split(self._chunk)):
             self._kv.index_copy_(0, dst, _rows(peer).index_select(0, src))
 
-    def pack(self, ids: Tensor, slot: Tensor) -> None:
-        torch.index_select(self._kv, 0, ids, out=self._blocks_of(slot, len(ids)))
+    def pack(self, ids: Tensor, buffer: Tensor) -> None:
+        torch.index_select(self._kv, 0, ids, out=self._blocks_of(buffer, len(ids)))
 
-    def unpack(self, slot: Tensor, ids: Tensor) -> None:
-        self._kv.index_copy_(0, ids, self._blocks_of(slot, len(ids)))
+    def unpack(self, buffer: Tensor, ids: Tensor) -> None:
+        self._kv.index_copy_(0, ids, self._blocks_of(buffer, len(ids)))
 
     def mark(self) -> Mark:
         return HostMark()
@@ -92,9 +92,9 @@ class HostMover:
     def digest(self, ids: Tensor, peer: Tensor | None = None) -> int:
         return _digest((self._kv if peer is None else _rows(peer)).index_select(0, ids))
 
-    def _blocks_of(self, slot: Tensor, num_blocks: int) -> Tensor:
+    def _blocks_of(self, buffer: Tensor, num_blocks: int) -> Tensor:
         size = self._kv.shape[1]
-        return slot.view(self._kv.dtype)[: num_blocks * size].view(num_blocks, size)
+        return buffer.view(self._kv.dtype)[: num_blocks * size].view(num_blocks, size)
 
 
 class CudaMover:
@@ -121,11 +121,11 @@ class CudaMover:
         src, dst = self._side(peer.address, self._block_bytes, src_ids), self._side.of(self._kv, dst_ids)
         self._move(src, dst, len(dst_ids), self.max_ctas)
 
-    def pack(self, ids: Tensor, slot: Tensor) -> None:
-        self._move(self._side.of(self._kv, ids), self._side(slot.data_ptr(), self._block_bytes), len(ids), HOST_CTAS)
+    def pack(self, ids: Tensor, buffer: Tensor) -> None:
+        self._move(self._side.of(self._kv, ids), self._side(buffer.data_ptr(), self._block_bytes), len(ids), HOST_CTAS)
 
-    def unpack(self, slot: Tensor, ids: Tensor) -> None:
-        self._move(self._side(slot.data_ptr(), self._block_bytes), self._side.of(self._kv, ids), len(ids), HOST_CTAS)
+    def unpack(self, buffer: Tensor, ids: Tensor) -> None:
+        self._move(self._side(buffer.data_ptr(), self._block_bytes), self._side.of(self._kv, ids), len(ids), HOST_CTAS)
 
     def mark(self) -> Mark:
         event = torch.cuda.Event(enable_timing=True)

@@ -1,10 +1,6 @@
-"""The KV cache of one worker: how large it is, and its memory, which the peers can open.
+"""The KV cache of one worker: how many blocks it has, and its memory, which the peers can open.
 
-Storage is block-major, so that a block is one run of bytes and moves as one piece:
-
-    [num_blocks, num_layers, 2 (K, V), num_kv_heads, block_size, head_dim]
-
-Block 0 is the null block: padding points at it, and no sequence owns it.
+How K and V lie in a block is known to `nanopd.config.KVLayout` alone.
 """
 
 from __future__ import annotations
@@ -16,7 +12,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from nanopd.config import EngineConfig, ModelConfig
+from nanopd.config import EngineConfig, KVLayout, ModelConfig
 from nanopd.errors import ConfigError
 from nanopd.ipc.shared_memory import SharedMemory
 from nanopd.messages import Peer, TransferPath
@@ -31,10 +27,6 @@ ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # enviro
 CPU_MEMORY_SHARE = 0.5  # of the memory available at start, for the caches of all CPU workers together
 
 
-def kv_shape(num_blocks: int, config: EngineConfig, model: ModelConfig) -> tuple[int, ...]:
-    return (num_blocks, model.num_layers, 2, model.num_kv_heads, config.block_size, model.head_dim)
-
-
 def derive_num_blocks(decoder: Decoder, config: EngineConfig, model: ModelConfig) -> int:
     """What memory holds beside the weights and the largest step, and no more than `max_num_seqs` full sequences need.
 
@@ -46,7 +38,7 @@ def derive_num_blocks(decoder: Decoder, config: EngineConfig, model: ModelConfig
     max_len = config.max_len_of(model)
     blocks_per_seq = -(-max_len // config.block_size)
     budget = _cpu_budget(config) if decoder.device.type == "cpu" else _cuda_budget(decoder, config, model)
-    affordable = int(budget // (model.kv_bytes_per_token() * config.block_size))
+    affordable = int(budget // config.kv_layout(model).bytes_per_block)
     if affordable <= blocks_per_seq:
         allowed = f"at most {max(affordable - 1, 0) * config.block_size} tokens, which is what memory holds"
         raise ConfigError("max_model_len", max_len, allowed)
@@ -59,7 +51,7 @@ def _cpu_budget(config: EngineConfig) -> float:
 
 
 def _cuda_budget(decoder: Decoder, config: EngineConfig, model: ModelConfig) -> float:
-    """Bytes: this worker's share of the GPU, less what the weights and the largest prefill step were seen to take."""
+    """Bytes for the cache: this worker's share of the GPU, less what weights and the largest step were seen to take."""
     device = decoder.device
     torch.cuda.reset_peak_memory_stats(device)
     with torch.inference_mode():
@@ -77,7 +69,7 @@ def _run_largest_prefill(decoder: Decoder, config: EngineConfig, model: ModelCon
     """A step of `max_num_batched_tokens` tokens with the longest histories, all in the null block."""
     max_len = config.max_len_of(model)
     num_tokens = config.max_num_batched_tokens
-    kv = torch.zeros(kv_shape(1, config, model), dtype=getattr(torch, model.dtype), device=decoder.device)
+    kv = _zeros(1, config.kv_layout(model), decoder.device)
     positions = torch.arange(num_tokens, device=decoder.device) % max_len
     starts = range(0, num_tokens, max_len)
     ends = [min(start + max_len, num_tokens) for start in starts]
@@ -88,35 +80,37 @@ def _run_largest_prefill(decoder: Decoder, config: EngineConfig, model: ModelCon
     decoder.forward(InputBatch(zeros, positions, zeros, 0, table[None, :0], table[:0], tuple(rows), last), kv)
 
 
-def map_kv(memory: SharedMemory, num_blocks: int, config: EngineConfig, model: ModelConfig) -> Tensor:
-    """A KV cache in shared memory as a tensor of `kv_shape`; the memory must have been given its size."""
-    dtype = getattr(torch, model.dtype)
-    shape = kv_shape(num_blocks, config, model)
-    num_bytes = torch.Size(shape).numel() * dtype.itemsize
-    return torch.frombuffer(memory.map(num_bytes), dtype=dtype).view(shape)
+def _zeros(num_blocks: int, layout: KVLayout, device: torch.device) -> Tensor:
+    return torch.zeros(layout.shape(num_blocks), dtype=getattr(torch, layout.dtype), device=device)
 
 
-def allocate_kv(
-    memory: SharedMemory, num_blocks: int, device: torch.device, config: EngineConfig, model: ModelConfig
-) -> Tensor:
+def map_kv(memory: SharedMemory, num_blocks: int, layout: KVLayout) -> Tensor:
+    """A KV cache in shared memory; the memory must have been given its size."""
+    mapped = memory.map(num_blocks * layout.bytes_per_block)
+    kv: Tensor = layout.view(torch.frombuffer(mapped, dtype=getattr(torch, layout.dtype)))
+    return kv
+
+
+def allocate_kv(memory: SharedMemory, num_blocks: int, layout: KVLayout, device: torch.device) -> Tensor:
     """The worker's own cache, all zeros; on the CPU, in memory that its peers can map too."""
     if device.type == "cuda":
-        return torch.zeros(kv_shape(num_blocks, config, model), dtype=getattr(torch, model.dtype), device=device)
-    num_bytes = num_blocks * config.block_size * model.kv_bytes_per_token()
-    memory.resize(max(num_bytes, memory.nbytes))  # which may be a dead predecessor's, and cannot shrink
-    return map_kv(memory, num_blocks, config, model)
+        return _zeros(num_blocks, layout, device)
+    # The memory may be a dead predecessor's, and memory cannot shrink.
+    memory.resize(max(num_blocks * layout.bytes_per_block, memory.nbytes))
+    return map_kv(memory, num_blocks, layout)
 
 
 def allocate_host_kv(kv: Tensor, config: EngineConfig, model: ModelConfig) -> Tensor:
-    """Room for what is swapped out of the cache `kv`: blocks like its own, in host memory that its GPU can address.
+    """Room for the blocks that are swapped out of the cache `kv`, in host memory that its GPU can address.
 
     Raises:
         ConfigError: there is not as much memory.
     """
     num_blocks, available = config.num_host_blocks(model), psutil.virtual_memory().available
-    if num_blocks * kv[0].nbytes > available:
+    layout = config.kv_layout(model)
+    if num_blocks * layout.bytes_per_block > available:
         raise ConfigError("swap_space_gb", config.swap_space_gb, f"at most {available / 1e9:.1f}, which is available")
-    host_kv = torch.empty(num_blocks, *kv.shape[1:], dtype=kv.dtype)
+    host_kv = torch.empty(layout.shape(num_blocks), dtype=kv.dtype)
     if kv.is_cuda:
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(host_kv.data_ptr(), host_kv.nbytes, 0))
     return host_kv
@@ -136,12 +130,12 @@ def export_kv(kv: Tensor) -> object:
     return export_memory(kv)
 
 
-def open_kv(path: TransferPath, memory: SharedMemory, peer: Peer, config: EngineConfig, model: ModelConfig) -> Any:
+def open_kv(path: TransferPath, memory: SharedMemory, peer: Peer, layout: KVLayout) -> Any:
     """A peer's cache as `Mover.pull` takes it; None, where blocks come through the relay."""
     if path is TransferPath.RELAY:
         return None
     if path is TransferPath.SHM:
-        return map_kv(memory, peer.num_blocks, config, model)
+        return map_kv(memory, peer.num_blocks, layout)
     from nanopd.cuda.peer_memory import PeerMemory
 
     return PeerMemory(cast("MemoryHandle", peer.kv_handle))

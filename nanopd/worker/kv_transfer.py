@@ -1,12 +1,12 @@
 """Moves KV blocks between workers: this worker's part in the plans that name it.
 
-Where the destination can read the source's cache (shared memory; the memory of a GPU, through CUDA IPC) it pulls,
-alone: one copy, on a stream of its own, that no step waits for and that waits for no step. That needs no event of the
-source: a plan is sent when the parent has seen the end of the step that wrote the blocks, and nobody reads the
-destination's blocks before the acknowledgement. Elsewhere both take part, by way of the relay.
+Where the destination can read the source's cache (shared memory; the memory of a GPU, through CUDA IPC), it pulls
+alone: one copy, on a stream of its own, that no step waits for and that waits for no step. The copy needs no event of
+the source: the parent sends a plan when it has seen the end of the step that wrote the blocks, and nobody reads the
+destination's blocks before the acknowledgement. Elsewhere both workers take part, by way of the relay.
 
 A peer is known by its generation. When it is dead or replaced, plans that wait for it are given up; copies from its
-memory, which its death leaves mapped and readable, are finished first.
+memory, which stays mapped and readable after its death, are finished first.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from torch import Tensor
 from nanopd.config import EngineConfig
 from nanopd.errors import ConfigError
 from nanopd.ipc.shared_memory import SharedMemory
-from nanopd.ipc.slots import SlotReader, SlotWriter
 from nanopd.messages import TransferAck, TransferPath, TransferPlan
 from nanopd.worker.block_mover import DigestMismatch, Mover, mover_for
-from nanopd.worker.launched import Done, Launched
-from nanopd.worker.relay import NUM_SLOTS, Receiving, RelayLink, RelayMemory, Sending
+from nanopd.worker.pending import Done, Pending
+from nanopd.worker.relay import Receiving, RelayLink, RelayMemory, Sending
 
 Pair = tuple[int, int]  # source, destination
 
@@ -33,7 +32,7 @@ def path_between(src: int, dst: int, config: EngineConfig) -> TransferPath:
     """How blocks get from worker `src` to worker `dst`. To be asked on a machine that has the GPUs of the two.
 
     Raises:
-        ConfigError: not as `transfer` says.
+        ConfigError: they cannot get there as `transfer` says.
     """
     src_gpu, dst_gpu = config.workers[src].cuda_index, config.workers[dst].cuda_index
     if config.transfer == TransferPath.RELAY or (src_gpu is None) != (dst_gpu is None):
@@ -47,12 +46,17 @@ def path_between(src: int, dst: int, config: EngineConfig) -> TransferPath:
     return TransferPath.RELAY
 
 
+def paths_to(dst: int, config: EngineConfig) -> dict[int, TransferPath]:
+    """By source, how blocks get to worker `dst`; asked and raises as `path_between`."""
+    return {src: path_between(src, dst, config) for src in range(len(config.workers)) if src != dst}
+
+
 @dataclass(slots=True, eq=False)
 class _Peer:
     generation: int
-    cache: Any  # what `Mover.pull` reads; None: the relay is the way, or the peer is gone
+    cache: Any  # what `Mover.pull` reads; None: blocks go through the relay, or the peer is gone
     is_gone: bool = False
-    links: dict[Pair, RelayLink[Any]] = field(default_factory=dict)
+    links: dict[Pair, RelayLink] = field(default_factory=dict)
 
 
 class _Pull:
@@ -61,7 +65,7 @@ class _Pull:
     def __init__(self, plan: TransferPlan, cache: Any, mover: Mover, num_bytes: int, verify: bool) -> None:
         self._plan_id, self._src_worker = plan.plan_id, plan.src_worker
         self._num_bytes, self._verify = num_bytes, verify
-        self._mover, self._cache = mover, cache  # which stays open until this is done, whatever becomes of the peer
+        self._mover, self._cache = mover, cache  # held so that it stays open until the copy is done
         self._src_ids, self._dst_ids = mover.ids(plan.src_blocks, plan.dst_blocks)
         self._start = mover.mark()
         mover.pull(cache, self._src_ids, self._dst_ids)
@@ -86,12 +90,12 @@ class KVTransfer:
         self._kv = kv
         self._block_bytes = kv[0].numel() * kv.element_size()
         self._verify = verify
-        self._incoming, self._outgoing = mover_for(kv), mover_for(kv)  # two streams: a link carries both directions
+        self._incoming, self._outgoing = mover_for(kv), mover_for(kv)  # two streams, as a link carries both directions
         self._relays, self._relay_memories = relays, dict[Pair, RelayMemory]()
         self._peers: dict[int, _Peer] = {}
 
     def connect(self, worker: int, generation: int, cache: Any) -> None:
-        """A peer lives: what `Mover.pull` reads of its cache, or None, where the relay is the way."""
+        """A peer lives; `cache` is what `Mover.pull` reads, or None where blocks go through the relay."""
         self.disconnect(worker)
         self._peers[worker] = _Peer(generation, cache)
 
@@ -107,7 +111,7 @@ class KVTransfer:
         worker, generation = self._peer_of(plan)
         return worker in self._peers and self._peers[worker].generation >= generation
 
-    def launch(self, plan: TransferPlan) -> Launched:
+    def launch(self, plan: TransferPlan) -> Pending:
         """Begin a plan; those from one worker to another are to be polled one after the other."""
         worker, generation = self._peer_of(plan)
         peer, is_source = self._peers[worker], plan.src_worker == self._worker
@@ -127,16 +131,12 @@ class KVTransfer:
             return plan.dst_worker, plan.dst_generation
         return plan.src_worker, plan.src_generation
 
-    def _link(self, plan: TransferPlan, peer: _Peer) -> RelayLink[Any]:
+    def _link(self, plan: TransferPlan, peer: _Peer) -> RelayLink:
         pair = plan.src_worker, plan.dst_worker
+        if pair not in self._relay_memories:
+            self._relay_memories[pair] = RelayMemory(self._relays[pair], self._block_bytes, self._kv.is_cuda)
         if pair not in peer.links:
-            shared = self._relays[pair]
-            if pair not in self._relay_memories:
-                self._relay_memories[pair] = RelayMemory(shared, self._block_bytes, self._kv.is_cuda)
-            is_source = plan.src_worker == self._worker
-            slots = (SlotWriter if is_source else SlotReader)(
-                shared, NUM_SLOTS, plan.src_generation + plan.dst_generation
-            )
-            mover = self._outgoing if is_source else self._incoming
-            peer.links[pair] = RelayLink(self._relay_memories[pair], slots, mover, self._verify)
+            mover = self._outgoing if plan.src_worker == self._worker else self._incoming
+            epoch = plan.src_generation + plan.dst_generation
+            peer.links[pair] = RelayLink(self._relay_memories[pair], epoch, mover, self._verify)
         return peer.links[pair]

@@ -8,10 +8,10 @@ process ends with its parent, with Shutdown, or with the first exception, which 
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 import traceback
 from collections import defaultdict, deque
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import cast
@@ -23,29 +23,18 @@ from nanopd import cpu
 from nanopd.config import EngineConfig, ModelConfig
 from nanopd.ipc.channel import Endpoint
 from nanopd.ipc.doorbell import Waiter
-from nanopd.ipc.ring import RingFull
 from nanopd.ipc.shared_memory import Memories
-from nanopd.messages import (
-    Failed,
-    Progress,
-    Ready,
-    Shutdown,
-    SlotExtras,
-    StepBatch,
-    StepResult,
-    TransferAck,
-    TransferPlan,
-)
-from nanopd.wire import decode, encode, encoded_size
+from nanopd.messages import Failed, Progress, Ready, Shutdown, ToWorker, TransferPlan
+from nanopd.wire import decode, encode
 from nanopd.worker.kv_transfer import Pair
-from nanopd.worker.launched import Launched
+from nanopd.worker.pending import Pending
 from nanopd.worker.worker import Worker
 
 IDLE_WAIT_S = 10.0
 CPU_POLL_INTERVAL_S = 0.001  # while a CPU worker waits for the other side of a relay
 GPU_SPIN_S = 0.1  # of a GPU's worker before it sleeps: sequences that are handed over to it should find it awake
 CONTROL_INTERVAL_S = 0.01
-RING_FULL_WAIT_S = 0.001
+BACKLOG_WAIT_S = 0.001  # while the parent is behind with reading
 
 
 def main(
@@ -56,13 +45,16 @@ def main(
     endpoint: Endpoint,
     control: Connection,
     memories: Memories,
+    load: Callable[..., Worker] = Worker.load,
 ) -> None:
-    """Run worker `index` until told to stop. Ctrl-C is for the parent, which blocks it here and then says Shutdown."""
+    """Run worker `index`, which `load` makes, until told to stop.
+
+    Ctrl-C is for the parent, which blocks it here and then says Shutdown.
+    """
     try:
         _use_threads(num_threads(config))
-        worker = Worker(index, config, model, path, memories, lambda *done: control.send(Progress(*done)))
-        endpoint.open()
-        control.send(Ready(worker.num_blocks, os.getpid(), worker.kv_handle, worker.paths))
+        worker = load(index, config, model, path, memories, lambda *done: control.send(Progress(*done)))
+        control.send(Ready(worker.num_blocks, worker.num_host_blocks, worker.paths, worker.kv_handle))
         is_cpu = config.workers[index].device == "cpu"
         waits = (CPU_POLL_INTERVAL_S, 0.0) if is_cpu else (0.0, GPU_SPIN_S)
         _Server(worker, endpoint, control, *waits).run()
@@ -94,9 +86,9 @@ class _Server:
         self._worker, self._endpoint, self._control = worker, endpoint, control
         self._poll_interval_s = poll_interval_s
         self._waiter = Waiter(spin_s)
-        self._waiter.add(endpoint.bell)
+        self._waiter.add(endpoint, once=True)
         self._waiter.add(control)
-        self._under_way: defaultdict[Pair | None, deque[Launched]] = defaultdict(deque)  # None: steps
+        self._under_way: defaultdict[Pair | None, deque[Pending]] = defaultdict(deque)  # None: steps
         self._is_told_to_stop = False
         worker.call_between_layers(self._reply_to_done)  # launching a prompt's step takes a third of its time
 
@@ -111,15 +103,14 @@ class _Server:
                     self._obey()
 
     def _begin_next(self) -> bool:
-        view = self._endpoint.reader.read()
-        if view is None:
+        data = self._endpoint.receive()
+        if data is None:
             return False
-        message = cast("SlotExtras | StepBatch | TransferPlan", decode(view))
+        message = cast("ToWorker", decode(data))
         lane = (message.src_worker, message.dst_worker) if isinstance(message, TransferPlan) else None
         while isinstance(message, TransferPlan) and not self._worker.knows(message):
             self._obey()
         self._under_way[lane].append(self._worker.launch(message))
-        self._endpoint.reader.release()
         return True
 
     def _reply_to_done(self) -> bool:
@@ -130,12 +121,14 @@ class _Server:
                 result = queue.popleft().result()
                 num_done += 1
                 if result is not None:
-                    _reply(self._endpoint, result)
+                    self._endpoint.send(encode(result))
         return num_done > 0
 
     def _wait_s(self) -> float:
         """How long to sleep if nothing happens: not at all while a device may finish something."""
-        return self._poll_interval_s if any(self._under_way.values()) else IDLE_WAIT_S
+        if any(self._under_way.values()):
+            return self._poll_interval_s
+        return BACKLOG_WAIT_S if self._endpoint.has_backlog else IDLE_WAIT_S
 
     def _obey(self) -> None:
         command = self._control.recv()
@@ -144,15 +137,3 @@ class _Server:
             return
         for worker, peer in command.peers.items():
             self._worker.connect(worker, peer)
-
-
-def _reply(endpoint: Endpoint, result: StepResult | TransferAck) -> None:
-    nbytes = encoded_size(result)
-    while True:
-        try:
-            out = endpoint.writer.reserve(nbytes)
-            break
-        except RingFull:
-            time.sleep(RING_FULL_WAIT_S)  # the parent is behind
-    encode(result, out)
-    endpoint.commit(nbytes)

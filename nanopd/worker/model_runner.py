@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nanopd.config import MAX_STEPS_IN_FLIGHT, EngineConfig, ModelConfig
+from nanopd.config import EngineConfig, ModelConfig
 from nanopd.messages import SlotExtras, StepBatch, StepResult
 from nanopd.models.batch import InputBatch, PrefillRow
 from nanopd.models.decoder import Decoder
@@ -65,14 +66,15 @@ class ModelRunner:
         max_len = config.max_len_of(model)
         num_slots = config.num_slots + 1  # the last one is for rows that only fill up a graph
         self._decoder = decoder
-        self._kv = kv  # [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]
+        self._kv = kv  # of the layout that the decoder was loaded with
         self._host_kv = allocate_host_kv(kv, config, model)
+        self.num_host_blocks = len(self._host_kv)
         self._block_size = config.block_size
         self._host_tables = np.zeros((num_slots, -(-max_len // config.block_size)), np.int32)
         self._tables = torch.from_numpy(self._host_tables).to(kv.device)  # on the CPU, the same memory
         self._last_tokens = torch.zeros(num_slots, dtype=torch.int64, device=kv.device)
         self._sampler = Sampler(num_slots, model.vocab_size, kv.device)
-        self._upload = Uploader(kv.device, MAX_STEPS_IN_FLIGHT + 1)
+        self._upload = Uploader(kv.device)
         self._graphs: DecodeGraphs | None = None
         with torch.inference_mode():
             self._sampler.warm_up(self._warm_up(2))
@@ -97,8 +99,11 @@ class ModelRunner:
         self._sampler.take_extras(extras)
 
     @torch.inference_mode()
-    def launch(self, batch: StepBatch) -> LaunchedStep:
-        """Queue a step on the device; on the CPU, execute it."""
+    def launch(self, batch: StepBatch, between_layers: Callable[[], object]) -> LaunchedStep:
+        """Queues a step on the device; on the CPU, executes it.
+
+        `between_layers` is called between the layers of a step, unless the step is a captured graph.
+        """
         self._apply_changes(batch)
         inputs = step_inputs(batch, self._host_tables, self._block_size)
         step = LaunchedStep(batch.step_id, self._kv.device)  # its time begins when its work is there to be started
@@ -106,7 +111,7 @@ class ModelRunner:
         if self._graphs is not None and self._graphs.can_run(inputs):
             logits, tokens = self._graphs.run(inputs, self._upload)
         else:
-            (logits, of_prompts), tokens = self._run(inputs), None
+            (logits, of_prompts), tokens = self._run(inputs, between_layers), None
         host_slots, positions = inputs.sampled_slots, inputs.sampled_positions
         if tokens is None or not self._sampler.is_plain_argmax(host_slots, positions):
             tokens = self._sampler.sample(logits, host_slots, positions)
@@ -139,7 +144,9 @@ class ModelRunner:
         copy_blocks(self._kv, out[0], self._host_kv, out[1])
         copy_blocks(self._host_kv, back[0], self._kv, back[1])
 
-    def _run(self, inputs: StepInputs) -> tuple[Tensor, list[TokenLogprobs]]:
+    def _run(
+        self, inputs: StepInputs, between_layers: Callable[[], object] = lambda: None
+    ) -> tuple[Tensor, list[TokenLogprobs]]:
         """Logits [num_samples, vocab_size] of any step, in the model's dtype, and the logprobs of prompts."""
         n = inputs.num_decode_rows
         token_ids, slots, positions, slot_mapping, logit_indices = self._upload(
@@ -155,7 +162,7 @@ class ModelRunner:
             prefill_rows=tuple(map(self._prefill_row, inputs.chunks)),
             logit_indices=logit_indices,
         )
-        x = self._decoder.hidden(batch, self._kv)  # [T, hidden]
+        x = self._decoder.hidden(batch, self._kv, between_layers)  # [T, hidden]
         return self._decoder.logits(x.index_select(0, logit_indices)), self._prompt_logprobs(inputs, x)
 
     def _prompt_logprobs(self, inputs: StepInputs, x: Tensor) -> list[TokenLogprobs]:

@@ -13,14 +13,12 @@ of `nanopd.cuda.sampling` are the same rule.
 
 from __future__ import annotations
 
-from copy import deepcopy
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nanopd.config import MAX_STEPS_IN_FLIGHT
 from nanopd.messages import MAX_LOGPROBS, SLOT_INIT, SlotExtras
 from nanopd.worker.adjustments import Adjustments
 from nanopd.worker.upload import Uploader
@@ -82,7 +80,7 @@ class Sampler:
 
     def __init__(self, max_slots: int, vocab_size: int, device: torch.device) -> None:
         self.vocab_size = vocab_size
-        self._upload = Uploader(device, MAX_STEPS_IN_FLIGHT + 1)
+        self._upload = Uploader(device)
         self._slots = np.zeros(max_slots, SLOT_INIT)  # row s: the record that last entered slot s
         self._stop_ids = [np.empty(0, np.int32)] * max_slots
         self._adjustments = Adjustments(max_slots, vocab_size, device)
@@ -91,7 +89,7 @@ class Sampler:
 
     def take_extras(self, extras: SlotExtras) -> None:
         """They hold from when a sequence enters their slot, which is in the next step."""
-        self._arrived[extras.slot] = deepcopy(extras)  # the message's memory is used again
+        self._arrived[extras.slot] = extras
 
     def apply(
         self,
@@ -102,7 +100,7 @@ class Sampler:
         self._slots[slot_inits["slot"]] = slot_inits
         ends = np.cumsum(slot_inits["num_stop_ids"])
         for slot, ids in zip(slot_inits["slot"].tolist(), np.split(stop_ids, ends[:-1]), strict=False):
-            self._stop_ids[slot] = ids.copy()  # the message's memory is used again
+            self._stop_ids[slot] = ids
             extras = self._arrived.pop(slot, None)
             self._adjustments.enter(slot, extras)
             self._prompts.pop(slot, None)

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanopd.config import MAX_STEPS_IN_FLIGHT
+
 CALLS_PER_STEP = 5
 MIN_BYTES = 1 << 16
 
@@ -13,12 +15,13 @@ MIN_BYTES = 1 << 16
 class Uploader:
     """Copies on torch's current stream and never waits for it.
 
-    A buffer is used again after `num_steps` steps; by then, the caller has seen the step's end.
+    A buffer is used again after as many steps as may be in flight, and one more; by then the first of them has ended.
     """
 
-    def __init__(self, device: torch.device, num_steps: int) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._buffers: list[Tensor] = [torch.empty(0, dtype=torch.int64)] * (num_steps * CALLS_PER_STEP)
+        num_buffers = (MAX_STEPS_IN_FLIGHT + 1) * CALLS_PER_STEP
+        self._buffers: list[Tensor] = [torch.empty(0, dtype=torch.int64)] * num_buffers
         self._next = 0
 
     def __call__(self, arrays: list[np.ndarray], out: Tensor | None = None) -> list[Tensor]:

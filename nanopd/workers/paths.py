@@ -1,35 +1,21 @@
-"""The ways of KV blocks between workers, seen from the parent: who is told of a plan, and how fast each way is."""
+"""The ways of KV blocks between workers, seen from the parent: who is told of a plan, and what readies each way."""
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterable, Sequence
-from typing import Protocol
 
 import numpy as np
 
 from nanopd.errors import WorkerError
-from nanopd.messages import Route, StepBatch, StepResult, TransferAck, TransferPath, TransferPlan
+from nanopd.messages import Route, TransferPath, TransferPlan
+from nanopd.workers.client import WorkerClient
 
-PROBE_BYTES = 64 << 20
-PROBE_TIMEOUT_S = 60.0  # kernels may have to compile
-POLL_INTERVAL_S = 20e-6
-
-logger = logging.getLogger(__name__)
+WARM_UP_TIMEOUT_S = 60.0  # kernels may have to compile
+POLL_INTERVAL_S = 0.001
 
 
-class Client(Protocol):
-    """A worker as the parent sees it."""
-
-    paths: dict[int, TransferPath]  # by source: how blocks get to this worker
-
-    def send(self, message: StepBatch | TransferPlan) -> None: ...
-
-    def poll(self) -> list[StepResult | TransferAck]: ...
-
-
-def send_plan(plan: TransferPlan, workers: Sequence[Client]) -> None:
+def send_plan(plan: TransferPlan, workers: Sequence[WorkerClient]) -> None:
     """To the destination, which acknowledges; before it to the source, where both have to act."""
     dst = workers[plan.dst_worker]
     if dst.paths.get(plan.src_worker) is TransferPath.RELAY:
@@ -37,37 +23,24 @@ def send_plan(plan: TransferPlan, workers: Sequence[Client]) -> None:
     dst.send(plan)
 
 
-def measure(
-    workers: Sequence[Client], routes: Iterable[Route], block_bytes: int, max_blocks: int
-) -> dict[Route, float]:
-    """GB/s of each route with two workers, through the same plans as all blocks: null blocks, the second of two plans.
+def warm_up(workers: Sequence[WorkerClient], routes: Iterable[Route]) -> None:
+    """Move the null block along each route with two workers: kernels compile and relays get their memory now.
 
-    For workers of generation 0 that do nothing else. A plan has at most `max_blocks`.
+    For workers of generation 0 that do nothing else.
 
     Raises:
         WorkerError: a worker has died, or does not answer.
     """
-    rates = {}
-    num_blocks = max(1, min(PROBE_BYTES // block_bytes, max_blocks))
+    null_block = np.zeros(1, np.int32)
+    unanswered = [0] * len(workers)
     for number, route in enumerate(route for route in routes if not route.is_collocated):
-        for count in (1, num_blocks):  # the first one compiles and allocates
-            ack = _probe(workers, route, -1 - number, count)
-        rates[route] = ack.num_bytes / max(1, ack.duration_us) / 1e3
-        path = workers[route.decode_worker].paths[route.prefill_worker]
-        logger.info("KV blocks %s: %s, %.1f GB/s", route, path.value, rates[route])
-    return rates
-
-
-def _probe(workers: Sequence[Client], route: Route, plan_id: int, num_blocks: int) -> TransferAck:
-    null_blocks = np.zeros(num_blocks, np.int32)
-    src, dst = route.prefill_worker, route.decode_worker
-    send_plan(TransferPlan(plan_id, src, 0, dst, 0, null_blocks, null_blocks), workers)
-    end_s = time.monotonic() + PROBE_TIMEOUT_S
-    while not (acks := workers[dst].poll()):
-        workers[src].poll()  # raises if it has died
-        if time.monotonic() > end_s:
-            raise WorkerError(dst, f"has not answered to blocks from worker {src}")
+        src, dst = route.prefill_worker, route.decode_worker
+        send_plan(TransferPlan(-1 - number, src, 0, dst, 0, null_block, null_block), workers)
+        unanswered[dst] += 1
+    end_s = time.monotonic() + WARM_UP_TIMEOUT_S
+    while any(unanswered):
+        for index, worker in enumerate(workers):
+            unanswered[index] -= len(worker.poll())  # which raises if the worker has died
+            if unanswered[index] and time.monotonic() > end_s:
+                raise WorkerError(index, "has not acknowledged its first blocks from other workers")
         time.sleep(POLL_INTERVAL_S)
-    (ack,) = acks
-    assert isinstance(ack, TransferAck)
-    return ack

@@ -30,7 +30,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.sequences: list[ModelSequence] = []
         self.plans: list[tuple[list[int], list[list[int]]]] = []  # pinned blocks, their contents when pinned
         self.next_token = 0
-        self.findable: dict[tuple[int, ...], int] = {}  # a prefix of whole blocks -> the block of its end
+        self.published: dict[tuple[int, ...], int] = {}  # a prefix of whole blocks -> the block of its end
         self.histories: list[list[int]] = []  # tokens that sequences once had
         self.freed: list[int] = list(range(1, num_blocks))  # the block that has been free for longest first
 
@@ -53,11 +53,11 @@ class BlockManagerMachine(RuleBasedStateMachine):
         return keys
 
     def note_taken(self, blocks: list[int]) -> None:
-        """These were handed out, in this order: findable ones only when there were no others."""
-        findable = set(self.findable.values())
-        assert blocks == sorted(self.freed, key=findable.__contains__)[: len(blocks)]
-        for prefix in [p for p, block in self.findable.items() if block in blocks]:
-            del self.findable[prefix]
+        """These were handed out, in this order: published ones only when there were no others."""
+        published = set(self.published.values())
+        assert blocks == sorted(self.freed, key=published.__contains__)[: len(blocks)]
+        for prefix in [p for p, block in self.published.items() if block in blocks]:
+            del self.published[prefix]
         self.freed = [block for block in self.freed if block not in blocks]
 
     def note_freed(self, blocks: list[int]) -> None:
@@ -123,7 +123,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         assert [i for i, block in enumerate(before) if sequence.table[i] != block] == replaced
         self.note_taken([sequence.table[i] for i in replaced] + sequence.table[len(before) :])
         written = sequence.table[start // size :]
-        self.findable = {prefix: block for prefix, block in self.findable.items() if block not in written}
+        self.published = {prefix: block for prefix, block in self.published.items() if block not in written}
         self.write(sequence, start, self.new_tokens(num_new))
 
     @precondition(lambda self: self.sequences)
@@ -173,21 +173,21 @@ class BlockManagerMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.sequences)
     @rule(index=INDEX, first=st.integers(0, 2))
-    def make_findable(self, index: int, first: int) -> None:
+    def publish(self, index: int, first: int) -> None:
         sequence = self.sequences[index % len(self.sequences)]
         prefixes = self.prefixes(sequence.tokens)
-        self.manager.make_findable(sequence.table[first : len(prefixes)], self.keys(sequence.tokens)[first:])
+        self.manager.publish(sequence.table[first : len(prefixes)], self.keys(sequence.tokens)[first:])
         for prefix, block in list(zip(prefixes, sequence.table, strict=False))[first:]:
-            self.findable.setdefault(prefix, block)
+            self.published.setdefault(prefix, block)
 
     @precondition(lambda self: self.histories)
     @rule(index=INDEX, length=st.integers(0, 30), num_new=st.integers(0, 5))
     def start_with_old_tokens(self, index: int, length: int, num_new: int) -> None:
         tokens = self.histories[index % len(self.histories)][:length] + self.new_tokens(num_new)
         prefixes = self.prefixes(tokens)
-        num_found = next((i for i, prefix in enumerate(prefixes) if prefix not in self.findable), len(prefixes))
+        num_found = next((i for i, prefix in enumerate(prefixes) if prefix not in self.published), len(prefixes))
         found = self.manager.find(self.keys(tokens))
-        assert found == [self.findable[prefix] for prefix in prefixes[:num_found]]
+        assert found == [self.published[prefix] for prefix in prefixes[:num_found]]
         table = self.allocate_or_none(self.manager.blocks_for(len(tokens)) - num_found, found)
         if table is not None:
             num_cached = num_found * self.manager.block_size
@@ -199,7 +199,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
     @invariant()
     def overwrite_free_blocks(self) -> None:
         for block, contents in enumerate(self.memory):
-            if self.owners(block) == 0 and block not in self.findable.values():
+            if self.owners(block) == 0 and block not in self.published.values():
                 contents[:] = [GARBAGE] * len(contents)
 
     @invariant()
@@ -216,8 +216,8 @@ class BlockManagerMachine(RuleBasedStateMachine):
             assert [self.memory[block] for block in blocks] == contents
 
     @invariant()
-    def findable_blocks_hold_their_tokens(self) -> None:
-        for prefix, block in self.findable.items():
+    def published_blocks_hold_their_tokens(self) -> None:
+        for prefix, block in self.published.items():
             assert tuple(self.memory[block]) == prefix[-self.manager.block_size :]
 
     @invariant()
@@ -254,12 +254,12 @@ def test_blocks_are_handed_out_in_the_order_in_which_they_became_free() -> None:
     assert manager.allocate(5) == [5, 4, 3, 2, 1]
 
 
-def test_findable_blocks_are_handed_out_last_and_from_their_end() -> None:
+def test_published_blocks_are_handed_out_last_and_from_their_end() -> None:
     manager = BlockManager(num_blocks=6, block_size=2)
     keys: list[bytes] = []
     extend_keys(keys, [7, 8, 9, 10, 11], 2, b"")
     table = manager.allocate(3)
-    manager.make_findable(table[:2], keys)
+    manager.publish(table[:2], keys)
     manager.free(table)
     assert manager.find(keys) == [1, 2]
     assert manager.allocate(4) == [4, 5, 3, 2]

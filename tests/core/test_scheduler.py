@@ -6,28 +6,25 @@ import numpy as np
 import pytest
 
 from nanopd.config import EngineConfig, ModelConfig
-from nanopd.core.block_manager import BlockManager
-from nanopd.core.scheduler import Scheduler, StepOutcome
+from nanopd.core.results import StepOutcome
+from nanopd.core.scheduler import Scheduler
 from nanopd.core.sequence import Sequence, SequenceStatus
 from nanopd.messages import Role, Route, RowFlag, StepBatch, StepResult
-from nanopd.request import SamplingParams
+from nanopd.request import Request, SamplingParams
 
 EOS = 2
 MODEL = ModelConfig("llama", 128, 8, 8, 1, 1, 1, 8, 64, 1e-5, 1e4, eos_token_ids=(EOS,))
 
 
 def make_scheduler(num_blocks: int = 100, role: str = "mixed", num_host_blocks: int = 0, **keys) -> Scheduler:
-    swap_space_gb = (num_host_blocks + 0.5) * 4 * MODEL.kv_bytes_per_token() / 1e9
-    config = EngineConfig(model="none", block_size=4, swap_space_gb=swap_space_gb, **{"max_num_seqs": 8, **keys})
-    return Scheduler(0, Role(role), config, BlockManager(num_blocks, 4), MODEL, 64)
+    config = EngineConfig(model="none", block_size=4, max_model_len=64, **{"max_num_seqs": 8, **keys})
+    return Scheduler(0, Role(role), config, num_blocks, 1 + num_host_blocks, MODEL)
 
 
 def make_sequence(seq_id: int, num_prompt: int, max_tokens: int = 8, route: Route | None = None, **params) -> Sequence:
     sampling = SamplingParams(temperature=0, max_tokens=max_tokens, **params)
     prompt = list(range(10, 10 + num_prompt))
-    seq = Sequence(
-        seq_id, str(seq_id), prompt, sampling, max_model_len=64, eos_token_ids=(EOS,), arrival_s=0.0, seed=seq_id
-    )
+    seq = Sequence(seq_id, Request(str(seq_id), prompt, sampling), max_model_len=64, eos_token_ids=(EOS,), seed=seq_id)
     seq.route = route or Route(0, 0)
     return seq
 
@@ -41,7 +38,8 @@ def rows(batch: StepBatch) -> list[tuple[int, int, int, int]]:
 def answer(scheduler: Scheduler, batch: StepBatch, token: int = 5, now_s: float = 1.0) -> StepOutcome:
     tokens = np.full(np.count_nonzero(batch.row_flags & RowFlag.SAMPLE), token, np.int32)
     none = np.empty(0, np.int32)
-    return scheduler.complete(StepResult(batch.step_id, 1, tokens, none, none, np.empty(0, np.float32)), now_s)
+    (outcome,) = scheduler.complete(StepResult(batch.step_id, 1, tokens, none, none, np.empty(0, np.float32)), now_s)
+    return outcome
 
 
 SAMPLE, DECODE = int(RowFlag.SAMPLE), int(RowFlag.SAMPLE | RowFlag.FROM_SLOT)
@@ -51,7 +49,7 @@ def test_a_prompt_is_computed_in_chunks_then_decodes_from_its_slot() -> None:
     scheduler = make_scheduler(max_num_batched_tokens=6)
     seq = make_sequence(0, 14)
     scheduler.add(seq)
-    batches = [scheduler.schedule() for _ in range(4)]  # all in flight at once: nothing waits for a result
+    batches = [scheduler.schedule().batch for _ in range(4)]  # all in flight at once: nothing waits for a result
     assert [rows(b) for b in batches] == [[(0, 0, 6, 0)], [(0, 6, 6, 0)], [(0, 12, 2, SAMPLE)], [(0, 14, 1, DECODE)]]
     assert np.concatenate([b.token_ids for b in batches]).tolist() == seq.token_ids[:14]
     assert batches[0].table_updates["block_id"].tolist() == seq.block_table  # the whole table, with room for one more
@@ -64,17 +62,17 @@ def test_a_prompt_is_computed_in_chunks_then_decodes_from_its_slot() -> None:
 def test_decodes_go_first_and_chunks_take_what_is_left_of_the_budget() -> None:
     scheduler = make_scheduler(max_num_batched_tokens=8)
     scheduler.add(make_sequence(0, 3))
-    answer(scheduler, scheduler.schedule())
+    answer(scheduler, scheduler.schedule().batch)
     scheduler.add(make_sequence(1, 5))
     scheduler.add(make_sequence(2, 20))
-    assert rows(scheduler.schedule()) == [(0, 3, 1, DECODE), (1, 0, 5, SAMPLE), (2, 0, 2, 0)]
+    assert rows(scheduler.schedule().batch) == [(0, 3, 1, DECODE), (1, 0, 5, SAMPLE), (2, 0, 2, 0)]
 
 
 def test_at_the_length_no_row_is_scheduled_although_the_last_token_is_not_known() -> None:
     scheduler = make_scheduler()
     scheduler.add(make_sequence(0, 3, max_tokens=2))
-    first, second = scheduler.schedule(), scheduler.schedule()
-    assert scheduler.schedule() is None
+    first, second = scheduler.schedule().batch, scheduler.schedule().batch
+    assert scheduler.schedule().batch is None
     assert not answer(scheduler, first).finished
     ((seq, status),) = answer(scheduler, second).finished
     assert status is SequenceStatus.FINISHED_LENGTH
@@ -85,15 +83,15 @@ def test_end_of_sequence_is_noticed_and_the_extra_row_dropped() -> None:
     scheduler = make_scheduler()
     seq = make_sequence(0, 3)
     scheduler.add(seq)
-    first, extra = scheduler.schedule(), scheduler.schedule()
+    first, extra = scheduler.schedule().batch, scheduler.schedule().batch
     ((finished, status),) = answer(scheduler, first, token=EOS).finished
     assert (finished, status) == (seq, SequenceStatus.FINISHED_STOPPED)
     scheduler.remove(seq)
-    assert scheduler.blocks.num_free == 98, "blocks that a step in flight writes to are parked"
+    assert scheduler.residency.blocks.num_free == 98, "blocks that a step in flight writes to are parked"
     outcome = answer(scheduler, extra)
     assert outcome == StepOutcome()
     assert seq.output_token_ids == [EOS]
-    assert scheduler.blocks.num_free == scheduler.blocks.num_usable
+    assert scheduler.residency.blocks.num_free == scheduler.residency.blocks.num_usable
 
 
 @pytest.mark.parametrize(
@@ -104,7 +102,7 @@ def test_the_first_token_is_checked_like_any_other(params: dict, token: int, rea
     scheduler = make_scheduler()
     seq = make_sequence(0, 3, **params)
     scheduler.add(seq)
-    outcome = answer(scheduler, scheduler.schedule(), token)
+    outcome = answer(scheduler, scheduler.schedule().batch, token)
     assert bool(outcome.finished) == (reason is not None)
     assert seq.stop_reason == reason
 
@@ -112,12 +110,12 @@ def test_the_first_token_is_checked_like_any_other(params: dict, token: int, rea
 def test_a_sequence_that_needs_feedback_waits_for_its_result() -> None:
     scheduler = make_scheduler()
     scheduler.add(make_sequence(0, 3, stop=["x"]))
-    batch = scheduler.schedule()
-    assert scheduler.schedule() is None
+    batch = scheduler.schedule().batch
+    assert scheduler.schedule().batch is None
     answer(scheduler, batch)
-    batch = scheduler.schedule()
+    batch = scheduler.schedule().batch
     assert rows(batch) == [(0, 3, 1, DECODE)]
-    assert scheduler.schedule() is None
+    assert scheduler.schedule().batch is None
 
 
 def test_the_youngest_is_preempted_and_starts_over_with_its_tokens() -> None:
@@ -125,20 +123,19 @@ def test_the_youngest_is_preempted_and_starts_over_with_its_tokens() -> None:
     old, young = make_sequence(0, 7), make_sequence(1, 3)
     for seq in (old, young):
         scheduler.add(seq)
-    answer(scheduler, scheduler.schedule())  # old: 2 blocks, young: 1
+    answer(scheduler, scheduler.schedule().batch)  # old: 2 blocks, young: 1
     assert young.status is SequenceStatus.RUNNING
-    batches = 0
-    while not scheduler.preempted:
-        answer(scheduler, scheduler.schedule(), token=6)
-        batches += 1
-    assert scheduler.preempted == [young]
+    while not (scheduled := scheduler.schedule()).preempted:
+        answer(scheduler, scheduled.batch, token=6)
+    answer(scheduler, scheduled.batch, token=6)
+    assert scheduled.preempted == [young]
     assert young.status is SequenceStatus.PREEMPTED
     assert young.token_ids == [10, 11, 12, 5, *[6] * (young.num_tokens - 4)]
     scheduler.add(young)
-    while scheduler.decoding:
-        for seq, _ in answer(scheduler, scheduler.schedule(), token=6).finished:
+    while scheduler.queues.decodes.seqs:
+        for seq, _ in answer(scheduler, scheduler.schedule().batch, token=6).finished:
             scheduler.remove(seq)
-    batch = scheduler.schedule()
+    batch = scheduler.schedule().batch
     assert batch.row_lens.tolist() == [young.num_tokens]
     assert batch.row_flags.tolist() == [SAMPLE]
 
@@ -149,13 +146,15 @@ def run_until_preempted(scheduler: Scheduler) -> tuple[list[Sequence], StepBatch
     for i, seq in enumerate(seqs):
         seq.token_ids = [30 * i + token for token in seq.token_ids]
         scheduler.add(seq)
-    while not scheduler.preempted:
-        batch = scheduler.schedule()
-        answer(scheduler, batch)
-    assert (scheduler.preempted, seqs[2].num_tokens) == (seqs[2:], 10)
+    preempted: list[Sequence] = []
+    while not preempted:
+        scheduled = scheduler.schedule()
+        answer(scheduler, scheduled.batch)
+        preempted = scheduled.preempted
+    assert (preempted, seqs[2].num_tokens) == (seqs[2:], 10)
     scheduler.add(seqs[2])
     scheduler.check_integrity()
-    return seqs, batch
+    return seqs, scheduled.batch
 
 
 def test_a_preempted_sequence_is_swapped_out_and_comes_back_with_what_it_had() -> None:
@@ -163,13 +162,13 @@ def test_a_preempted_sequence_is_swapped_out_and_comes_back_with_what_it_had() -
     (oldest, _, last), batch = run_until_preempted(scheduler)
     assert (last.num_swapped, last.host_table) == (9, [1, 2, 3])
     assert batch.copies["dst"].tolist() == [-1, -2, -3]
-    assert scheduler.reserve(1, []) is None, "room is kept for who had to leave"
+    assert scheduler.queues.reserve(1, []) is None, "room is kept for who had to leave"
     scheduler.remove(oldest)
-    batch = scheduler.schedule()
+    batch = scheduler.schedule().batch
     assert rows(batch)[-1] == (last.slot, 9, 1, SAMPLE)
     assert batch.copies.tolist() == [(-host, block) for host, block in zip([1, 2, 3], last.block_table)]
     answer(scheduler, batch)
-    assert (last.status, last.host_table, scheduler.num_waiting_tokens) == (SequenceStatus.RUNNING, [], 0)
+    assert (last.status, last.host_table, scheduler.queues.num_waiting_tokens) == (SequenceStatus.RUNNING, [], 0)
     scheduler.check_integrity()
 
 
@@ -177,46 +176,46 @@ def test_blocks_that_are_still_there_are_not_swapped_in() -> None:
     scheduler = make_scheduler(num_blocks=8, num_host_blocks=5)
     (oldest, _, last), _ = run_until_preempted(scheduler)
     scheduler.remove(oldest)
-    assert scheduler.schedule().copies.tolist() == [(-3, last.block_table[2])], "nobody has used the other two"
+    assert scheduler.schedule().batch.copies.tolist() == [(-3, last.block_table[2])], "nobody has used the other two"
 
 
 @pytest.mark.parametrize(("num_host_blocks", "pays"), [(2, True), (5, False)])
 def test_without_room_in_host_memory_or_without_gain_all_is_computed_again(num_host_blocks: int, pays: bool) -> None:
     scheduler = make_scheduler(num_blocks=8, num_host_blocks=num_host_blocks, enable_prefix_caching=False)
-    scheduler.swap_pays = lambda num_tokens: pays
+    scheduler.swap_where(lambda num_tokens: pays)
     (oldest, _, last), batch = run_until_preempted(scheduler)
     assert len(batch.copies) == 0
     scheduler.remove(oldest)
-    assert rows(scheduler.schedule())[-1] == (last.slot, 0, 10, SAMPLE)
+    assert rows(scheduler.schedule().batch)[-1] == (last.slot, 0, 10, SAMPLE)
 
 
 def test_a_swapped_sequence_that_ends_leaves_nothing_in_host_memory() -> None:
     scheduler = make_scheduler(num_blocks=8, num_host_blocks=5)
     (*_, last), _ = run_until_preempted(scheduler)
     scheduler.remove(last)
-    assert scheduler.host_blocks.num_free == scheduler.host_blocks.num_usable == 5
+    assert scheduler.residency.host_blocks.num_free == scheduler.residency.host_blocks.num_usable == 5
 
 
 def test_no_sequence_is_admitted_that_would_push_a_running_one_out() -> None:
     scheduler = make_scheduler(num_blocks=4)
     scheduler.add(make_sequence(0, 5))
-    answer(scheduler, scheduler.schedule())
+    answer(scheduler, scheduler.schedule().batch)
     scheduler.add(make_sequence(1, 3))  # one block is free, but the first sequence may want it next
-    assert len(rows(scheduler.schedule())) == 1
+    assert len(rows(scheduler.schedule().batch)) == 1
 
 
 def test_forked_sequences_share_blocks_until_one_of_them_writes() -> None:
     scheduler = make_scheduler()
     parent = make_sequence(0, 6)
     scheduler.add(parent)
-    answer(scheduler, scheduler.schedule())
-    scheduler.slots.sync(parent)
+    answer(scheduler, scheduler.schedule().batch)
+    scheduler.residency.slots.sync(parent)
     child = make_sequence(1, 6)
     child.token_ids = list(parent.token_ids)
-    assert scheduler.fork(parent, child)
+    assert scheduler.queues.fork(parent, child)
     assert child.block_table == parent.block_table
     shared = parent.block_table[1]
-    batch = scheduler.schedule()
+    batch = scheduler.schedule().batch
     assert rows(batch) == [(0, 6, 1, DECODE), (1, 6, 1, SAMPLE)]
     assert batch.token_ids.tolist() == [5], "the child's slot does not have the last token yet"
     assert batch.copies.tolist() == [(shared, parent.block_table[1])]
@@ -227,22 +226,22 @@ def test_forked_sequences_share_blocks_until_one_of_them_writes() -> None:
 
 def test_reservations_count_as_places_and_blocks() -> None:
     scheduler = make_scheduler(num_blocks=9, max_num_seqs=2)
-    table, _ = scheduler.reserve(15, [])
+    table, _ = scheduler.queues.reserve(15, [])
     assert len(table) == 4
-    assert scheduler.reserve(20, []) is None, "no blocks"
-    other, _ = scheduler.reserve(3, [])
-    assert scheduler.reserve(1, []) is None, "no place"
-    scheduler.cancel_reservation(other)
+    assert scheduler.queues.reserve(20, []) is None, "no blocks"
+    other, _ = scheduler.queues.reserve(3, [])
+    assert scheduler.queues.reserve(1, []) is None, "no place"
+    scheduler.queues.cancel_reservation(other)
     seq = make_sequence(0, 15)
-    scheduler.take_over(seq, table)
-    batch = scheduler.schedule()
+    scheduler.queues.take_over(seq, table)
+    batch = scheduler.schedule().batch
     assert rows(batch) == [(0, 14, 1, SAMPLE)]
     assert batch.token_ids.tolist() == seq.token_ids[-1:]
 
 
 def run_to_end(scheduler: Scheduler, seq: Sequence) -> None:
     scheduler.add(seq)
-    while (batch := scheduler.schedule()) is not None:
+    while (batch := scheduler.schedule().batch) is not None:
         for done, _ in answer(scheduler, batch).finished:
             scheduler.remove(done)
     scheduler.check_integrity()
@@ -256,20 +255,20 @@ def test_full_blocks_of_an_earlier_prompt_are_found_but_the_last_token_is_comput
     run_to_end(scheduler, make_sequence(0, 18, max_tokens=1))
     seq = make_sequence(1, num_prompt)
     scheduler.add(seq)
-    assert rows(scheduler.schedule()) == [(seq.slot, num_cached, num_prompt - num_cached, SAMPLE)]
+    assert rows(scheduler.schedule().batch) == [(seq.slot, num_cached, num_prompt - num_cached, SAMPLE)]
     assert seq.log().num_cached_tokens == num_cached
 
 
 def test_blocks_are_found_when_the_step_that_computes_them_is_done() -> None:
     scheduler = make_scheduler(max_num_batched_tokens=8)
     scheduler.add(make_sequence(0, 16))
-    first, second = scheduler.schedule(), scheduler.schedule()
+    first, second = scheduler.schedule().batch, scheduler.schedule().batch
     answer(scheduler, first)
     scheduler.add(make_sequence(1, 20))
-    assert rows(scheduler.schedule()) == [(0, 16, 1, DECODE), (1, 8, 7, 0)], "the second step is not done"
+    assert rows(scheduler.schedule().batch) == [(0, 16, 1, DECODE), (1, 8, 7, 0)], "the second step is not done"
     answer(scheduler, second)
     scheduler.add(make_sequence(2, 20))
-    assert rows(scheduler.schedule())[2] == (2, 16, 2, 0)
+    assert rows(scheduler.schedule().batch)[2] == (2, 16, 2, 0)
     scheduler.check_integrity()
 
 
@@ -278,16 +277,16 @@ def test_cached_tokens_do_not_count_against_the_budget() -> None:
     run_to_end(scheduler, make_sequence(0, 32, max_tokens=1))
     for seq_id in (1, 2, 3):
         scheduler.add(make_sequence(seq_id, 36))
-    assert [row[1:3] for row in rows(scheduler.schedule())] == [(32, 4)] * 3
+    assert [row[1:3] for row in rows(scheduler.schedule().batch)] == [(32, 4)] * 3
 
 
 def test_shared_blocks_take_no_room() -> None:
     scheduler = make_scheduler(num_blocks=9)
     scheduler.add(make_sequence(0, 20, max_tokens=4))
-    answer(scheduler, scheduler.schedule())  # has 6 of 8 blocks
+    answer(scheduler, scheduler.schedule().batch)  # has 6 of 8 blocks
     scheduler.add(make_sequence(1, 18, max_tokens=2))
-    assert len(rows(scheduler.schedule())) == 2
-    assert scheduler.blocks.num_free == 1
+    assert len(rows(scheduler.schedule().batch)) == 2
+    assert scheduler.residency.blocks.num_free == 1
 
 
 def test_the_answer_is_found_in_the_next_turn() -> None:
@@ -297,7 +296,7 @@ def test_the_answer_is_found_in_the_next_turn() -> None:
     second = make_sequence(1, 6)
     second.token_ids = [*first.token_ids, 1, 2, 3]  # 17; the last token of the answer was never computed
     scheduler.add(second)
-    assert rows(scheduler.schedule()) == [(second.slot, 12, 5, SAMPLE)]
+    assert rows(scheduler.schedule().batch) == [(second.slot, 12, 5, SAMPLE)]
 
 
 def test_a_preempted_sequence_finds_its_own_blocks() -> None:
@@ -305,12 +304,13 @@ def test_a_preempted_sequence_finds_its_own_blocks() -> None:
     old, young = make_sequence(0, 3, max_tokens=20), make_sequence(1, 13, max_tokens=20)
     for seq in (old, young):
         scheduler.add(seq)
-    while not scheduler.preempted:
-        answer(scheduler, scheduler.schedule(), token=6)
+    while not (scheduled := scheduler.schedule()).preempted:
+        answer(scheduler, scheduled.batch, token=6)
+    answer(scheduler, scheduled.batch, token=6)
     assert young.num_tokens > 17
     scheduler.remove(old)
     scheduler.add(young)
-    (row,) = rows(scheduler.schedule())
+    (row,) = rows(scheduler.schedule().batch)
     assert row[1] == 16
     assert young.log().num_cached_tokens == 0, "its prompt was computed"
 
@@ -319,23 +319,23 @@ def test_an_aborted_prompt_leaves_what_was_computed_of_it() -> None:
     scheduler = make_scheduler(max_num_batched_tokens=9)
     seq = make_sequence(0, 30)
     scheduler.add(seq)
-    batches = [scheduler.schedule(), scheduler.schedule()]
+    batches = [scheduler.schedule().batch, scheduler.schedule().batch]
     answer(scheduler, batches[0])
     scheduler.remove(seq)
     answer(scheduler, batches[1])
     scheduler.add(make_sequence(1, 30))
-    assert rows(scheduler.schedule())[0][1:3] == (8, 9)
+    assert rows(scheduler.schedule().batch)[0][1:3] == (8, 9)
 
 
 def test_a_reservation_shares_blocks_that_need_not_move() -> None:
     scheduler = make_scheduler(role="decode")
     first, second = make_sequence(0, 18), make_sequence(1, 17)
-    table, num_there = scheduler.reserve(18, [])
+    table, num_there = scheduler.queues.reserve(18, [])
     first.token_ids.append(5)
-    scheduler.take_over(first, table)
-    scheduler._extend_keys(second)
-    assert scheduler.reserve(17, second.block_keys)[1] == 3, "one block at least is left to move"
-    again, num_there = scheduler.reserve(18, second.block_keys)
+    scheduler.queues.take_over(first, table)
+    scheduler.num_cached(second)
+    assert scheduler.queues.reserve(17, second.block_keys)[1] == 3, "one block at least is left to move"
+    again, num_there = scheduler.queues.reserve(18, second.block_keys)
     assert (again[:4], num_there, len(again)) == (table[:4], 4, 5)
 
 
@@ -343,7 +343,7 @@ def test_without_prefix_caching_everything_is_computed() -> None:
     scheduler = make_scheduler(enable_prefix_caching=False)
     run_to_end(scheduler, make_sequence(0, 18))
     scheduler.add(make_sequence(1, 18))
-    assert rows(scheduler.schedule())[0][1:3] == (0, 18)
+    assert rows(scheduler.schedule().batch)[0][1:3] == (0, 18)
 
 
 def test_more_are_preempted_if_the_youngest_shares_all_its_blocks() -> None:
@@ -353,13 +353,14 @@ def test_more_are_preempted_if_the_youngest_shares_all_its_blocks() -> None:
     for seq in (oldest, parent):
         scheduler.add(seq)
     for _ in range(2):
-        answer(scheduler, scheduler.schedule())
-    scheduler.slots.sync(parent)
+        answer(scheduler, scheduler.schedule().batch)
+    scheduler.residency.slots.sync(parent)
     child.token_ids = list(parent.token_ids)
-    assert scheduler.fork(parent, child)
-    others = scheduler.blocks.allocate(scheduler.blocks.num_free)
-    assert rows(scheduler.schedule()) == [(oldest.slot, 4, 1, DECODE)]
-    assert scheduler.preempted == [child, parent]
+    assert scheduler.queues.fork(parent, child)
+    others = scheduler.residency.blocks.allocate(scheduler.residency.blocks.num_free)
+    scheduled = scheduler.schedule()
+    assert rows(scheduled.batch) == [(oldest.slot, 4, 1, DECODE)]
+    assert scheduled.preempted == [child, parent]
     scheduler.check_integrity([others])
 
 
@@ -369,7 +370,7 @@ def test_steps_are_the_same_whatever_was_in_the_sets_and_dictionaries() -> None:
         for i, length in enumerate((5, 9, 2, 13)):
             scheduler.add(make_sequence(i, length))
         out = []
-        while (batch := scheduler.schedule()) is not None:
+        while (batch := scheduler.schedule().batch) is not None:
             out.append((rows(batch), batch.table_updates.tolist(), batch.token_ids.tolist()))
             for seq, _ in answer(scheduler, batch).finished:
                 scheduler.remove(seq)

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from nanopd.config import KVLayout
 from nanopd.cpu import ops
-from nanopd.models import PrefillRow
+from nanopd.models import AttentionSpec, PrefillRow
+from nanopd.models.weights import PLAIN, Linear
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}  # of the largest value
@@ -46,10 +48,11 @@ def test_linear(dtype: torch.dtype, num_tokens: int, in_features: int, out_featu
     weight = normal(out_features, in_features, dtype=dtype, seed=1)
     bias = normal(out_features, dtype=dtype, seed=2) if has_bias else None
     expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    product = ops.multiply(x, Linear(weight, bias, PLAIN))
     if num_tokens:
-        assert_close(ops.linear(x, weight, bias), expected)
+        assert_close(product, expected)
     else:
-        assert ops.linear(x, weight, bias).shape == (0, out_features)
+        assert product.shape == (0, out_features)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -60,11 +63,12 @@ def test_norms_and_products(dtype: torch.dtype, num_tokens: int, hidden: int) ->
     assert_close(ops.rms_norm(x, weight, 1e-5), normed)
     matrix, residual = normal(2 * hidden, hidden, dtype=dtype, seed=3), normal(num_tokens, 2 * hidden, dtype=dtype)
     product = normed.to(dtype).double() @ matrix.double().T
-    assert_close(ops.norm_linear(x, weight, 1e-5, matrix), product)
+    linear = Linear(matrix, None, PLAIN)
+    assert_close(ops.norm_linear(x, weight, 1e-5, linear), product)
     gate, up = product.to(dtype).double().chunk(2, dim=1)
-    assert_close(ops.norm_gated_linear(x, weight, 1e-5, matrix), gate * torch.sigmoid(gate) * up)
+    assert_close(ops.norm_gated_linear(x, weight, 1e-5, linear), gate * torch.sigmoid(gate) * up)
     expected = residual.double() + x.double() @ matrix.double().T
-    ops.add_linear(x, matrix, residual)
+    ops.add_linear(x, linear, residual)
     assert_close(residual, expected)
 
 
@@ -113,6 +117,12 @@ def make_cache(
     return cache
 
 
+def spec_of(kv: Tensor, cos_sin: Tensor | None = None) -> AttentionSpec:
+    """Of a layer of a cache with usual scores; cos_sin is wanted by the rotation alone."""
+    layout = KVLayout(NUM_LAYERS, *kv.shape[3:], str(kv.dtype).removeprefix("torch."))
+    return AttentionSpec(layout.head_dim**-0.5, kv if cos_sin is None else cos_sin, layout)
+
+
 def attention_reference(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """q [num_heads, head_dim] of one token over keys, values [length, num_kv_heads, head_dim], in float64."""
     group = q.shape[0] // keys.shape[1]
@@ -128,7 +138,7 @@ def check_decode(
     q = 2 * normal(len(lengths), group * num_kv_heads, head_dim, dtype=dtype, seed=99)
     out = torch.full_like(q, torch.nan)
     seq_lens = torch.tensor(lengths, dtype=torch.int32)
-    ops.paged_decode_attention(q, cache.kv, LAYER, cache.block_tables, seq_lens, out)
+    ops.paged_decode_attention(q, cache.kv, LAYER, spec_of(cache.kv), cache.block_tables, seq_lens, out)
     expected = [attention_reference(*row) for row in zip(q, cache.keys, cache.values, strict=True)]
     assert_close(out, torch.stack(expected))
 
@@ -176,7 +186,7 @@ def test_prefill_attention(
             block = int(block_table[i // block_size])
             kv[block, LAYER, :, :, i % block_size] = full.kv[block, LAYER, :, :, i % block_size]
         row = PrefillRow(0, chunk, cached, block_table)
-        out[cached:end] = ops.prefill_attention(q[cached:end], kv, LAYER, [row])
+        out[cached:end] = ops.prefill_attention(q[cached:end], kv, LAYER, spec_of(kv), [row])
         cached = end
     keys, values = full.keys[0], full.values[0]
     expected = [attention_reference(q[i], keys[: i + 1], values[: i + 1]) for i in range(total)]
@@ -198,7 +208,7 @@ def test_rotary_and_store(
     kv = torch.full((6, NUM_LAYERS, 2, num_kv_heads, block_size, head_dim), torch.nan, dtype=dtype)
     norms = [normal(head_dim, dtype=dtype, seed=4), normal(head_dim, dtype=dtype, seed=5)] if has_norms else [None] * 2
 
-    q = ops.rotary_and_store(qkv, positions, slots, cos_sin, kv, LAYER, *norms, 1e-6)
+    q = ops.rotary_and_store(qkv, positions, slots, kv, LAYER, spec_of(kv, cos_sin), *norms, 1e-6)
 
     heads = qkv.double().view(num_tokens, -1, head_dim).split((num_heads, num_kv_heads, num_kv_heads), dim=1)
     rotated = []
@@ -223,14 +233,14 @@ def test_what_a_gpu_takes_for_float32_agrees_with_the_kernels(device: str, monke
         qkv, kv, tables = normal(9, 10 * head_dim).to(device), cache.kv.to(device), cache.block_tables.to(device)
         slots, norm = torch.arange(9, device=device), normal(head_dim).to(device)
         stored = torch.zeros_like(kv)
-        angles = normal(9, head_dim).to(device)
-        q = ops.rotary_and_store(qkv, slots.flip(0), slots, angles, stored, LAYER, norm, None, 1e-6)
+        spec = spec_of(kv, normal(9, head_dim).to(device))
+        q = ops.rotary_and_store(qkv, slots.flip(0), slots, stored, LAYER, spec, norm, None, 1e-6)
         decoded, seq_lens = torch.empty_like(q[:3]), torch.tensor([1, 33, 16], dtype=torch.int32, device=device)
-        ops.paged_decode_attention(q[:3], kv, LAYER, tables, seq_lens, decoded)
+        ops.paged_decode_attention(q[:3], kv, LAYER, spec, tables, seq_lens, decoded)
         rows = [PrefillRow(0, 2, 0, tables[2]), PrefillRow(2, 9, 26, tables[1])]
-        gate_up = normal(8, num_heads * head_dim).to(device)
+        gate_up = Linear(normal(8, num_heads * head_dim).to(device), None, PLAIN)
         mlp = ops.norm_gated_linear(q.flatten(1), norm.repeat(num_heads), 1e-6, gate_up)
-        return [q, stored, decoded, ops.prefill_attention(q, kv, LAYER, rows), mlp]
+        return [q, stored, decoded, ops.prefill_attention(q, kv, LAYER, spec, rows), mlp]
 
     expected = outputs("cpu")
     monkeypatch.setattr(ops, "_has_kernels", lambda x: False)

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from emulator import to_bits, to_values
 from numpy.typing import NDArray
+from torch import Tensor
+
+from nanopd.config import KVLayout
+from nanopd.models import AttentionSpec
 
 Floats = NDArray[np.floating]
 
@@ -80,10 +84,21 @@ class PagedCase:
         num_kv_heads, block_size, head_dim = self.kv.shape[3:]
         blocks = self.kv[self.block_tables[row, : -(-limit // block_size)], self.layer].astype(np.float64)
         keys, values = blocks.transpose(1, 2, 0, 3, 4).reshape(2, num_kv_heads, -1, head_dim)[:, :, :limit]
-        scores = np.einsum("hgd,htd->hgt", q.reshape(num_kv_heads, -1, head_dim), keys) * head_dim**-0.5
+        scores = np.einsum("hgd,htd->hgt", q.reshape(num_kv_heads, -1, head_dim), keys) * scale_of(head_dim)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
         return np.einsum("hgt,htd->hgd", weights, values).reshape(-1, head_dim)
+
+
+def scale_of(head_dim: int) -> float:
+    """Of the scores in all tests: another one than torch takes where it is told none."""
+    return 1.25 * head_dim**-0.5
+
+
+def spec_of(kv: Tensor, cos_sin: Tensor | None = None) -> AttentionSpec:
+    """Of each layer of a cache; cos_sin is wanted by the rotation alone."""
+    layout = KVLayout(*kv.shape[1:2], *kv.shape[3:], str(kv.dtype).removeprefix("torch."))
+    return AttentionSpec(scale_of(layout.head_dim), kv if cos_sin is None else cos_sin, layout)
 
 
 def rms_norm(x: Floats, weight: Floats, eps: float) -> NDArray[np.float64]:

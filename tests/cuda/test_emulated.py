@@ -12,11 +12,11 @@ pytest.importorskip("numba_cuda", reason="the kernels are written with numba-cud
 
 import references as ref
 from emulator import Emulator, to_bits, to_values
-from references import PagedCase, error, random, tolerance
+from references import PagedCase, error, random, scale_of, tolerance
 
 from nanopd.cuda import adjusting, attention, blocks, elementwise, sampling
 from nanopd.cuda.launch import Spec
-from nanopd.cuda.linear import ADD, GATE, MMA_ROWS, PLAIN, TILE_ROWS, skinny_spec
+from nanopd.cuda.linear import ADD, GATE, MMA_ROWS, STORE, TILE_ROWS, skinny_spec
 from nanopd.worker.adjustments import ADJUSTMENT, IN_PROMPT, adjust_logits
 from nanopd.worker.sampler import DRAW
 
@@ -41,7 +41,7 @@ def run_decode(case: PagedCase, dtype: str, num_warps: int, num_stages: int, num
     addresses = (q, kv + case.layer * 2 * side, block_tables, seq_lens, plan, out, partials, partial_lse, arrivals)
     strides = (case.kv.shape[1] * 2 * side, head, side)
     sizes = (num_rows, num_kv_heads, group, case.num_queries, int(math.log2(block_size)), case.block_tables.shape[1])
-    gpu.launch(spec, num_ctas, *addresses, *strides, *sizes, head_dim**-0.5 * math.log2(math.e))
+    gpu.launch(spec, num_ctas, *addresses, *strides, *sizes, scale_of(head_dim) * math.log2(math.e))
     assert not gpu.get(arrivals, (num_rows, head_units), np.int32).any(), "the counters are left as they were"
     return to_values(gpu.get(out, case.q.shape, np.uint16), dtype)
 
@@ -93,10 +93,10 @@ def test_plan_of_many_rows() -> None:
 @pytest.mark.parametrize(
     ("num_rows", "in_size", "result", "norm", "bias"),
     [
-        (1, 128, PLAIN, False, False),
-        (3, 2176, PLAIN, True, True),
+        (1, 128, STORE, False, False),
+        (3, 2176, STORE, True, True),
         (8, 256, ADD, False, False),
-        (13, 640, PLAIN, False, True),
+        (13, 640, STORE, False, True),
         (11, 4224, GATE, True, False),
         (2, 384, GATE, False, False),
     ],

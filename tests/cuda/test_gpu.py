@@ -13,13 +13,14 @@ pytest.importorskip("numba_cuda", reason="the kernels are written with numba-cud
 
 import references as ref
 from model_zoo import load_hf, make_tiny_model
-from references import PagedCase, error, tolerance
+from references import PagedCase, error, spec_of, tolerance
 
 from nanopd import LLM, SamplingParams, cuda
 from nanopd.cuda import linear
 from nanopd.cuda.sampling import draw_tokens
 from nanopd.cuda.warp import NAMES
 from nanopd.messages import SLOT_INIT
+from nanopd.models.weights import PLAIN, Linear
 from nanopd.worker.sampler import draws_of, kept_weights
 
 pytestmark = pytest.mark.gpu
@@ -35,8 +36,8 @@ def as_numpy(tensor: Tensor) -> np.ndarray:
 
 
 def attention_of(case: PagedCase, dtype: torch.dtype) -> cuda.PagedDecodeAttention:
-    num_kv_heads, block_size, head_dim = case.kv.shape[3:]
-    sizes = (len(case.seq_lens), case.q.shape[1], num_kv_heads, head_dim, block_size)
+    layout = spec_of(torch.from_numpy(case.kv).to(dtype)).layout
+    sizes = (len(case.seq_lens), case.q.shape[1], layout)
     return cuda.PagedDecodeAttention(*sizes, dtype, torch.device("cuda"), case.num_queries)
 
 
@@ -48,7 +49,7 @@ def check_attention(case: PagedCase, dtype: torch.dtype) -> None:
     for _ in range(3):  # the workspace is left as it was found
         out = torch.full_like(q, torch.nan)
         attend.begin_step(seq_lens, case.num_queries)
-        attend(q, kv, case.layer, block_tables, seq_lens, out)
+        attend(q, kv, case.layer, spec_of(kv), block_tables, seq_lens, out)
         assert error(as_numpy(out)[seen], expected) < tolerance(NAMES[dtype])
 
 
@@ -142,15 +143,19 @@ def test_linear(dtype: torch.dtype, in_size: int, out_size: int) -> None:
     for num_rows in (1, 2, 7, 8, 9, 16, 17):
         x = torch.randn(num_rows, in_size, device="cuda", dtype=dtype)
         normed = ref.rms_norm(as_numpy(x), as_numpy(norm), 1e-6) @ as_numpy(weight).T
-        got = linear.norm_linear(x, norm, 1e-6, weight, bias)
+        with_bias, without = Linear(weight, bias, PLAIN), Linear(weight, None, PLAIN)
+        got = linear.norm_linear(x, norm, 1e-6, with_bias)
         assert error(as_numpy(got), normed + as_numpy(bias)) < limit
-        assert torch.equal(linear.norm_linear(x, norm, 1e-6, weight, bias), got), "the order of the sums is fixed"
-        gated = linear.norm_gated_linear(x, norm, 1e-6, weight)
-        assert error(as_numpy(gated), ref.silu_and_mul(normed)) < 2 * limit
+        assert torch.equal(linear.norm_linear(x, norm, 1e-6, with_bias), got), "the order of the sums is fixed"
+        for gate_up, product in ((without, normed), (with_bias, normed + as_numpy(bias))):
+            gated = linear.norm_gated_linear(x, norm, 1e-6, gate_up)
+            assert error(as_numpy(gated), ref.silu_and_mul(product)) < 2 * limit
         residual = torch.randn(num_rows, out_size, device="cuda", dtype=dtype)
         expected = as_numpy(residual) + as_numpy(x) @ as_numpy(weight).T
-        linear.add_linear(x, weight, residual)
+        linear.add_linear(x, without, residual)
         assert error(as_numpy(residual), expected) < limit
+        linear.add_linear(x, with_bias, residual.zero_())
+        assert error(as_numpy(residual), as_numpy(x) @ as_numpy(weight).T + as_numpy(bias)) < limit
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -179,8 +184,8 @@ def test_rotary_and_store(dtype: torch.dtype, head_dim: int, norm: bool, num_tok
     kv = torch.zeros(70, 2, 2, num_kv_heads, block_size, head_dim, device="cuda", dtype=dtype)
     positions, slots = rng.integers(0, 500, num_tokens), rng.permutation(70 * block_size)[:num_tokens]
     cos_sin = ref.cosines_and_sines(500, head_dim)
-    inputs = qkv, on_gpu(positions), on_gpu(slots), on_gpu(cos_sin)
-    q = cuda.rotary_and_store(*inputs, kv, layer, q_norm, k_norm, 1e-6)
+    inputs, spec = (qkv, on_gpu(positions), on_gpu(slots)), spec_of(kv, on_gpu(cos_sin))
+    q = cuda.rotary_and_store(*inputs, kv, layer, spec, q_norm, k_norm, 1e-6)
     heads = np.split(as_numpy(qkv).reshape(num_tokens, -1, head_dim), [num_heads, num_heads + num_kv_heads], axis=1)
     norms = (q_norm, k_norm)
     normed = [x if w is None else ref.rms_norm(x, as_numpy(w), 1e-6) for x, w in zip(heads, norms)]

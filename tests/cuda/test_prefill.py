@@ -14,7 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("numba_cuda", reason="the package's kernels are written with numba-cuda")
 
-from references import PagedCase, error, random, tolerance
+from references import PagedCase, error, random, spec_of, tolerance
 
 from nanopd.cuda import prefill
 from nanopd.cuda.prefill import Backends, PrefillAttention
@@ -24,11 +24,11 @@ NUM_KV_HEADS, GROUP, BLOCK_SIZE = 2, 3, 4
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 
 
-def dense_attention(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
+def dense_attention(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    return F.scaled_dot_product_attention(q, keys, values, is_causal=True, scale=scale, enable_gqa=True)
 
 
-def attention_of_any_type(q: Tensor, keys: Tensor, values: Tensor, packed: prefill.Packed) -> Tensor:
+def attention_of_any_type(q: Tensor, keys: Tensor, values: Tensor, packed: prefill.Packed, scale: float) -> Tensor:
     """As `prefill.flash_attention`, segment by segment."""
     out, q_end, k_end = torch.empty_like(q), 0, 0
     for q_len, k_len in zip(packed.q_lens, packed.k_lens, strict=True):
@@ -37,7 +37,7 @@ def attention_of_any_type(q: Tensor, keys: Tensor, values: Tensor, packed: prefi
         if k_len:
             mask = torch.ones(q_len, k_len, dtype=torch.bool, device=q.device).tril(k_len - q_len)
             heads, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q[tokens], keys[places], values[places]))
-            y = torch.nn.functional.scaled_dot_product_attention(heads, k, v, attn_mask=mask, enable_gqa=True)
+            y = F.scaled_dot_product_attention(heads, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
             out[tokens] = y[0].transpose(0, 1)
     return out
 
@@ -66,7 +66,7 @@ class Step:
         for _ in range(2):  # a plan serves one step
             attend.begin_step(self.slots.to(device))
             for _ in range(2):
-                out = attend(q, kv, self.case.layer, rows)
+                out = attend(q, kv, self.case.layer, spec_of(kv), rows)
         assert out.shape == q.shape
         tokens = [(i, row, t) for i, row in enumerate(rows) for t in range(row.end - 1, row.start - 1, -every)]
         expected = [
@@ -120,17 +120,17 @@ def test_which_tokens_are_dense(
     seen: list[tuple[int, int]] = []
     packed: list[int] = []
 
-    def dense(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def dense(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         # shape and strides make a plan: they must not depend on what else is in the step
         count, heads, length, size = q.shape
         assert keys.stride() == values.stride() == (length * 2 * NUM_KV_HEADS * size, size, 2 * NUM_KV_HEADS * size, 1)
         assert q.stride() == (length * heads * size, size, heads * size, 1)
         seen.append((count, length))
-        return dense_attention(q, keys, values)
+        return dense_attention(q, keys, values, scale)
 
-    def pack(q: Tensor, keys: Tensor, values: Tensor, segments: prefill.Packed) -> Tensor:
+    def pack(q: Tensor, keys: Tensor, values: Tensor, segments: prefill.Packed, scale: float) -> Tensor:
         packed.append(sum(n for n, k in zip(segments.q_lens, segments.k_lens) if k))
-        return attention_of_any_type(q, keys, values, segments)
+        return attention_of_any_type(q, keys, values, segments, scale)
 
     step = Step(num_decode_rows, [(length, 0) for length in lengths], 8)
     step.check(Backends(pack, dense), torch.float32, "cpu", 1e-6)

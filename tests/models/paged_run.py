@@ -4,11 +4,32 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanopd.models import Decoder, InputBatch, PrefillRow
+from nanopd.checkpoints.model_files import read_model_config
+from nanopd.config import KVLayout, ModelConfig
+from nanopd.cpu import ops
+from nanopd.models import Decoder, InputBatch, PrefillRow, load_model
+
+BLOCK_SIZE = 16
+
+
+def load(
+    path: Path,
+    dtype: str = "float32",
+    config: ModelConfig | None = None,  # by default what the files say
+    load_format: str = "auto",
+    max_model_len: int = 512,
+    **options: Any,
+) -> Decoder:
+    """A decoder on the CPU."""
+    config = config or read_model_config(path, dtype, device_is_cpu=True)
+    layout, device = KVLayout.of(config, BLOCK_SIZE), torch.device("cpu")
+    return load_model(config, layout, ops, path, device, load_format, max_model_len, **options)
 
 
 @dataclass
@@ -19,14 +40,13 @@ class PagedSequence:
 
 
 class PagedRun:
-    """A decoder with KV storage that is NaN wherever nothing was stored, and block ids in random order."""
+    """A decoder with a KV cache that is NaN wherever nothing was stored, and block ids in random order."""
 
-    def __init__(self, model: Decoder, block_size: int = 16, num_blocks: int = 64) -> None:
-        config = model.config
+    def __init__(self, model: Decoder, num_blocks: int = 64) -> None:
+        layout = model.weights.layers[0].attention.spec.layout
         self.model = model
-        self.block_size = block_size
-        shape = (num_blocks, config.num_layers, 2, config.num_kv_heads, block_size, config.head_dim)
-        self.kv = torch.full(shape, torch.nan, dtype=getattr(torch, config.dtype))
+        self.block_size = layout.block_size
+        self.kv = torch.full(layout.shape(num_blocks), torch.nan, dtype=getattr(torch, layout.dtype))
         self.free_blocks = list(range(1, num_blocks))
         random.Random(0).shuffle(self.free_blocks)
 

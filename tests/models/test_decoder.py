@@ -7,11 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from model_zoo import load_hf, make_tiny_model
-from paged_run import PagedRun, PagedSequence
+from paged_run import PagedRun, PagedSequence, load
 from torch import Tensor
-
-from nanopd.checkpoints.model_files import read_model_config
-from nanopd.models import Decoder, load_model
 
 # architecture, heads, kv heads, head_dim, tied, rope
 CASES = [
@@ -41,11 +38,6 @@ def tiny_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         tie_word_embeddings=tied,
         rope=rope,
     )
-
-
-def load(path: Path, dtype: str = "float32") -> Decoder:
-    config = read_model_config(path, dtype, device_is_cpu=True)
-    return load_model(config, path, torch.device("cpu"), "auto", config.max_position_embeddings)
 
 
 def random_tokens(length: int, seed: int) -> list[int]:
@@ -88,7 +80,7 @@ def test_logits_do_not_depend_on_batch_or_chunks(tiny_model: Path) -> None:
     model = load(tiny_model)
     token_ids = random_tokens(50, seed=3)
     whole = PagedRun(model).step([(PagedSequence(token_ids), 50)])[0]
-    run = PagedRun(model, block_size=16)
+    run = PagedRun(model)
     sequence = PagedSequence(token_ids)
     others = [PagedSequence(random_tokens(40, seed=seed)) for seed in range(4, 9)]
     parts = [

@@ -10,23 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from model_zoo import make_tiny_model
+from paged_run import load
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanopd.checkpoints.model_files import read_model_config
 from nanopd.errors import UnsupportedModelError
-from nanopd.models import Decoder, load_model
-from nanopd.models.layers import checkpoint_tensors
-
-CPU = torch.device("cpu")
-
-
-def load(path: Path, dtype: str = "float32", **options: object) -> Decoder:
-    return load_model(read_model_config(path, dtype, True), path, CPU, "auto", 64, **options)  # type: ignore[arg-type]
+from nanopd.models import Decoder
 
 
 def tensors_of(model: Decoder) -> dict[str, Tensor]:
-    return checkpoint_tensors(model.config, model.weights)
+    return {name: part.tensor for name, part in model.weights.parts(model.config)}
 
 
 def test_sharded_checkpoint(tmp_path: Path) -> None:
@@ -53,7 +47,7 @@ def test_tied_head_is_the_embedding_and_a_redundant_copy_is_ignored(tmp_path: Pa
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, path / "model.safetensors")
     weights = load(path).weights
-    assert weights.lm_head is weights.embedding
+    assert weights.lm_head.weight is weights.embedding
 
 
 def test_progress_ends_at_the_size_of_the_weights(tmp_path: Path) -> None:
@@ -67,7 +61,7 @@ def test_progress_ends_at_the_size_of_the_weights(tmp_path: Path) -> None:
 
 def test_dummy_weights_follow_the_seed_and_need_no_files(tmp_path: Path) -> None:
     config = read_model_config(make_tiny_model(tmp_path, "qwen2"), "bfloat16", True)
-    models = [load_model(config, Path("/nowhere"), CPU, "dummy", 64, seed) for seed in (1, 1, 2)]
+    models = [load(Path("/nowhere"), config=config, load_format="dummy", seed=seed) for seed in (1, 1, 2)]
     same, again, other = (tensors_of(model) for model in models)
     assert all(torch.equal(same[name], again[name]) for name in same)
     assert not torch.equal(same["lm_head.weight"], other["lm_head.weight"])
@@ -113,4 +107,4 @@ def test_other_architecture_than_the_files(tmp_path: Path) -> None:
     path = make_tiny_model(tmp_path, "llama")
     config = replace(read_model_config(path, "float32", True), qk_norm=True)
     with pytest.raises(UnsupportedModelError, match="q_norm"):
-        load_model(config, path, CPU, "safetensors", 64)
+        load(path, config=config)

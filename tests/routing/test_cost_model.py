@@ -174,3 +174,12 @@ def test_arrays_and_numbers_have_one_formula() -> None:
     columns[0][:10] = columns[2][5:15] = 0
     together = TERMS.step_ms(*columns, maximum=np.maximum)
     assert together == pytest.approx([TERMS.step_ms(*map(int, row)) for row in zip(*columns, strict=True)])
+
+
+def test_a_step_that_is_too_long_already_leaves_no_room_for_a_chunk() -> None:
+    """Also where rounding puts the square of a0 in an array below the square of a0 as a number."""
+    rng = np.random.default_rng(0)
+    for factor in rng.uniform(0.5, 2.0, 20_000):
+        terms = replace(START, a0=factor * START.a0, gamma=0.0)
+        full = np.array([64.0, 128.0])
+        assert (terms.chunk_within(1.0, full, full * 1000, maximum=np.maximum) == 0).all()

@@ -12,10 +12,10 @@ from nanopd.config.files import config_dir
 from nanopd.errors import ConfigError
 from nanopd.messages import Route
 from nanopd.metrics import SLO
-from nanopd.routing.adaptive import AdaptiveRouter
-from nanopd.routing.closed_form import ClosedFormRouter
-from nanopd.routing.policy import find_parameters, make_policy
-from nanopd.routing.router import Router
+from nanopd.routing.adaptive import AdaptivePolicy
+from nanopd.routing.closed_form import ClosedFormPolicy
+from nanopd.routing.factory import find_parameters, make_policy
+from nanopd.routing.policy import FixedPolicy
 
 PARAMS = config_dir() / "params"
 WORKERS = [{"device": "cpu", "role": role} for role in ("prefill", "mixed")]
@@ -28,14 +28,14 @@ def config(policy: str, **keys) -> EngineConfig:
 def test_every_policy_is_made_from_its_configuration() -> None:
     parameters = find_parameters("8xh200")
     fixed = make_policy(config("disaggregated"))
-    assert isinstance(fixed, Router)
+    assert isinstance(fixed, FixedPolicy)
     assert (fixed.routes, fixed.costs) == ([Route(0, 1)], None)
     closed = make_policy(config("closed_form"), parameters)
-    assert isinstance(closed, ClosedFormRouter)
+    assert isinstance(closed, ClosedFormPolicy)
     assert closed.routes == [Route(0, 1), Route(1, 1)]
     levels = {"ttft_ms": 200, "tpot_ms": 10.0}
     adaptive = make_policy(config("adaptive", slo=levels, admission="reject", max_num_batched_tokens=512), parameters)
-    assert isinstance(adaptive, AdaptiveRouter)
+    assert isinstance(adaptive, AdaptivePolicy)
     assert adaptive.routes == closed.routes
     assert (adaptive.slo, adaptive.admission, adaptive.max_chunk) == (SLO(200, 10.0), "reject", 512)
     assert adaptive.costs.parameters is parameters

@@ -7,36 +7,35 @@ from collections.abc import Callable
 from test_adaptive import Worker
 
 from nanopd.messages import Role, Route
-from nanopd.routing.decision import Prediction
-from nanopd.routing.outlook import RouteSet
-from nanopd.routing.roles import MEMORY, RoleKeeper
+from nanopd.routing.capacity import ROLE_MEMORY, RoleSwitcher
+from nanopd.routing.policy import Prediction, RouteSet
 
 ROLES = [Role.PREFILL, Role.DECODE, Role.DECODE]
 FEASIBLE = RouteSet([Route(0, 1), Route(0, 2)])
 
 
-def prediction(route: Route, excess: float, cost_ms: float = 1000.0) -> Prediction:
-    return Prediction(route, 100.0, 10.0, 10.0, 0.0, excess, cost_ms)
+def prediction(route: Route, violation: float, cost_ms: float = 1000.0) -> Prediction:
+    return Prediction(route, 100.0, 10.0, 10.0, 0.0, violation, cost_ms)
 
 
-def rank(excess: Callable[[Route], float]) -> Callable[[RouteSet], Prediction]:
-    return lambda some: min((prediction(route, excess(route)) for route in some.routes), key=lambda p: p.excess)
+def rank(violation: Callable[[Route], float]) -> Callable[[RouteSet], Prediction]:
+    return lambda some: min((prediction(r, violation(r)) for r in some.routes), key=lambda p: p.slo_violation)
 
 
 class Machine:
-    """Workers whose roles follow the keeper, as the engine's do."""
+    """Workers whose roles follow the switcher, as the engine's do."""
 
     def __init__(self) -> None:
-        self.keeper = RoleKeeper(ROLES, has_limits=True)
+        self.switcher = RoleSwitcher(ROLES, has_limits=True)
         self.workers = [Worker(role=role) for role in ROLES]
         self.num_changes = 0
 
-    def serve(self, num_requests: int, excess: Callable[[Route], float]) -> list[Role]:
-        best = rank(excess)
+    def serve(self, num_requests: int, violation: Callable[[Route], float]) -> list[Role]:
+        best = rank(violation)
         for _ in range(num_requests):
             roles = [worker.role for worker in self.workers]
             feasible = RouteSet(Route(p, d) for p in range(3) for d in range(3) if may(roles, p, d))
-            for worker, role in self.keeper.changes(feasible, best(feasible), best, self.workers):
+            for worker, role in self.switcher.changes(feasible, best(feasible), best, self.workers):
                 self.workers[worker].role = role
                 self.num_changes += 1
         return [worker.role for worker in self.workers]
@@ -53,14 +52,14 @@ def too_many_prompts(route: Route) -> float:
 
 def test_who_could_help_most_requests_is_opened_and_goes_back() -> None:
     machine = Machine()
-    assert machine.serve(8 * MEMORY, lambda _: 0.0) == ROLES
-    assert machine.serve(MEMORY // 3, too_many_prompts) == ROLES  # not at once
-    assert machine.serve(MEMORY, too_many_prompts) == [Role.PREFILL, Role.DECODE, Role.MIXED]
-    assert machine.serve(8 * MEMORY, too_many_prompts)[0] is Role.PREFILL  # it is needed, and others are not
+    assert machine.serve(8 * ROLE_MEMORY, lambda _: 0.0) == ROLES
+    assert machine.serve(ROLE_MEMORY // 3, too_many_prompts) == ROLES  # not at once
+    assert machine.serve(ROLE_MEMORY, too_many_prompts) == [Role.PREFILL, Role.DECODE, Role.MIXED]
+    assert machine.serve(8 * ROLE_MEMORY, too_many_prompts)[0] is Role.PREFILL  # it is needed, and others are not
     assert machine.num_changes == 1
-    machine.serve(2 * MEMORY, lambda _: 0.0)
+    machine.serve(2 * ROLE_MEMORY, lambda _: 0.0)
     assert machine.num_changes == 1  # nor back at once
-    assert machine.serve(4 * MEMORY, lambda _: 0.0) == ROLES
+    assert machine.serve(4 * ROLE_MEMORY, lambda _: 0.0) == ROLES
 
 
 def test_now_and_then_does_not_count() -> None:
@@ -75,8 +74,8 @@ def test_what_costs_a_little_less_is_not_worth_a_change() -> None:
     taken = prediction(FEASIBLE.routes[0], 0.0)
 
     def num_changes(has_limits: bool, cost_ms: float) -> int:
-        keeper, cheaper = RoleKeeper(ROLES, has_limits), prediction(Route(0, 0), 0.0, cost_ms)
-        return sum(len(keeper.changes(FEASIBLE, taken, lambda _: cheaper, workers)) for _ in range(MEMORY))
+        switcher, cheaper = RoleSwitcher(ROLES, has_limits), prediction(Route(0, 0), 0.0, cost_ms)
+        return sum(len(switcher.changes(FEASIBLE, taken, lambda _: cheaper, workers)) for _ in range(ROLE_MEMORY))
 
     assert num_changes(has_limits=False, cost_ms=950.0) == 0
     assert num_changes(has_limits=False, cost_ms=500.0) == 1
@@ -84,6 +83,6 @@ def test_what_costs_a_little_less_is_not_worth_a_change() -> None:
 
 
 def test_mixed_workers_have_nothing_to_change_to() -> None:
-    keeper, feasible = RoleKeeper([Role.MIXED] * 2, has_limits=True), RouteSet([Route(0, 1)])
+    switcher, feasible = RoleSwitcher([Role.MIXED] * 2, has_limits=True), RouteSet([Route(0, 1)])
     best = rank(lambda route: route.decode_worker)
-    assert not keeper.changes(feasible, best(feasible), best, [Worker(), Worker()])
+    assert not switcher.changes(feasible, best(feasible), best, [Worker(), Worker()])

@@ -18,11 +18,11 @@ from nanopd.config import EngineConfig
 from nanopd.errors import ConfigError
 from nanopd.ipc.shared_memory import Memories
 from nanopd.messages import TransferAck, TransferPath, TransferPlan
-from nanopd.worker import block_mover, kv_transfer, relay
+from nanopd.worker import block_mover, relay
 from nanopd.worker.block_mover import DigestMismatch, HostMover
 from nanopd.worker.kv_cache import export_kv
 from nanopd.worker.kv_transfer import KVTransfer, path_between
-from nanopd.worker.launched import Launched
+from nanopd.worker.pending import Pending
 
 NUM_BLOCKS = 40
 SHAPE = (NUM_BLOCKS, 2, 2, 3, 4)
@@ -30,10 +30,9 @@ BLOCK_BYTES = 48 * 4
 
 
 @pytest.fixture(autouse=True)
-def small_slots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relay, "SLOT_BYTES", 3 * BLOCK_BYTES)
-    monkeypatch.setattr(relay, "NUM_SLOTS", 2)
-    monkeypatch.setattr(kv_transfer, "NUM_SLOTS", 2)
+def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay, "BUFFER_BYTES", 3 * BLOCK_BYTES)
+    monkeypatch.setattr(relay, "NUM_BUFFERS", 2)
     monkeypatch.setattr(block_mover, "HOST_CHUNK_BYTES", 5 * BLOCK_BYTES)
 
 
@@ -46,7 +45,7 @@ class Workers:
         self.generations = [0] * count
         self.kv = [self._new_cache() for _ in range(count)]
         self.transfers = [self._new_transfer(worker) for worker in range(count)]
-        self.lanes: list[defaultdict[tuple[int, int], deque[Launched]]] = [defaultdict(deque) for _ in range(count)]
+        self.lanes: list[defaultdict[tuple[int, int], deque[Pending]]] = [defaultdict(deque) for _ in range(count)]
         self.num_plans = 0
         for worker in range(count):
             self.announce(worker)
@@ -144,7 +143,7 @@ def test_relayed_plans_are_longer_than_the_ring() -> None:
     workers.send(0, 1, src, dst)
     assert workers.poll(1) == []
     for _ in range(3):
-        assert workers.poll(0) == []  # two slots of three blocks are full
+        assert workers.poll(0) == []  # two buffers of three blocks are full
     (ack,) = workers.poll_all()
     assert ack.num_bytes == 30 * BLOCK_BYTES
     torch.testing.assert_close(workers.kv[1][dst], workers.kv[0][src], rtol=0, atol=0)

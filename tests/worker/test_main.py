@@ -12,9 +12,9 @@ import numpy as np
 
 from nanopd.ipc.channel import Endpoint, channel
 from nanopd.messages import Peer, Peers, Shutdown, StepBatch, StepResult, TransferAck, TransferPlan
-from nanopd.wire import decode, encode, encoded_size, sections
-from nanopd.worker.launched import Launched
+from nanopd.wire import decode, encode, sections
 from nanopd.worker.main import _Server
+from nanopd.worker.pending import Pending
 
 NONE = np.empty(0, np.int32)
 WAIT_S = 20.0
@@ -51,7 +51,7 @@ class FakeWorker:
     def knows(self, plan: TransferPlan) -> bool:
         return (self.generations.get(plan.src_worker) or 0) >= plan.src_generation
 
-    def launch(self, message: StepBatch | TransferPlan) -> Launched:
+    def launch(self, message: StepBatch | TransferPlan) -> Pending:
         if isinstance(message, StepBatch):
             key, result = ("step", message.step_id), StepResult(message.step_id, 0, NONE, NONE, NONE, NONE.astype("f4"))
             while self.num_layers.get(message.step_id):
@@ -68,17 +68,16 @@ class Parent:
         self.worker, self._endpoint, self.control = worker, endpoint, control
 
     def send(self, message: StepBatch | TransferPlan) -> None:
-        encode(message, self._endpoint.writer.reserve(encoded_size(message)))
-        self._endpoint.commit(encoded_size(message))
+        self._endpoint.send(encode(message))
 
     def end(self, kind: str, number: int) -> None:
         wait_until(lambda: (kind, number) in self.worker.tasks)
         self.worker.tasks[kind, number].may_end.set()
 
     def receive(self) -> tuple[str, int]:
-        wait_until(lambda: self._endpoint.reader._control[0] != self._endpoint.reader._next)
-        message = decode(bytes(self._endpoint.reader.read()))
-        self._endpoint.reader.release()
+        received: list[bytes] = []
+        wait_until(lambda: (data := self._endpoint.receive()) is not None and not received.append(data))
+        message = decode(received[0])
         return ("step", message.step_id) if isinstance(message, StepResult) else ("plan", message.plan_id)
 
 
@@ -93,7 +92,6 @@ def wait_until(condition) -> None:
 def running(poll_interval_s: float) -> Iterator[Parent]:
     worker = FakeWorker()
     here, there = channel(4096, 8)
-    here.open(), there.open()
     control, their_control = multiprocessing.Pipe()
     thread = threading.Thread(target=_Server(worker, there, their_control, poll_interval_s, 0.0).run)
     thread.start()

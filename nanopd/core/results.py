@@ -1,0 +1,134 @@
+"""From a worker's results to tokens of its sequences: which are wanted, which drafts were right, what has ended.
+
+Parent process, one thread. Knows slots and sequences; queues are the scheduler's, and what an end or a token means to
+callers is the engine's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from nanopd.core.decodes import Decodes
+from nanopd.core.residency import Residency
+from nanopd.core.sequence import Sequence, SequenceStatus
+from nanopd.core.speculation import rounds_of
+from nanopd.core.step_builder import Chunk, StepInFlight
+from nanopd.messages import MAX_LOGPROBS, StepResult
+
+
+@dataclass(slots=True)
+class StepOutcome:
+    """What a finished step means for the sequences that it was about."""
+
+    advanced: list[tuple[Sequence, int]] = field(default_factory=list)  # prefilling ones, tokens computed so far
+    prefilled: list[Sequence] = field(default_factory=list)  # have their first token and leave for their decode worker
+    watched: list[Sequence] = field(default_factory=list)  # got a token that the engine wants to look at
+    finished: list[tuple[Sequence, SequenceStatus]] = field(default_factory=list)  # to be ended by the engine
+
+
+class Results:
+    """Appends tokens to the sequences of one worker."""
+
+    def __init__(self, residency: Residency, decodes: Decodes, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+        self._residency, self._slots, self._decodes = residency, residency.slots, decodes
+        self._is_eos = np.zeros(vocab_size, np.bool_)
+        self._is_eos[list(eos_token_ids)] = True
+
+    def take(self, step: StepInFlight, result: StepResult, now_s: float) -> Iterator[StepOutcome]:
+        """The outcome of a step, then one for each further token of sequences whose drafts were right.
+
+        The consequences of an outcome (ends, above all) have to be drawn before the next one is asked for: a token that
+        came out of a draft is like one that came out of a step of its own.
+        """
+        slots, accepted = step.sampled_slots, []
+        if step.drafts:
+            self._slots.num_drafts[list(step.drafts)] = 0
+            self._count_drafts(step)
+            first, *others = rounds_of(slots, step.drafts, result.token_ids)
+            accepted = [(slots[rows], result.part(rows)) for rows in others]
+            slots, result = slots[first], result.part(first)
+        outcome = self._append(slots, result, now_s)
+        if step.chunks:
+            self._advance(outcome, step.chunks)
+        yield outcome
+        for more_slots, more in accepted:
+            for slot in more_slots[self._slots.is_active[more_slots]].tolist():
+                self._decodes.accept_draft(slot)
+            yield self._append(more_slots, more, now_s)
+
+    def _count_drafts(self, step: StepInFlight) -> None:
+        for slot, drafts in step.drafts.items():
+            seq = self._slots.seqs[slot]
+            if seq is not None and seq.drafter is not None:
+                seq.drafter.num_drafts += len(drafts)
+
+    def _append(self, slots: np.ndarray, result: StepResult, now_s: float) -> StepOutcome:
+        """A token for each of `slots`; those of sequences that have left since the step was built are dropped."""
+        tokens = result.token_ids
+        if len(result.logprob_rows):
+            self._append_logprobs(slots, result)
+        wanted = self._slots.is_active[slots]
+        if not wanted.all():
+            slots, tokens = slots[wanted], tokens[wanted]
+        num_tokens = self._slots.append(slots, tokens, now_s)
+        is_full = num_tokens >= self._slots.end_len[slots]
+        is_eos = self._is_eos[tokens] & self._slots.stops_at_eos[slots]
+        is_noted = is_full | self._slots.is_watched[slots] | is_eos
+        outcome = StepOutcome()
+        if is_noted.any():
+            noted = zip(slots[is_noted].tolist(), tokens[is_noted].tolist(), is_full[is_noted].tolist(), strict=True)
+            for slot, token, is_at_end in noted:
+                self._note(outcome, slot, token, is_at_end, now_s, result.errors)
+        return outcome
+
+    def _note(
+        self, outcome: StepOutcome, slot: int, token: int, is_at_end: bool, now_s: float, errors: np.ndarray
+    ) -> None:
+        """Add to `outcome` what the new token of a slot means for its sequence."""
+        t, seq = self._slots, self._residency.seq(slot)
+        if token < 0:
+            t.num_tokens[slot] -= 1
+            seq.error = bytes(errors).decode()
+            outcome.finished.append((seq, SequenceStatus.FINISHED_ERROR))
+            return
+        if seq.is_watched:  # the sequence's own list is always up to date
+            seq.token_ids.append(token)
+            seq.token_times_s.append(now_s)
+            t.is_awaited[slot] = seq.awaits_choice = seq.chooser is not None
+            if seq.drafter is not None:
+                self._decodes.observe(seq, slot, token)
+            outcome.watched.append(seq)
+        else:
+            t.sync(seq)
+        if token in seq.stop_ids:
+            seq.stop_reason = token if token in seq.params.stop_token_ids else None
+            outcome.finished.append((seq, SequenceStatus.FINISHED_STOPPED))
+        elif is_at_end:
+            outcome.finished.append((seq, SequenceStatus.FINISHED_LENGTH))
+
+    def _advance(self, outcome: StepOutcome, chunks: list[Chunk]) -> None:
+        """What the step's chunks mean for others of the same prefix, and for sequences that leave."""
+        finished = [seq for seq, _ in outcome.finished]
+        for chunk in chunks:
+            seq = chunk.seq
+            if self._slots.seqs[chunk.slot] is not seq:
+                continue
+            self._residency.publish(seq, chunk.end)
+            if chunk.is_leaving and seq not in finished:
+                self._slots.sync(seq)
+                outcome.advanced.append((seq, chunk.end))
+                if chunk.is_last:
+                    outcome.prefilled.append(seq)
+
+    def _append_logprobs(self, slots: np.ndarray, result: StepResult) -> None:
+        """Give each sequence that asked for them: token id -> log probability, the chosen token first."""
+        ids = result.logprob_ids.reshape(-1, 1 + MAX_LOGPROBS).tolist()
+        values = result.logprobs.reshape(-1, 1 + MAX_LOGPROBS).tolist()
+        for row, row_ids, row_values in zip(result.logprob_rows.tolist(), ids, values, strict=True):
+            seq = self._slots.seqs[slots[row] if row >= 0 else -1 - row]
+            logprobs = None if seq is None else seq.logprobs if row >= 0 else seq.prompt_logprobs
+            if logprobs is not None:
+                logprobs.append({i: value for i, value in zip(row_ids, row_values, strict=True) if i >= 0})

@@ -1,0 +1,122 @@
+"""The workers of an engine, as they live, die and come back: their clients, schedulers, and what each has to answer.
+
+Engine's thread; never waits. Knows no routes and no requests: what becomes of a dead worker's sequences is the
+engine's to decide.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from nanopd.config import EngineConfig, ModelConfig
+from nanopd.core.in_flight import Ledger, WorkerLedger
+from nanopd.core.scheduler import Scheduled, Scheduler
+from nanopd.core.sequence import Sequence
+from nanopd.errors import WorkerError
+from nanopd.messages import Role, TransferPlan
+from nanopd.workers.client import WorkerClient
+from nanopd.workers.paths import send_plan
+
+logger = logging.getLogger(__name__)
+
+
+class Fleet:
+    """All workers, by number."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: ModelConfig,
+        clients: list[WorkerClient],
+        clock: Callable[[], float],
+        replace: Callable[[int], bool] | None,
+    ) -> None:
+        """See `Engine.__init__`."""
+        self.clients = clients
+        self.schedulers: list[Scheduler] = []
+        self.errors: dict[int, WorkerError] = {}  # of dead workers
+        self.ledger = Ledger(len(clients), config.step_timeout_s)
+        self.peak_blocks = [0] * len(clients)  # in use, since `reset_statistics`
+        self._returning: set[int] = set()  # dead workers that are being replaced
+        self._config, self._model, self._clock, self._replace = config, model, clock, replace
+        for worker, role in enumerate(config.roles):
+            self.schedulers.append(self._new_scheduler(worker, role))
+
+    def _new_scheduler(self, worker: int, role: Role, generation: int = 0) -> Scheduler:
+        client = self.clients[worker]
+        pools = client.num_blocks, client.num_host_blocks
+        return Scheduler(worker, role, self._config, *pools, self._model, generation)
+
+    @property
+    def live_workers(self) -> list[int]:
+        return [worker for worker, scheduler in enumerate(self.schedulers) if not scheduler.is_dead]
+
+    @property
+    def roles(self) -> list[Role]:
+        return [scheduler.role for scheduler in self.schedulers]
+
+    @property
+    def has_steps_in_flight(self) -> bool:
+        return any(scheduler.in_flight and not scheduler.is_dead for scheduler in self.schedulers)
+
+    def is_lost(self, worker: int) -> bool:
+        """Whether the worker is dead and no replacement is on its way."""
+        return worker in self.errors and worker not in self._returning
+
+    # ------------------------------------------------------------------------------------------------ messages
+
+    def send_step(self, worker: int, scheduled: Scheduled) -> None:
+        """Send a step that is there, behind what it needs."""
+        client, batch = self.clients[worker], scheduled.batch
+        assert batch is not None
+        for extras in scheduled.extras:
+            client.send(extras)
+        client.send(batch)
+        self.ledger_of(worker).sent(batch, self._clock())
+
+    def send_plan(self, plan: TransferPlan) -> None:
+        send_plan(plan, self.clients)
+        self.ledger_of(plan.dst_worker).sent(plan, self._clock())
+
+    def ledger_of(self, worker: int) -> WorkerLedger:
+        return self.ledger.of_worker[worker]
+
+    # ------------------------------------------------------------------------------------------- lives and deaths
+
+    def bury(self, worker: int, error: WorkerError) -> list[Sequence]:
+        """A worker is gone. Returns the sequences that it was computing something of."""
+        logger.error("%s", str(error))  # the record must not keep the traceback and all that it refers to
+        self.errors[worker] = error
+        self.ledger_of(worker).forget()
+        if self._replace is not None and self._replace(worker):
+            self._returning.add(worker)
+        return self.schedulers[worker].die()
+
+    def revive(self, worker: int, client: WorkerClient, generation: int) -> None:
+        """A dead worker has been replaced by `client`, whose KV cache is empty."""
+        old = self.schedulers[worker]
+        assert old.is_dead and generation > old.generation
+        self.clients[worker] = client
+        self.schedulers[worker] = self._new_scheduler(worker, old.role, generation)
+        self.schedulers[worker].succeed(old)
+        del self.errors[worker]
+        self._returning.remove(worker)
+
+    def give_up(self, worker: int, error: WorkerError) -> None:
+        """A dead worker could not be replaced."""
+        logger.error("%s", str(error))
+        self.errors[worker] = error
+        self._returning.remove(worker)
+
+    # ------------------------------------------------------------------------------------------------- statistics
+
+    def note_peak(self, worker: int) -> None:
+        blocks = self.schedulers[worker].residency.blocks
+        self.peak_blocks[worker] = max(self.peak_blocks[worker], blocks.num_usable - blocks.num_free)
+
+    def reset_statistics(self) -> None:
+        """Forget peaks and busy times so far."""
+        self.peak_blocks = [0] * len(self.clients)
+        for ledger in self.ledger.of_worker:
+            ledger.reset_busy()
