@@ -267,7 +267,8 @@ class Simulation:
         engine, logs = simulate(self._config, self._model, self._parameters, later, self._policy, may_jump=False)
         self._end_s = engine.clock()
         run = Run(start_s, logs=logs, seconds=self._end_s - start_s, num_devices=num_devices(self._config))
-        run.busy_s, run.num_peak = [busy_us / 1e6 for busy_us in engine.busy_us], engine.peak_blocks
+        run.busy_s = [ledger.busy_us / 1e6 for ledger in engine.fleet.ledger.of_worker]
+        run.num_peak = engine.fleet.peak_blocks
         run.num_blocks = [scheduler.blocks.num_usable for scheduler in engine.schedulers]
         return run
 
