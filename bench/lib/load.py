@@ -269,7 +269,7 @@ class Simulation:
         run = Run(start_s, logs=logs, seconds=self._end_s - start_s, num_devices=num_devices(self._config))
         run.busy_s = [ledger.busy_us / 1e6 for ledger in engine.fleet.ledger.of_worker]
         run.num_peak = engine.fleet.peak_blocks
-        run.num_blocks = [scheduler.blocks.num_usable for scheduler in engine.schedulers]
+        run.num_blocks = [scheduler.residency.blocks.num_usable for scheduler in engine.schedulers]
         return run
 
 
