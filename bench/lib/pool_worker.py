@@ -1,4 +1,4 @@
-"""The entry of a worker of bench/transfer.py: a KV cache and its transfers, without a model."""
+"""The entry of a worker of bench/micro/transfer.py: a KV cache and its transfers, without a model."""
 
 from __future__ import annotations
 
@@ -36,4 +36,5 @@ def load(index: int, config: EngineConfig, model: ModelConfig, path: Path, memor
 
 
 def main(*args: Any) -> None:
+    """Run the real worker with these parts in place of its own."""
     real.main(*args, load=load)
