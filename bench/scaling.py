@@ -25,22 +25,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from math import inf
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
-from load import Run, Workload, add_arguments, device_name, engine_config, play, serving, settings_of
-from report import Row, emit, make_report, save
-from transfer import BLOCK_SIZE, Pool, pool_config
 
+from bench.lib.load import Run, Workload, engine_config, play, serving, serving_arguments, settings_of
+from bench.lib.report import Row, abort_all, arguments, device_name, emit, make_report, median_and_p99, save
+from bench.micro.transfer import BLOCK_SIZE, Pool, pool_config
 from nanopd import LLM, EngineConfig, Route
 from nanopd.checkpoints.model_files import read_model_config, resolve
 from nanopd.config import KVLayout
 from nanopd.core.sequence import SequenceStatus
 from nanopd.engine.engine import Engine
 from nanopd.messages import EventKind, FinishReason, RequestLog
-from nanopd.metrics import Percentiles
 from nanopd.workers.process import WorkerProcess
 
 SECTIONS = ("start", "hops", "feed", "kill", "transfer")
@@ -57,10 +55,9 @@ def row(what: str, value: float | None, unit: str, bar: float | None = None) -> 
     return {"what": what, "value": value, "unit": unit, "bar": bar}
 
 
-def percentile_rows(what: str, values: Sequence[float] | np.ndarray, unit: str = "ms") -> Iterator[Row]:
-    found = Percentiles.of(values)
-    yield row(f"{what}, p50", found.p50 if found else None, unit)
-    yield row(f"{what}, p99", found.p99 if found else None, unit)
+def percentile_rows(what: str, values: Sequence[float] | np.ndarray) -> Iterator[Row]:
+    for name, value in zip(("p50", "p99"), median_and_p99(values), strict=True):
+        yield row(f"{what}, {name}", value, "ms")
 
 
 def ask(llm: LLM, question: Callable[[Engine], Any]) -> Any:
@@ -83,40 +80,24 @@ def pid_of(engine: Engine, worker: int) -> int:
     return process._process.pid
 
 
-def take_logs(llm: LLM) -> list[RequestLog]:
-    return llm.stats(reset=True).logs
-
-
-# ---------------------------------------------------------------------------------------------------- a quiet engine
-
-
 def start_rows(llm: LLM, seconds: float) -> Iterator[Row]:
     yield row("ready, with first answers, after", seconds, "s")
-    pids = ask(llm, lambda engine: [pid_of(engine, worker) for worker in range(len(engine.workers))])
-    gpu_mb = gpu_memory_mb()
-    for worker, pid in enumerate(pids):
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]  # makes no context on a GPU
+    on_gpu = llm.config.workers[0].cuda_index is not None
+    gpu_mib = subprocess.check_output(query, text=True).splitlines() if on_gpu else []
+    for worker, pid in enumerate(ask(llm, lambda engine: [pid_of(engine, w) for w in range(len(engine.workers))])):
         yield row(f"worker {worker}: host memory", psutil.Process(pid).memory_info().rss / 1e6, "MB")
         index = llm.config.workers[worker].cuda_index
         if index is not None:
-            yield row(f"worker {worker}: GPU memory in use", gpu_mb[index], "MB")
-
-
-def gpu_memory_mb() -> list[float]:
-    """Of each GPU, without making a context on any."""
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    try:
-        return [1.048576 * float(line) for line in subprocess.check_output(query, text=True).splitlines()]
-    except FileNotFoundError:
-        return []
+            yield row(f"worker {worker}: GPU memory in use", 1.048576 * float(gpu_mib[index]), "MB")
 
 
 def hop_rows(llm: LLM, num_tokens: int) -> Iterator[Row]:
     num_workers, num_hops = len(llm.config.workers), NUM_ROUNDS * len(llm.config.workers)
     (job,) = Workload(f"{num_tokens}/{(num_hops + 2) * 4 * STAY}", inf).jobs(llm, inf, 1)
-    here = Route(0, 0)
-    alone = llm.submit(job.prompt, job.params, route=here).result()
-    take_logs(llm)
-    handle = llm.submit(job.prompt, job.params, route=here, request_id="walker", stream=True)
+    alone = llm.submit(job.prompt, job.params, route=Route(0, 0)).result()
+    llm.stats(reset=True)
+    handle = llm.submit(job.prompt, job.params, route=Route(0, 0), request_id="walker", stream=True)
     steps = iter(handle)
     for hop in range(num_hops):
         list(islice(steps, STAY))
@@ -125,9 +106,8 @@ def hop_rows(llm: LLM, num_tokens: int) -> Iterator[Row]:
         wait_until(llm, lambda engine: engine.seqs["walker"].worker == worker)  # noqa: B023
     tokens = handle.result().outputs[0].token_ids
     is_same = [a == b for a, b in zip(tokens, alone.outputs[0].token_ids, strict=True)]
-    (log,) = take_logs(llm)
-    counted = slice(num_workers, None)
-    moving, moved = (event_times(log, kind)[counted] for kind in (EventKind.MOVING, EventKind.MOVED))
+    (log,) = llm.stats(reset=True).logs
+    moving, moved = (event_times(log, kind)[num_workers:] for kind in (EventKind.MOVING, EventKind.MOVED))
     after = np.searchsorted(log.token_times_s, moved)
     gaps_ms = np.diff(log.token_times_s) * 1e3
     yield row(f"tokens as without {num_hops} hops", 100 * float(np.mean(is_same)), "%", 100.0)
@@ -140,9 +120,6 @@ def event_times(log: RequestLog, kind: EventKind, worker: int | None = None) -> 
     return np.array([e.time_s for e in log.events if e.kind is kind and worker in (None, e.worker)])
 
 
-# ----------------------------------------------------------------------------------------------------------- feeding
-
-
 @contextmanager
 def decoding(llm: LLM, batch: int, num_tokens: int) -> Iterator[None]:
     """`batch` sequences on each worker, all of them decoding."""
@@ -150,13 +127,9 @@ def decoding(llm: LLM, batch: int, num_tokens: int) -> Iterator[None]:
     jobs = Workload(f"{num_tokens}/{min(room, 4096)}", inf).jobs(llm, inf, batch * num_workers)
     routes = [Route(worker, worker) for worker in range(num_workers)] * batch
     handles = [llm.submit(job.prompt, job.params, route=route) for job, route in zip(jobs, routes, strict=True)]
-    running = SequenceStatus.RUNNING
-    wait_until(llm, lambda engine: all(seq.status is running for seq in engine.seqs.values()))
+    wait_until(llm, lambda engine: all(seq.status is SequenceStatus.RUNNING for seq in engine.seqs.values()))
     yield
-    for handle in handles:
-        handle.abort()
-    for handle in handles:
-        handle.result()
+    abort_all(handles)
     wait_until(llm, lambda engine: not engine.has_unfinished)
 
 
@@ -179,9 +152,6 @@ def feed_rows(llm: LLM, batch: int, num_tokens: int) -> Iterator[Row]:
     yield row(f"{name}: parent, share of a core", 100 * cpu_s / seconds, "%")
 
 
-# ----------------------------------------------------------------------------------------------------------- a death
-
-
 class Kill(threading.Thread):
     """Kills a worker after a while, and sees it come back."""
 
@@ -191,12 +161,12 @@ class Kill(threading.Thread):
         self.killed_s = self.back_s = 0.0
 
     def run(self) -> None:
-        llm, worker = self._llm, self._worker
-        pid, generation = ask(llm, lambda e: (pid_of(e, worker), e.schedulers[worker].generation))
+        worker = self._worker
+        pid, generation = ask(self._llm, lambda e: (pid_of(e, worker), e.schedulers[worker].generation))
         time.sleep(KILL_AT_S)
         self.killed_s = time.monotonic()
         os.kill(pid, signal.SIGKILL)
-        self.back_s = wait_until(llm, lambda engine: engine.schedulers[worker].generation > generation)
+        self.back_s = wait_until(self._llm, lambda engine: engine.schedulers[worker].generation > generation)
 
 
 def kill_rows(llm: LLM, load: str, rate: float, seconds: float) -> Iterator[Row]:
@@ -237,9 +207,6 @@ def gaps_ms(log: RequestLog, start_s: float, end_s: float) -> np.ndarray:  # [*]
     return 1e3 * np.diff(log.token_times_s)[(ends >= start_s) & (ends < end_s)]
 
 
-# --------------------------------------------------------------------------------------------------------- transfers
-
-
 def transfer_rows(config: EngineConfig, num_tokens: int) -> Iterator[Row]:
     path = resolve(config.model, load_format="dummy")
     devices = [worker.device for worker in config.workers]
@@ -257,9 +224,6 @@ def transfer_rows(config: EngineConfig, num_tokens: int) -> Iterator[Row]:
     yield row("all pairs at once: into each worker", (num_workers - 1) * num_mb / seen_ms, "GB/s")
     yield row("all pairs at once: in all", len(pairs) * num_mb / seen_ms, "GB/s")
     pool.close()
-
-
-# -------------------------------------------------------------------------------------------------------------- main
 
 
 def rows_of(config: EngineConfig, args: argparse.Namespace) -> Iterator[Row]:
@@ -283,8 +247,7 @@ def rows_of(config: EngineConfig, args: argparse.Namespace) -> Iterator[Row]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
+    parser = serving_arguments(arguments(__doc__))
     parser.add_argument("--workers", type=int, nargs="+", help="how many; default: all of the configuration")
     parser.add_argument("--sections", nargs="+", default=SECTIONS, choices=SECTIONS)
     parser.add_argument("--tokens", type=int, default=2048, help="of what is moved")
@@ -293,7 +256,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--load", default="1024/128", help="IN/OUT, tokens of the requests beside the kill")
     parser.add_argument("--rate", type=float, default=8.0, help="of these, requests/s per worker")
     parser.add_argument("--seconds", type=float, default=30.0, help="in which they arrive")
-    parser.add_argument("--json", type=Path, help="write the report here too, anew after each row")
     args = parser.parse_args(argv)
     base = engine_config(args)
     device = device_name(base)
@@ -306,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows.append({"workers": count, **found})
             print(*rows[-1].values(), sep="  ", file=sys.stderr, flush=True)
             if args.json:
-                save(make_report("scaling", settings, rows, device), args.json)
+                save(make_report("scaling", settings, rows, device), args.json)  # anew after each row
     emit("scaling", settings, rows, device=device)
 
 

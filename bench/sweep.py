@@ -1,4 +1,4 @@
-"""Policies x workloads x rates x seeds on the same devices, then figures and a page, in one command.
+"""`python -m bench.run sweep`: policies x workloads x rates x seeds on the same devices, then figures and a page.
 
 Every policy is given the same prompts, sampling and arrivals, and the same devices; an engine is started once for each
 policy. After each run the report is written anew, with a line for it. What it holds already is not run again: a sweep
@@ -6,7 +6,7 @@ that was interrupted, or stopped by --budget-s, goes on where it was. `SWEEPS` s
 configuration, and every part of it has an option.
 
 --simulate makes the same rows by a simulation, with the parameters that the policy adaptive would use, and needs no
-device: a prediction, to be made before the run (`bench/report.py REAL --against SIMULATED`).
+device: a prediction, to be made before the run (`python -m bench.report REAL --against SIMULATED`).
 """
 
 from __future__ import annotations
@@ -15,28 +15,30 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from load import (
+from bench.lib.load import (
     Arrangement,
+    Run,
     Simulation,
     Workload,
-    add_arguments,
-    device_name,
     engine_config,
     play,
     result_row,
     save_timeline,
     serving,
+    serving_arguments,
     settings_of,
 )
-from report import Row, emit, figures_of, load, make_report, save, write_page
-
-from nanopd import LLM, EngineConfig
+from bench.lib.report import Row, device_name, emit, load, make_report, save
+from bench.lib.rows import figures_of, limits_of
+from bench.report import write_page
+from nanopd import EngineConfig
 from nanopd.checkpoints.model_files import read_model_config, resolve
 from nanopd.config import LEVELS, ModelConfig
 from nanopd.errors import ConfigError
@@ -49,6 +51,9 @@ TIMELINE_S = 1.5
 PROGRESS = ("policy", "workload", "requests/s", "served", "TTFT", "TPOT", "attained")  # of each run, as it ends
 REFERENCES = Path(__file__).parent / "results"  # the project's own, and others'
 RESULTS = Path("results")
+PEER = Arrangement("transformers", "one by one")
+
+Machine = tuple[ModelConfig, Parameters]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +92,7 @@ SWEEPS = {
         "ttft=200,tpot=10",
         warm_up_s=2.0,
         settings=("model=Qwen3-8B", "load_format=dummy"),
-        beside=("vllm-h200.json",),
+        beside=("h200/vllm.json",),
     ),
     "4xh200": many_h200(4, (2, 3, 1)),
     "8xh200": many_h200(8, (4, 5, 3, 6, 2, 7, 1)),
@@ -104,52 +109,18 @@ class Point:
     window_s: float
     warm_up_s: float
 
-    def key(self, arrangement: Arrangement) -> dict[str, Any]:
-        """What tells its row from all others."""
-        return {
-            "workload": self.workload.label,
-            "rate": self.workload.rate,
-            "seed": self.workload.seed,
-            "cv": self.workload.cv,
-            "policy": arrangement.policy,
-            "split": arrangement.split,
-            "window_s": self.window_s,
-        }
-
     @property
     def end_s(self) -> float:
         return self.warm_up_s + self.window_s
 
+    def key(self, arrangement: Arrangement) -> dict[str, Any]:
+        """What tells its row from all others."""
+        of = self.workload
+        key = {"workload": of.label, "rate": of.rate, "seed": of.seed, "cv": of.cv}
+        return {**key, "policy": arrangement.policy, "split": arrangement.split, "window_s": self.window_s}
+
     def title(self, arrangement: Arrangement) -> str:
         return f"{arrangement}, {self.workload.label} at {self.workload.rate:g} requests/s"
-
-    def run(self, llm: LLM, arrangement: Arrangement, timeline: Path | None) -> Row:
-        title = self.title(arrangement)
-        run = play(llm, self.workload.jobs(llm, self.end_s), title)
-        if timeline is not None:
-            middle_s = (self.warm_up_s + self.end_s) / 2
-            save_timeline(run, llm.config, title, timeline, (middle_s, middle_s + TIMELINE_S))
-        return result_row(run, self.key(arrangement), self.slo, (self.warm_up_s, self.end_s))
-
-    def simulate(self, simulation: Simulation, arrangement: Arrangement) -> Row:
-        run = simulation.play(simulation.requests(self.workload, self.end_s))
-        return result_row(run, self.key(arrangement), self.slo, (self.warm_up_s, self.end_s))
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What a simulation stands on."""
-
-    base: EngineConfig
-    model: ModelConfig
-    parameters: Parameters
-
-    @classmethod
-    def of(cls, base: EngineConfig) -> Machine:
-        """Raises ConfigError: there are no parameters of it."""
-        on_cpu = base.workers[0].device == "cpu"
-        model = read_model_config(resolve(base.model, load_format=base.load_format), base.dtype, on_cpu)
-        return cls(base, model, find_parameters(base.params, cache_file(base, model) if on_cpu else None))
 
 
 class Results:
@@ -166,8 +137,9 @@ class Results:
                 raise ConfigError("out", str(path), "a new file, or one of the same model, devices and settings")
             self.rows = before["rows"]
 
-    def has(self, key: dict[str, Any]) -> bool:
-        return any(key.items() <= row.items() for row in self.rows)
+    def missing(self, points: list[Point], arrangement: Arrangement) -> list[Point]:
+        keys = [(point, point.key(arrangement)) for point in points]
+        return [point for point, key in keys if not any(key.items() <= row.items() for row in self.rows)]
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
@@ -175,65 +147,73 @@ class Results:
 
 
 def points_of(sweep: Sweep, seeds: Sequence[int], cv: float) -> list[Point]:
-    named = [(name, rates) for name, _, rates in (text.rpartition("@") for text in sweep.points)]
     slo = SLO.parse(sweep.slo)
     return [
         Point(Workload(name, float(rate), seed, cv), slo, sweep.window_s, sweep.warm_up_s)
-        for name, rates in named
+        for name, _, rates in (text.rpartition("@") for text in sweep.points)
         for rate in rates.split(",")
         for seed in seeds
     ]
 
 
-def missing(
-    policies: Sequence[str], points: list[Point], results: Results
-) -> Iterator[tuple[Arrangement, list[Point]]]:
-    for arrangement in map(Arrangement.parse, policies):
-        if todo := [point for point in points if not results.has(point.key(arrangement))]:
-            yield arrangement, todo
+# Who serves an arrangement: as long as the context lasts, by a function that plays a point.
+Player = Callable[[Point], Run]
+Server = Callable[[Arrangement], AbstractContextManager[Player]]
 
 
-def runs(base: EngineConfig, policies: Sequence[str], points: list[Point], results: Results) -> Generator[Row]:
-    """Every run that there is no result of yet, policy by policy."""
-    shown = points[min(1, len(points) - 1)]  # of which timelines are kept
-    for arrangement, todo in missing(policies, points, results):
-        timeline = results.path.with_name(f"{results.path.stem}-timeline-{arrangement.policy}.json")
-        with ExitStack() as stack:
-            try:
-                llm = stack.enter_context(serving(arrangement.applied(base)))
-            except ConfigError as error:
-                if error.field != "params":
-                    raise
-                print(f"{arrangement} is left out: {error}", file=sys.stderr)
-                continue
-            for point in todo:
-                yield point.run(llm, arrangement, timeline if point is shown else None)
+@contextmanager
+def engine(base: EngineConfig, shown: Point, path: Path, arrangement: Arrangement) -> Iterator[Player]:
+    """On the devices of `base`; a timeline of `shown` is kept beside the report at `path`."""
+    with serving(arrangement.applied(base)) as llm:
+
+        def run(point: Point) -> Run:
+            title = point.title(arrangement)
+            found = play(llm, point.workload.jobs(llm, point.end_s), title)
+            if point is shown:
+                beside = path.with_name(f"{path.stem}-timeline-{arrangement.policy}.json")
+                middle_s = (point.warm_up_s + point.end_s) / 2
+                save_timeline(found, llm.config, title, beside, (middle_s, middle_s + TIMELINE_S))
+            return found
+
+        yield run
 
 
-def all_runs(
-    base: EngineConfig, policies: Sequence[str], points: list[Point], results: Results, peer: str | None
-) -> Generator[Row]:
-    yield from runs(base, policies, points, results)
-    if peer is not None:
-        yield from peer_runs(base, points, results)
+@contextmanager
+def transformers(base: EngineConfig, arrangement: Arrangement) -> Iterator[Player]:
+    from bench.lib.peer import Peer  # imports torch, which those do without who only simulate
+
+    peer = Peer(base)
+    yield lambda point: peer.play(point.workload.requests(peer.max_len, point.end_s), point.title(arrangement))
 
 
-def peer_runs(base: EngineConfig, points: list[Point], results: Results) -> Generator[Row]:
-    """As `runs`, of transformers."""
-    from peer import ARRANGEMENT, Peer  # imports torch, which those do without who only simulate
-
-    if todo := [point for point in points if not results.has(point.key(ARRANGEMENT))]:
-        peer = Peer(base)
-        for point in todo:
-            run = peer.play(point.workload.requests(peer.max_len, point.end_s), point.title(ARRANGEMENT))
-            yield result_row(run, point.key(ARRANGEMENT), point.slo, (point.warm_up_s, point.end_s))
+@contextmanager
+def simulation(base: EngineConfig, machine: Machine, arrangement: Arrangement) -> Iterator[Player]:
+    simulated = Simulation(arrangement.applied(base), *machine)
+    yield lambda point: simulated.play(simulated.requests(point.workload, point.end_s))
 
 
-def simulations(machine: Machine, policies: Sequence[str], points: list[Point], results: Results) -> Generator[Row]:
-    """As `runs`."""
-    for arrangement, todo in missing(policies, points, results):
-        simulation = Simulation(arrangement.applied(machine.base), machine.model, machine.parameters)
-        yield from (point.simulate(simulation, arrangement) for point in todo)
+def machine_of(base: EngineConfig) -> Machine:
+    """What a simulation stands on. Raises ConfigError: there are no parameters of it."""
+    on_cpu = base.workers[0].device == "cpu"
+    model = read_model_config(resolve(base.model, load_format=base.load_format), base.dtype, on_cpu)
+    return model, find_parameters(base.params, cache_file(base, model) if on_cpu else None)
+
+
+def runs(served: Sequence[tuple[Arrangement, Server]], points: list[Point], results: Results) -> Generator[Row]:
+    """Every run that there is no result of yet, arrangement by arrangement."""
+    for arrangement, serve in served:
+        if todo := results.missing(points, arrangement):
+            with ExitStack() as stack:
+                try:
+                    run = stack.enter_context(serve(arrangement))
+                except ConfigError as error:
+                    if error.field != "params":
+                        raise
+                    print(f"{arrangement} is left out: {error}", file=sys.stderr)
+                    continue
+                for point in todo:
+                    window_s = (point.warm_up_s, point.end_s)
+                    yield result_row(run(point), point.key(arrangement), point.slo, window_s)
 
 
 def carry_out(rows: Generator[Row], results: Results, budget_s: float, run_s: float) -> str:
@@ -241,12 +221,12 @@ def carry_out(rows: Generator[Row], results: Results, budget_s: float, run_s: fl
     end_s = time.monotonic() + budget_s
     with closing(rows):
         for row in rows:
+            shown = figures_of(row)
             if row["is_interrupted"]:
                 print("of the run that was interrupted, which is not kept:")
-                emit("sweep", {}, [row], table=[figures_of(row)])
+                emit("sweep", {}, [row], table=[shown])
                 return "interrupted"
             results.add(row)
-            shown = figures_of(row)
             print(*(f"{name} {shown[name]}" for name in PROGRESS), sep=", ", file=sys.stderr, flush=True)
             if time.monotonic() + 1.2 * run_s > end_s:
                 return "out of time"
@@ -267,9 +247,11 @@ def sweep_of(args: argparse.Namespace) -> Sweep:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_arguments(parser)
+def parser_of_sweep() -> argparse.ArgumentParser:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = serving_arguments(
+        argparse.ArgumentParser("python -m bench.run sweep", None, __doc__, formatter_class=form)
+    )
     parser.add_argument("--quick", action="store_true", help="the first workload, in short windows")
     parser.add_argument("--simulate", action="store_true", help="predict the rows; needs parameters, and no device")
     parser.add_argument("--policies", nargs="+", metavar="POLICY", help="[policy:]split; in place of --policy")
@@ -284,24 +266,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="begin no run that would end later")
     parser.add_argument("--out", type=Path, help="the report; default: results/sweep-CONFIG.json")
     parser.add_argument("--figures", type=Path, help="their directory; default: that of the report")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = parser_of_sweep()
     args = parser.parse_args(argv)
     if args.simulate and args.peer:
         parser.error("--peer is measured: it does not go with --simulate")
     sweep = sweep_of(args)
-    slo = {name: limit for name, limit in asdict(SLO.parse(sweep.slo)).items() if limit is not None and name in LEVELS}
+    slo = {name: limit for name, limit in limits_of(SLO.parse(sweep.slo)).items() if name in LEVELS}
     base = engine_config(args, sweep.settings).replace(slo=slo)
     kind = "-simulated" if args.simulate else "-quick" if args.quick else ""
     out = args.out or RESULTS / f"sweep-{Path(args.config).stem}{kind}.json"
     config = {"engine": settings_of(base), "warm_up_s": sweep.warm_up_s, "load_average": os.getloadavg()[0]}
     points = points_of(sweep, args.seeds, args.cv)
     if args.simulate:
-        machine = Machine.of(base)
-        config["parameters"] = asdict(machine.parameters)
-        results = Results(out, config, f"simulated: {machine.parameters.machine}")
-        rows = simulations(machine, sweep.policies, points, results)
+        machine = machine_of(base)
+        config["parameters"] = asdict(machine[1])
+        results = Results(out, config, f"simulated: {machine[1].machine}")
+        serve = partial(simulation, base, machine)
     else:
         results = Results(out, config, device_name(base))
-        rows = all_runs(base, sweep.policies, points, results, args.peer)
+        serve = partial(engine, base, points[min(1, len(points) - 1)], out)
+    served = [(Arrangement.parse(policy), serve) for policy in sweep.policies]
+    rows = runs([*served, (PEER, partial(transformers, base))] if args.peer else served, points, results)
     outcome = carry_out(rows, results, args.budget_s, 0.0 if args.simulate else sweep.warm_up_s + sweep.window_s)
     if results.rows:
         table = [figures_of(row) for row in results.rows]

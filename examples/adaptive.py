@@ -2,7 +2,7 @@
 
     python examples/adaptive.py --config cpu-demo --summary summary.md
 
-Every worker may prefill and decode; the router predicts each route's latencies and chooses. Parameters that were
+Every worker may prefill and decode; the policy predicts each route's latencies and chooses. Parameters that were
 measured before are used again (see `python launch.py profile`). The load is Poisson, of short prompts.
 """
 

@@ -22,9 +22,9 @@ class RequestMetrics:
     """Figures of one request with output tokens 1..n; all times in milliseconds."""
 
     request_id: str
-    route: Route | None  # the last one
-    finish_reason: FinishReason | None  # None: not finished
-    arrived_s: float  # of the engine's clock
+    route: Route | None  # the last one; None: the request never got one
+    finish_reason: FinishReason | None  # None: the request has not finished
+    arrived_s: float  # when the arrival was due, by the engine's clock
     finished_s: float | None
     queue_ms: float | None  # first scheduled - arrived
     ttft_ms: float | None  # token 1 - arrived; n >= 1
@@ -35,8 +35,8 @@ class RequestMetrics:
     num_prompt_tokens: int
     num_output_tokens: int
     num_cached_tokens: int
-    num_draft_tokens: int  # that steps have verified
-    num_accepted_tokens: int  # of these
+    num_draft_tokens: int  # draft tokens that steps have verified
+    num_accepted_tokens: int  # draft tokens that were accepted
     num_preemptions: int
 
     @classmethod
@@ -74,7 +74,7 @@ class RequestMetrics:
 
 @dataclass(frozen=True, slots=True)
 class SLO:
-    """Upper limits in milliseconds (inclusive) that a request's figures must keep; None: no limit."""
+    """The service level objective: inclusive upper limits of a request's figures in milliseconds; None: no limit."""
 
     ttft_ms: float | None = None
     tpot_ms: float | None = None
@@ -98,14 +98,14 @@ class SLO:
         return cls(**limits)
 
     def is_met(self, request: RequestMetrics) -> bool:
-        """Whether the request completed within all limits; a figure it lacks (it has one token) breaks none."""
+        """Whether the request completed within all limits. A figure that it lacks, having one token, breaks none."""
         limits = ((getattr(request, field.name), getattr(self, field.name)) for field in fields(self))
         return request.is_completed and all(value <= limit for value, limit in limits if None not in (value, limit))
 
 
 @dataclass(frozen=True, slots=True)
 class Percentiles:
-    """Of a non-empty sample; linear interpolation, as numpy's default."""
+    """The mean and percentiles of a non-empty sample, interpolated linearly as numpy does by default."""
 
     mean: float
     p50: float
@@ -115,8 +115,8 @@ class Percentiles:
 
     @classmethod
     def of(cls, values: Sequence[float | None] | np.ndarray) -> Percentiles | None:
-        """Over all values that are not None; None where there is none."""
-        sample = np.asarray(values, np.float64)  # None becomes NaN
+        """Those of all values that are not None; None if there is no such value."""
+        sample = np.asarray(values, np.float64)  # numpy reads None as NaN.
         sample = sample[~np.isnan(sample)]
         if not len(sample):
             return None
@@ -132,13 +132,13 @@ class Summary:
 
     num_requests: int  # all arrivals
     num_completed: int
-    num_preemptions: int  # of all arrivals
+    num_preemptions: int  # summed over all arrivals
     num_prompt_tokens: int
     num_cached_tokens: int
     num_draft_tokens: int
     num_accepted_tokens: int
     num_output_tokens: int
-    duration_s: float  # first arrival to last finish, the drain included
+    duration_s: float  # from the first arrival to the last finish
     queue_ms: Percentiles | None
     ttft_ms: Percentiles | None
     first_gap_ms: Percentiles | None
@@ -150,13 +150,13 @@ class Summary:
     output_tokens_per_s: float
     total_tokens_per_s: float  # prompt and output
     slo_attainment: float | None  # share of all arrivals that completed and met the SLO; None: no SLO
-    goodput_per_s: float | None  # requests that met the SLO, per second of duration_s
+    goodput_per_s: float | None  # requests that completed and met the SLO, per second of duration_s
 
 
 def summarize(
     logs: Iterable[RequestLog], slo: SLO | None = None, window_s: tuple[float, float] | None = None
 ) -> Summary:
-    """Figures of all requests that arrived within `window_s` (start, end) of the engine's clock; None: of all.
+    """Figures of the requests that arrived within `window_s`, a start and an end by the engine's clock; None: of all.
 
     Aborted, failed and unfinished requests count as misses of the SLO. A window leaves out warm-up and late arrivals;
     requests that arrived in it are followed to their end.

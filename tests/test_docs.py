@@ -66,8 +66,8 @@ def numbers_of_tables(language: str) -> list[list[str]]:
 
 
 def references_of_bench() -> set[tuple[object, ...]]:
-    """Floor and vLLM's figure of every row of bench/engine.py that has them."""
-    tree = ast.parse((DOCS.parent / "bench" / "engine.py").read_text(encoding="utf-8"))
+    """Floor and vLLM's figure of every row of bench/micro/engine.py that has them."""
+    tree = ast.parse((DOCS.parent / "bench" / "micro" / "engine.py").read_text(encoding="utf-8"))
     named = {node.targets[0].id: node.value for node in tree.body if isinstance(node, ast.Assign)}
     tables = [ast.literal_eval(named[f"{kind}_FLOORS"]) for kind in ("DECODE", "PREFILL", "OFFLINE")]
     count, length, *references = ast.literal_eval(named["MANY_PROMPTS"])

@@ -16,7 +16,7 @@ NAMES = sorted(path.stem for path in (config_dir() / "params").glob("*.json"))
 
 def test_figures_of_parameter_files(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    command = [sys.executable, "bench/figures.py", "--out", str(tmp_path), "--params", *NAMES]
+    command = [sys.executable, "-m", "bench.studies.figures", "--out", str(tmp_path), "--params", *NAMES]
     subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, check=True, timeout=120)
     pictures = sorted(tmp_path.glob("*.png"))
     assert [path.stem for path in pictures] == NAMES

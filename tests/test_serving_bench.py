@@ -12,15 +12,15 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-import load
 import numpy as np
 import psutil
 import pytest
-import report
-import scaling
-import sweep
 from model_zoo import make_tiny_model
 
+from bench import report, run, scaling
+from bench.lib import load
+from bench.lib.report import Row, make_report
+from bench.lib.rows import attainment, with_slo
 from nanopd import LLM, ConfigError, EngineConfig, Route
 from nanopd.lab.workload import prompt_token_ids
 from nanopd.messages import EventKind, FinishReason, RequestEvent, RequestLog, Work
@@ -148,7 +148,7 @@ def make_log(name: str, arrived_s: float, tokens_s: list[float], route: Route, r
 
 
 @pytest.fixture
-def row() -> report.Row:
+def row() -> Row:
     """Two requests of a window from 1 to 3 s and an error, one of the warm-up; times are exact in binary."""
     done, there = FinishReason.LENGTH, Route(0, 1)
     logs = [
@@ -163,7 +163,7 @@ def row() -> report.Row:
     return load.result_row(run, {"workload": "x", "policy": "p"}, SLO(ttft_ms=300), (1.0, 3.0))
 
 
-def test_row_of_a_window_by_hand(row: report.Row) -> None:
+def test_row_of_a_window_by_hand(row: Row) -> None:
     assert (row["num_requests"], row["num_completed"], row["offered_per_s"], row["late_ms_max"]) == (3, 2, 1.5, 250.0)
     assert row["duration_s"] == 2.5  # 101 to 103.5, the drain included
     assert (row["output_tokens_per_s"], row["output_tokens_per_s_per_device"]) == (6 / 2.5, 3 / 2.5)
@@ -182,16 +182,16 @@ def test_row_of_a_window_by_hand(row: report.Row) -> None:
     [({"ttft_ms": 250}, 1, 1), ({"ttft_ms": 250}, 2, 2), ({"ttft_ms": 999, "tpot_ms": 300}, 1, 1), ({}, 1, 2)],
 )
 def test_attainment_under_other_levels_counts_all_arrivals(
-    row: report.Row, limits: dict[str, float], scale: float, num_good: int
+    row: Row, limits: dict[str, float], scale: float, num_good: int
 ) -> None:
-    assert report.attainment(row, SLO(**limits), scale) == num_good / 3
-    assert report.with_slo(row, SLO(**limits))["num_requests"] == 3
+    assert attainment(row, SLO(**limits), scale) == num_good / 3
+    assert with_slo(row, SLO(**limits))["num_requests"] == 3
 
 
-def test_page_holds_rows_of_others_and_their_source(row: report.Row) -> None:
+def test_page_holds_rows_of_others_and_their_source(row: Row) -> None:
     other = {"workload": "x", "policy": "peer", "rate": 4, "ttft_ms": {"p50": 33, "p99": 68}}
     beside = {"device": "a GPU", "config": {"source": "a log"}, "rows": [other]}
-    page = report.markdown(report.make_report("poisson", {}, [row]), [beside], {"a.png": "A figure"})
+    page = report.markdown(make_report("poisson", {}, [row]), [beside], {"a.png": "A figure"})
     assert "33.0 / 68.0" in page or "33 / 68" in page
     assert "peer: a GPU; a log." in page
     assert "![A figure](a.png)" in page
@@ -223,9 +223,9 @@ def test_quick_sweep_goes_on_where_it_was(model: Path, tmp_path: Path, capsys: p
     out = tmp_path / "results" / "sweep.json"
     base = ["--config", "cpu-demo", "--quick", "--set", f"model={model}", "--set", "max_model_len=512"]
     base += ["--window", "0.5", "--warm-up", "0.2", "--out", str(out), "--figures", str(tmp_path / "figures")]
-    assert sweep.main([*base, "--policies", "2M", "--points", "32/8@20"]) == 0
+    assert run.main(["sweep", *base, "--policies", "2M", "--points", "32/8@20"]) == 0
     first = json.loads(out.read_text())["rows"]
-    assert sweep.main([*base, "--policies", "2M", "1P1D", "--points", "32/8@20,30"]) == 0
+    assert run.main(["sweep", *base, "--policies", "2M", "1P1D", "--points", "32/8@20,30"]) == 0
     rows = json.loads(out.read_text())["rows"]
     assert rows[:1] == first
     keys = [(row["split"], row["rate"]) for row in rows]
@@ -237,7 +237,7 @@ def test_quick_sweep_goes_on_where_it_was(model: Path, tmp_path: Path, capsys: p
     assert asdict(SLO(ttft_ms=1000, tpot_ms=100)).items() >= printed["rows"][0]["slo"].items()
     assert "| 30.0 | disaggregated 1P1D |" in out.with_suffix(".md").read_text()
     with pytest.raises(ConfigError, match="settings"):
-        sweep.main([*base, "--set", "block_size=32"])
+        run.main(["sweep", *base, "--set", "block_size=32"])
 
 
 @pytest.mark.slow
@@ -245,7 +245,7 @@ def test_the_peer_serves_the_same_requests_one_by_one(model: Path, tmp_path: Pat
     out = tmp_path / "sweep.json"
     args = ["--config", "cpu-demo", "--set", f"model={model}", "--set", "max_model_len=512", "--policies", "2M"]
     args += ["--points", "32/8@30", "--window", "0.5", "--warm-up", "0.2", "--peer", "transformers"]
-    assert sweep.main([*args, "--out", str(out)]) == 0
+    assert run.main(["sweep", *args, "--out", str(out)]) == 0
     own, peer = json.loads(out.read_text())["rows"]
     assert (peer["policy"], peer["split"]) == ("transformers", "one by one")
     for name in ("num_requests", "num_completed", "num_prompt_tokens", "num_output_tokens", "offered_per_s"):
@@ -253,8 +253,30 @@ def test_the_peer_serves_the_same_requests_one_by_one(model: Path, tmp_path: Pat
     assert len(peer["samples"]["tpot_ms"]) == peer["num_requests"]
 
 
-def test_a_moment_without_work_has_no_timeline(row: report.Row, tmp_path: Path) -> None:
-    plots = pytest.importorskip("plots", exc_type=ImportError)
+@pytest.mark.slow
+def test_one_command_serves_three_sources(model: Path, tmp_path: Path) -> None:
+    trace, out = tmp_path / "trace.jsonl", tmp_path / "report.json"
+    lines = [{"timestamp": 100 * i, "input_length": 40, "output_length": 4, "hash_ids": [i]} for i in range(3)]
+    trace.write_text("\n".join(map(json.dumps, lines)))
+    base = ["--config", "cpu-demo", "--set", f"model={model}", "--set", "max_model_len=512", "--json", str(out)]
+    sources = {
+        "static": (["--workloads", "16/4", "--requests", "2", "--batches", "3"], [2, 3]),
+        "poisson": (["--workload", "16/4", "--rate", "20", "--warm-up", "0.1", "--window", "0.5"], [None]),
+        "trace": (["--trace", str(trace), "--speed", "2"], [3]),
+    }
+    for source, (options, counts) in sources.items():
+        assert run.main([source, *base, "--policy", "2M", *options]) == 0
+        found = json.loads(out.read_text())
+        assert found["bench"] == source
+        for count, row in zip(counts, found["rows"], strict=True):
+            assert row["num_completed"] == (count or row["num_requests"]) > 0
+            assert row["split"] == "2M"
+    assert run.main([]) == 0  # prints what there is
+    assert run.main(["nothing"]) == 2
+
+
+def test_a_moment_without_work_has_no_timeline(row: Row, tmp_path: Path) -> None:
+    plots = pytest.importorskip("bench.lib.plots", exc_type=ImportError)
     quiet = tmp_path / "x-timeline-quiet.json"
     quiet.write_text(json.dumps({"otherData": {"title": "nothing"}, "traceEvents": []}))
     saved = plots.save_all([{**row, "rate": 1.0}], [quiet], tmp_path, "x")
@@ -266,7 +288,7 @@ def test_simulated_sweep_is_that_of_the_parameters(model: Path, tmp_path: Path) 
     out = tmp_path / "simulated.json"
     args = ["--config", "cpu-demo", "--simulate", "--set", f"model={model}", "--set", "params=8x4090"]
     args += ["--policies", "2M", "1P1D", "--points", "64/8@0.05", "--window", "300", "--out", str(out)]
-    assert sweep.main([*args, "--figures", str(tmp_path)]) == 0
+    assert run.main(["sweep", *args, "--figures", str(tmp_path)]) == 0
     collocated, split = json.loads(out.read_text())["rows"]
     terms = find_parameters("8x4090").terms
     assert collocated["num_requests"] == collocated["num_completed"] == split["num_completed"] > 3
@@ -280,7 +302,7 @@ def test_simulated_sweep_is_that_of_the_parameters(model: Path, tmp_path: Path) 
 def test_comparison_by_hand() -> None:
     key = {"workload": "x", "rate": 1.0, "seed": 0, "cv": 1.0, "policy": "adaptive", "split": "2M", "window_s": 9.0}
 
-    def row(tokens_per_s: float, ms: float, share: float, **other: object) -> report.Row:
+    def row(tokens_per_s: float, ms: float, share: float, **other: object) -> Row:
         latency = {"p50": ms, "p99": 2 * ms}
         figures = {"output_tokens_per_s": tokens_per_s, "slo_attainment": share, "ttft_ms": latency, "tpot_ms": latency}
         return {**key, **figures, "first_gap_ms": None, "itl_ms": latency, **other}
@@ -334,8 +356,8 @@ def test_scaling_of_two_workers(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_every_figure_is_drawn(model: Path, row: report.Row, tmp_path: Path) -> None:
-    plots = pytest.importorskip("plots", exc_type=ImportError)
+def test_every_figure_is_drawn(model: Path, row: Row, tmp_path: Path) -> None:
+    plots = pytest.importorskip("bench.lib.plots", exc_type=ImportError)
     rows = [{**row, "rate": rate, "policy": policy} for rate in (1.0, 2.0) for policy in ("collocated", "adaptive")]
     saved = plots.save_all(rows, [], tmp_path, "x")
     assert {path.name for path in saved} == {

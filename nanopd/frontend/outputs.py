@@ -35,7 +35,7 @@ class RequestOutput:
     route: Route | None
     error: str | None = None  # the reason where finish_reason is "error", or "abort" by a deadline
     finished: bool = True
-    decision: Decision | None = None  # the router's last decision before the first token, with its predictions
+    decision: Decision | None = None  # the policy's last decision before the first token, with its predictions
     num_cached_tokens: int = 0  # tokens of the prompt that were in the prefix cache of the worker of the prefill
     prompt_logprobs: list[dict[int, float] | None] | None = None  # per token of the prompt, None for the first one
 

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -259,14 +260,10 @@ def search(
         share = arrangement.prefill_share
         if arrangement.is_split and any((other - likely) * (share - other) > 0 for other in lost):
             continue
-
-        def attainment(rate: float, arrangement: Arrangement = arrangement) -> float:
-            return scenario.attainment(arrangement, rate)
-
         least = CLEAR_LOSS * best
-        found = known.get(arrangement.text)
-        if found is None:
-            found = find_goodput(attainment, least or scenario.likely_rate(len(arrangement.roles)), least)
+        found = known.get(arrangement.text) or find_goodput(
+            partial(scenario.attainment, arrangement), least or scenario.likely_rate(len(arrangement.roles)), least
+        )
         if not found.is_bound and arrangement.policy != ORACLE:  # No real policy can have its goodput.
             best = max(best, found.rate)
         if found.is_bound and arrangement.is_split:

@@ -25,29 +25,10 @@ from tqdm import tqdm
 from nanopd.config import ITEMSIZES, EngineConfig, ModelConfig, allowed_routes
 from nanopd.errors import WorkerError
 from nanopd.ipc.doorbell import Doorbell
-from nanopd.messages import (
-    BLOCK_COPY,
-    SLOT_INIT,
-    TABLE_UPDATE,
-    Route,
-    RowFlag,
-    StepBatch,
-    StepResult,
-    TransferAck,
-    TransferPlan,
-)
+from nanopd.messages import BLOCK_COPY, SLOT_INIT, TABLE_UPDATE, Route, RowFlag, StepBatch, TransferPlan
+from nanopd.routing import cost_model
 from nanopd.routing.closed_form import ClosedForm
-from nanopd.routing.cost_model import (
-    Fit,
-    MoveSample,
-    Parameters,
-    Sample,
-    StepSample,
-    Terms,
-    chunk_pairs,
-    fit,
-    prediction_errors,
-)
+from nanopd.routing.cost_model import MoveSample, Parameters, Sample, StepSample, Terms, chunk_pairs
 from nanopd.workers.paths import send_plan
 from nanopd.workers.process import WorkerProcess
 from nanopd.workers.supervisor import WorkerSupervisor
@@ -119,7 +100,7 @@ class StepShape:
 class Profile:
     """What was measured, and what was fitted to it."""
 
-    fit: Fit  # to the samples of FITTED
+    fit: cost_model.Fit  # to the samples of FITTED
     held_out: dict[str, dict[str, float]]  # kind -> {median, p90} relative error over those of HELD_OUT
     pair_bandwidth: dict[str, float]  # "p->d": GB/s
     num_kv_tokens: int
@@ -156,10 +137,10 @@ def profile(config: EngineConfig, model: ModelConfig, path: Path, show_progress:
         steps, moves = _measure(workers, FITTED, config, model, show_progress)
         held_steps, held_moves = _measure(workers, HELD_OUT, config, model, show_progress)
         num_kv_tokens = _num_kv_tokens(workers, config)
-    fitted = fit([*steps, *itertools.chain(*moves.values())], START)
+    fitted = cost_model.fit([*steps, *itertools.chain(*moves.values())], START)
     held_out: list[Sample] = [*held_steps, *itertools.chain(*held_moves.values())]
-    rates = {str(route): fit(of_pair, START).terms.bandwidth for route, of_pair in moves.items()}
-    return Profile(fitted, prediction_errors(held_out, fitted.terms), rates, num_kv_tokens)
+    rates = {str(route): cost_model.fit(of_pair, START).terms.bandwidth for route, of_pair in moves.items()}
+    return Profile(fitted, cost_model.prediction_errors(held_out, fitted.terms), rates, num_kv_tokens)
 
 
 def _measure(
@@ -258,27 +239,24 @@ def step_of(shape: StepShape, block_size: int, vocab_size: int) -> StepBatch:
 
 def _step_ms(worker: WorkerProcess, step: StepBatch) -> float:
     worker.send(step)
-    result = _answer(worker)
-    assert isinstance(result, StepResult)
-    return result.duration_us / 1e3
+    return _answer_ms(worker)
 
 
 def _move_ms(workers: Sequence[WorkerProcess], route: Route, num_blocks: int) -> float:
     blocks = 1 + np.random.default_rng(num_blocks).permutation(num_blocks).astype(np.int32)
     src, dst = route.prefill_worker, route.decode_worker
     send_plan(TransferPlan(0, src, 0, dst, 0, blocks, blocks), workers)
-    ack = _answer(workers[dst])
-    assert isinstance(ack, TransferAck)
-    return max(ack.duration_us, 1) / 1e3
+    return _answer_ms(workers[dst])
 
 
-def _answer(worker: WorkerProcess) -> StepResult | TransferAck:
+def _answer_ms(worker: WorkerProcess) -> float:
+    """Wait for the one answer that a worker owes; how long its work took, by its own clock, and at least 1 us."""
     end_s = time.monotonic() + ANSWER_TIMEOUT_S
     while not (answers := worker.poll()):
         if time.monotonic() > end_s:
             raise WorkerError(worker.index, "has not answered while it was profiled")
         time.sleep(0)
-    return answers[0]
+    return max(answers[0].duration_us, 1) / 1e3
 
 
 def table(parameters: Parameters, model: ModelConfig) -> list[list[object]]:

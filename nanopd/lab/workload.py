@@ -186,8 +186,8 @@ class Trace:
     """Requests of a trace, the first at 0 s, and what the length limits did to it."""
 
     requests: list[WorkloadRequest]
-    num_clipped: int  # requests made shorter
-    num_dropped: int  # requests left out
+    num_clipped: int  # requests that were shortened to a limit
+    num_dropped: int  # requests that were left out for a limit
 
 
 def read_trace(

@@ -20,6 +20,7 @@ from nanopd.routing.forecast import ExpectedRequest, Forecast
 from nanopd.routing.length_predictor import LengthPredictor
 from nanopd.routing.policy import Decision, Prediction, RoleChanges, RouteSet, WorkerLoad
 
+# These were set by hand: no measurement is on record for either.
 REJECT_ABOVE = 1.1  # times a limit: a request predicted beyond this on its best route cannot be served in time
 QUANTILES = (0.1, 0.5, 0.9)  # of answers' lengths, that stand for their distribution
 

@@ -18,7 +18,7 @@ from nanopd.routing.capacity import BoundLoad, Demand
 from nanopd.routing.cost_model import CostModel, chunk_history, chunk_pairs
 from nanopd.routing.policy import Prediction, RouteSet
 
-# These were set by hand: no measurement is on record for any of them.
+# These were set by hand: no measurement is on record for any of them, and the note on DEDICATED_PENALTY has no figures.
 TOLERANCE = 0.05  # how far from its limit, relatively, a predicted figure begins to count
 NEGLIGIBLE = 0.5  # times a limit, below which a figure violates nothing at all
 VIOLATION_STEP = 0.05  # violations that differ by less are alike

@@ -70,25 +70,20 @@ class LengthPredictor:
 
         Before the first token they may be STALENESS old: what was predicted for the same bucket of prompts is reused.
         """
-        if num_generated:
-            return self._predict(num_prompt, probabilities, num_generated)
         key = _bucket(num_prompt), probabilities
         then, predicted = self._cache.get(key, (-1, (0.0, [])))
-        if then < 0 or self._num_observed - then > STALENESS * min(then, 1 / (1 - DISCOUNT)):
-            predicted = self._predict(num_prompt, probabilities, 0)
-            self._cache[key] = self._num_observed, predicted
-        return predicted
-
-    def _predict(
-        self, num_prompt: int, probabilities: tuple[float, ...], num_generated: int
-    ) -> tuple[float, list[int]]:
+        if not num_generated and self._num_observed - then <= STALENESS * min(then, 1 / (1 - DISCOUNT)):
+            return predicted
         weights = self._probabilities(num_prompt, num_generated)
         self._cumulative[1:] = np.cumsum(weights)
         total = float(self._cumulative[-1])
-        # a bin is taken as evenly filled, from half a token below its first length to half above its last
+        # A bin is taken as evenly filled, from half a token below its first length to half a token above its last.
         lengths = np.interp(np.multiply(probabilities, total), self._cumulative, EDGES - 0.5).tolist()
         mean = float(weights @ self._centres) / total
-        return max(mean, num_generated + 1.0), [max(round(length), num_generated + 1) for length in lengths]
+        predicted = max(mean, num_generated + 1.0), [max(round(length), num_generated + 1) for length in lengths]
+        if not num_generated:
+            self._cache[key] = self._num_observed, predicted
+        return predicted
 
     def _probabilities(self, num_prompt: int, num_generated: int) -> np.ndarray:
         """[num_bins] float64, not normalised: the posterior of the bucket, lengths already exceeded cut off."""

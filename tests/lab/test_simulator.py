@@ -35,9 +35,9 @@ def config(roles: list[str], policy: str, **keys) -> EngineConfig:
 
 def run(roles: list[str], policy: str, requests: list[WorkloadRequest], **keys) -> dict[str, RequestLog]:
     parameters = keys.pop("parameters", H200)
-    router = keys.pop("router", None)
+    chosen = keys.pop("chosen", None)
     may_jump = keys.pop("may_jump", True)
-    engine, logs = simulate(config(roles, policy, **keys), MODEL, parameters, requests, router, may_jump)
+    engine, logs = simulate(config(roles, policy, **keys), MODEL, parameters, requests, chosen, may_jump)
     engine.check_integrity()
     assert len(logs) == len(requests)
     return {log.request_id: log for log in logs}
@@ -83,12 +83,12 @@ def test_jumps_change_nothing(roles: str, policy: str) -> None:
     for may_jump in (False, True):
         settings = config(ROLES[roles], fixed)
         routes = allowed_routes(settings.roles)
-        router = {
+        chosen = {
             "fixed": None,
             "closed_form": ClosedFormPolicy(routes, small),
             "adaptive": AdaptivePolicy(routes, len(settings.roles), CostModel(small), 2048, SLO(200, 10, 50)),
         }[policy]
-        outcomes.append(run(ROLES[roles], fixed, requests, parameters=small, router=router, may_jump=may_jump))
+        outcomes.append(run(ROLES[roles], fixed, requests, parameters=small, chosen=chosen, may_jump=may_jump))
     for stepped, jumped in zip(*(sorted(o.items()) for o in outcomes), strict=True):
         kinds, jumped_kinds = ([(e.kind, e.worker) for e in log.events] for _, log in (stepped, jumped))
         assert kinds == jumped_kinds

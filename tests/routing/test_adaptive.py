@@ -14,7 +14,7 @@ from nanopd.core.scheduler import Load
 from nanopd.core.sequence import Sequence, SequenceStatus
 from nanopd.messages import Role, Route
 from nanopd.metrics import SLO
-from nanopd.request import SamplingParams
+from nanopd.request import Request, SamplingParams
 from nanopd.routing.adaptive import AdaptivePolicy
 from nanopd.routing.cost_model import CostModel, Parameters, chunk_pairs
 from nanopd.routing.forecast import VIOLATION_STEP, ExpectedRequest, Forecast
@@ -56,16 +56,8 @@ def busy(num_decoding: int, context: int, **keys: int) -> Worker:
 
 
 def sequence(seq_id: int, num_prompt: int = 1000) -> Sequence:
-    return Sequence(
-        seq_id,
-        str(seq_id),
-        [1] * num_prompt,
-        SamplingParams(max_tokens=128),
-        max_model_len=100_000,
-        eos_token_ids=(),
-        arrival_s=0.0,
-        seed=0,
-    )
+    request = Request(str(seq_id), [1] * num_prompt, SamplingParams(max_tokens=128), 0.0)
+    return Sequence(seq_id, request, max_model_len=100_000, eos_token_ids=(), seed=0)
 
 
 def all_routes(num_workers: int) -> list[Route]:

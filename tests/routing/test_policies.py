@@ -26,7 +26,7 @@ from nanopd.routing.factory import find_parameters, make_policy
 H200 = find_parameters("8xh200")
 LEVELS = {"ttft_ms": 50, "tpot_ms": 10, "first_gap_ms": 30}
 NUM_REQUESTS = 1000
-# By request: the router changes roles too, but when depends on how fast this machine is.
+# By request number. The policy changes roles too, but when it does depends on how fast this machine is.
 CHANGES = {200: (0, Role.MIXED), 400: (1, Role.MIXED), 600: (0, Role.PREFILL), 800: (1, Role.DECODE)}
 
 
@@ -145,7 +145,7 @@ def test_who_waits_is_not_turned_away_by_a_change_of_roles() -> None:
     engine = symbolic_engine(admission="reject", slo={"ttft_ms": 5000})
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
     seqs = [submit(engine, str(i), [2] * 400, params) for i in range(20)]
-    engine.policy.slo = SLO(ttft_ms=0.1)  # what comes from now on is hopeless
+    engine.policy.slo = SLO(ttft_ms=0.1)  # no request from now on can be served in time
     engine.set_role(1, Role.DECODE)  # what waits there is routed again
     late = submit(engine, "late", [3] * 400, params)
     engine.drain(lambda: None)

@@ -9,20 +9,18 @@ With --sweep also the number of CTAs that a pull runs on, and, on GPUs, the ways
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 from unittest import mock
 
 import numpy as np
 import torch
-from report import Row, emit
 
+from bench.lib.report import Row, arguments, emit, gpu_name, save
 from nanopd import EngineConfig
 from nanopd.checkpoints.model_files import read_model_config, resolve
 from nanopd.config import KVLayout, ModelConfig
@@ -49,19 +47,10 @@ Pair = tuple[int, int]  # source, destination
 
 def pool_config(model: str, devices: Sequence[str], num_tokens: int, transfer: str = "auto") -> EngineConfig:
     """Workers that may hand over to each other, with room for what `num_tokens` have at both ends of a move."""
-    return EngineConfig.from_dict(
-        {
-            "model": model,
-            "load_format": "dummy",
-            "policy": "round_robin",
-            "workers": [{"device": device} for device in devices],
-            "transfer": transfer,
-            "block_size": BLOCK_SIZE,
-            "num_blocks": 2 * -(-num_tokens // BLOCK_SIZE) + 1,
-            "max_num_seqs": 1,
-            "max_model_len": num_tokens,
-        }
-    )
+    workers = [{"device": device} for device in devices]
+    keys = {"load_format": "dummy", "policy": "round_robin", "max_num_seqs": 1, "max_model_len": num_tokens}
+    room = {"block_size": BLOCK_SIZE, "num_blocks": 2 * -(-num_tokens // BLOCK_SIZE) + 1}
+    return EngineConfig.from_dict({"model": model, "workers": workers, "transfer": transfer, **keys, **room})
 
 
 class Pool:
@@ -71,9 +60,9 @@ class Pool:
         self._num_blocks = config.num_blocks or 0
         self._rng = np.random.default_rng(0)
         self._processes = WorkerSupervisor(config, model, path, Doorbell())
-        with mock.patch.object(process, "WORKER_ENTRY", "pool_worker"):
+        with mock.patch.object(process, "WORKER_ENTRY", "bench.lib.pool_worker"):
             self._workers: list[WorkerProcess] = self._processes.start()
-        self._num_plans = 0
+        self.close, self._num_plans = self._processes.close, 0
 
     def path(self, src: int = 0, dst: int = 1) -> TransferPath:
         return self._workers[dst].paths[src]
@@ -98,9 +87,6 @@ class Pool:
         times = [self.move(pairs, num_blocks, ctas) for _ in range(repeats + 2)][2:]
         return statistics.median(t[0] for t in times), statistics.median(t[1] for t in times)
 
-    def close(self) -> None:
-        self._processes.close()
-
     def _plan(self, src: int, dst: int, num_blocks: int, ctas: int) -> TransferPlan:
         self._num_plans += 1
         ids = [1 + self._rng.permutation(self._num_blocks - 1)[:num_blocks].astype(np.int32) for _ in range(2)]
@@ -111,19 +97,14 @@ def timed_ms(copy: Callable[[], object], devices: Sequence[str], count: int = 8)
     """Of one of `count` copies in a row, which hide what it costs to begin and to wait: the median of five."""
     times = []
     for _ in range(6):
-        _synchronize(devices)
-        start = time.perf_counter()
-        for _ in range(count):
-            copy()
-        _synchronize(devices)
-        times.append((time.perf_counter() - start) * 1e3 / count)
-    return statistics.median(times[1:])
-
-
-def _synchronize(devices: Sequence[str]) -> None:
-    for device in devices:
-        if device != "cpu":
-            torch.cuda.synchronize(device)
+        for is_end in (False, True):
+            for _ in range(count if is_end else 0):
+                copy()
+            for device in devices:
+                if device != "cpu":
+                    torch.cuda.synchronize(device)
+            times.append(time.perf_counter())
+    return statistics.median(np.diff(times)[2::2]) * 1e3 / count
 
 
 class PlainCopies:
@@ -141,48 +122,25 @@ class PlainCopies:
         """The slower of the two ways over the host's pinned memory."""
         host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=any(device != "cpu" for device in self._devices))
         ways = ((self._src[:nbytes], host), (host, self._dst[:nbytes]))
-        return (
-            min(nbytes / timed_ms(lambda w=way: w[1].copy_(w[0], non_blocking=True), self._devices) for way in ways)
-            / 1e6
-        )
+        times_ms = [timed_ms(lambda w=way: w[1].copy_(w[0], non_blocking=True), self._devices) for way in ways]
+        return nbytes / max(times_ms) / 1e6
 
 
-def token_rows(
-    pool: Pool, block_bytes: int, tokens: Sequence[int], plain_ms: dict[int, float], link: float
-) -> list[Row]:
-    rows = []
-    for count in tokens:
-        num_blocks = -(-count // BLOCK_SIZE)
-        nbytes = num_blocks * block_bytes
-        ms, seen_ms = pool.median(num_blocks, repeats=20 if count <= 8192 else 8)
-        rate = nbytes / max(ms, 1e-3) / 1e6
-        rows.append(
-            {
-                "what": f"{pool.path().value}, {count} tokens",
-                "MB": round(nbytes / 1e6, 1),
-                "ms": round(ms, 3),
-                "seen_ms": round(seen_ms, 3),
-                "GB/s": round(rate, 1),
-                "bar": BARS.get(pool.path(), {}).get(count),
-                "plain_ms": round(plain_ms[count], 3),
-                "plain_GB/s": round(nbytes / plain_ms[count] / 1e6, 1),
-                "floor_GB/s": round(link, 1),
-                "of_floor": round(rate / link, 2),
-            }
-        )
-    return rows
+def move_row(pool: Pool, block_bytes: int, count: int, repeats: int, ctas: int | None = None) -> dict[str, Any]:
+    """Of moves of `count` tokens by so many CTAs, or by the usual number of them."""
+    num_blocks = -(-count // BLOCK_SIZE)
+    ms, seen_ms = pool.median(num_blocks, repeats, ctas or MAX_CTAS)
+    what = f"{pool.path().value}, {count} tokens" + (f", {ctas} CTAs" if ctas else "")
+    rate = num_blocks * block_bytes / max(ms, 1e-3) / 1e6
+    return {"what": what, "ms": round(ms, 3), "seen_ms": round(seen_ms, 3), "GB/s": round(rate, 1)}
 
 
-def sweep_rows(pool: Pool, block_bytes: int, tokens: Sequence[int]) -> list[Row]:
-    rows = []
-    for count in tokens:
-        num_blocks = -(-count // BLOCK_SIZE)
-        for ctas in CTAS:
-            ms, seen_ms = pool.median(num_blocks, 10, ctas)
-            rate = round(num_blocks * block_bytes / max(ms, 1e-3) / 1e6, 1)
-            row = {"what": f"{pool.path().value}, {count} tokens, {ctas} CTAs", "ms": round(ms, 3)}
-            rows.append({**row, "seen_ms": round(seen_ms, 3), "GB/s": rate})
-    return rows
+def token_row(pool: Pool, block_bytes: int, count: int, plain_ms: float, link: float) -> Row:
+    row = move_row(pool, block_bytes, count, 20 if count <= 8192 else 8)
+    nbytes = -(-count // BLOCK_SIZE) * block_bytes
+    plain = {"plain_ms": round(plain_ms, 3), "plain_GB/s": round(nbytes / plain_ms / 1e6, 1)}
+    row |= {"MB": round(nbytes / 1e6, 1), "bar": BARS.get(pool.path(), {}).get(count), **plain}
+    return {**row, "floor_GB/s": round(link, 1), "of_floor": round(row["GB/s"] / link, 2)}
 
 
 def slot_rows(device: str, block_bytes: int) -> list[Row]:
@@ -213,13 +171,12 @@ def slot_rows(device: str, block_bytes: int) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--model", default="Qwen3-8B", help="the shape")
     parser.add_argument("--devices", default="cuda:0,cuda:1", help="source, destination")
     parser.add_argument("--paths", nargs="+", help="values of `transfer`; default: auto relay")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--sweep", action="store_true", help="numbers of CTAs, and how slots are filled and emptied")
-    parser.add_argument("--json", type=Path, help="write the report here too")
     args = parser.parse_args()
     devices = args.devices.split(",")
     on_gpu = devices != ["cpu", "cpu"]
@@ -237,16 +194,17 @@ def main() -> None:
     for transfer in args.paths or ("auto", "relay"):
         pool = Pool(pool_config(args.model, devices, max(args.tokens), transfer), model, path)
         link = links[pool.path() is TransferPath.RELAY]
-        rows += token_rows(pool, block_bytes, args.tokens, plain_ms, link)
-        sweep += sweep_rows(pool, block_bytes, sweep_tokens) if pool.path() is TransferPath.IPC else []
+        rows += [token_row(pool, block_bytes, count, plain_ms[count], link) for count in args.tokens]
+        if pool.path() is TransferPath.IPC:
+            sweep += [move_row(pool, block_bytes, count, 10, ctas) for count in sweep_tokens for ctas in CTAS]
         pool.close()
     settings = {"model": args.model, "devices": devices, "block_size": BLOCK_SIZE, "max_ctas": MAX_CTAS}
-    device = torch.cuda.get_device_name(next(d for d in devices if d != "cpu")) if on_gpu else None
+    device = gpu_name(max(devices))  # "cuda:0" is behind "cpu"
     report = emit("transfer", settings, rows, device=device)
     if sweep:
         report = {**report, "sweep": emit("transfer sweep", settings, sweep, device=device)["rows"]}
     if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        save(report, args.json)
 
 
 if __name__ == "__main__":

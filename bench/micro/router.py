@@ -6,13 +6,12 @@ is the parent's own. A thousand long answers are under way while the requests co
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence as Workers
 
 import numpy as np
-from report import Row, emit
 
+from bench.lib.report import Row, arguments, emit
 from nanopd.checkpoints.model_files import read_model_config, resolve
 from nanopd.config import EngineConfig
 from nanopd.core.sequence import Sequence
@@ -59,27 +58,18 @@ def measure(policy: str, split: str, num_present: int, num_counted: int) -> Row:
     simulate(config, model, parameters, present + counted, timed, may_jump=False)
     times_us = [us for count, us in timed.notes if count >= num_present]
     p50, p99 = np.percentile(times_us, (50, 99))
-    return {
-        "policy": policy,
-        "workers": split,
-        "decisions": len(times_us),
-        "p50_us": p50,
-        "p99_us": p99,
-        "mean_us": float(np.mean(times_us)),
-        "bar_us": BAR_US,
-    }
+    row = {"policy": policy, "workers": split, "decisions": len(times_us), "p50_us": p50, "p99_us": p99}
+    return {**row, "mean_us": float(np.mean(times_us)), "bar_us": BAR_US}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("--present", type=int, default=1000, help="requests in the system")
     parser.add_argument("--counted", type=int, default=500, help="decisions")
     args = parser.parse_args()
-    rows = [
-        measure(policy, split, args.present, args.counted)
-        for policy, split in (("adaptive", "8 mixed"), ("adaptive", "4 prefill + 4 decode"), ("closed_form", "8 mixed"))
-    ]
-    emit("router", {"params": "8xh200"}, rows)
+    cases = (("adaptive", "8 mixed"), ("adaptive", "4 prefill + 4 decode"), ("closed_form", "8 mixed"))
+    rows = [measure(policy, split, args.present, args.counted) for policy, split in cases]
+    emit("router", {"params": "8xh200"}, rows, path=args.json)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Figures of serving benches: latency and throughput over the rate, attainment, distributions, what workers did when.
 
 Each function takes rows as `load.result_row` makes them and returns a matplotlib figure. Rows of others, which have no
-samples, are drawn where their figures allow. Only bench/report.py imports this, as matplotlib is an extra.
+samples, are drawn where their figures allow. Only bench.report imports this module, as matplotlib is an extra.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from matplotlib.axis import Axis
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-from report import Row, attainment, policy_of
 
+from bench.lib.report import Row
+from bench.lib.rows import attainment, policy_of
 from nanopd.metrics import SLO
 
 COLOURS = {
@@ -55,8 +56,7 @@ def save_all(rows: Sequence[Row], timelines: Sequence[Path], directory: Path, st
         figures["attainment"] = attained(own), "Share of all arrivals that kept their service levels."
     figures["distributions"] = distributions(own), "Distribution of latencies at each workload's highest rate."
     traces = [json.loads(path.read_text(encoding="utf-8")) for path in timelines]
-    traces = [trace for trace in traces if any(event["ph"] == "X" for event in trace["traceEvents"])]
-    if traces:
+    if traces := [trace for trace in traces if any(event["ph"] == "X" for event in trace["traceEvents"])]:
         figures["timeline"] = timeline(traces), "What each worker did, at the same moment of the same load."
     saved = {}
     for name, (figure, caption) in figures.items():
@@ -69,58 +69,49 @@ def save_all(rows: Sequence[Row], timelines: Sequence[Path], directory: Path, st
 
 def latency(rows: Sequence[Row]) -> Figure:
     """A row of panels for each workload, a column for each latency."""
-    workloads = _workloads(rows)
-    figure, axes = plt.subplots(
-        len(workloads), len(LATENCIES), figsize=(3.6 * len(LATENCIES), 2.9 * len(workloads)), squeeze=False
-    )
-    for line, workload in zip(axes, workloads, strict=True):
+    found = _by_workload(rows)
+    size = (3.6 * len(LATENCIES), 2.9 * len(found))
+    figure, axes = plt.subplots(len(found), len(LATENCIES), figsize=size, squeeze=False)
+    for line, (workload, mine) in zip(axes, found.items(), strict=True):
         for axis, (key, title) in zip(line, LATENCIES.items(), strict=True):
-            _by_policy(axis, [r for r in rows if r["workload"] == workload and r.get(key)], _band(key))
+            _by_policy(axis, [r for r in mine if r.get(key)], _band(key))
             axis.set(title=f"{workload}: {title}", ylabel="ms", yscale="log")
             _plain_ticks(axis.yaxis)
-            _rate_ticks(axis, rows, workload)
+            _rate_ticks(axis, mine)
     return _finished(figure, "lines: p50, upper edge of the bands: p99")
 
 
 def throughput(rows: Sequence[Row]) -> Figure:
-    workloads = _workloads(rows)
-    has_goodput = any(row["goodput_per_s"] is not None for row in rows)
-    figure, axes = plt.subplots(
-        1 + has_goodput, len(workloads), figsize=(3.8 * len(workloads) + 3, 3 * (1 + has_goodput)), squeeze=False
-    )
-    for column, workload in enumerate(workloads):
-        mine = [row for row in rows if row["workload"] == workload]
-        top = axes[0][column]
-        _by_policy(top, mine, _line("output_tokens_per_s"))
-        top.set(title=workload, ylabel="output tokens/s")
-        _rate_ticks(top, rows, workload)
+    found, has_goodput = _by_workload(rows), any(row["goodput_per_s"] is not None for row in rows)
+    size = (3.8 * len(found) + 3, 3 * (1 + has_goodput))
+    figure, axes = plt.subplots(1 + has_goodput, len(found), figsize=size, squeeze=False)
+    for column, (workload, mine) in enumerate(found.items()):
+        _by_policy(axes[0][column], mine, _line("output_tokens_per_s"))
+        axes[0][column].set(title=workload, ylabel="output tokens/s")
         if has_goodput:
             bottom, offered = axes[1][column], sorted({row["rate"] for row in mine})
             bottom.plot(offered, offered, "_:", color="black", linewidth=1, label="all arrivals")
             _by_policy(bottom, mine, _line("goodput_per_s"))
             bottom.set(ylabel="goodput, requests/s")
-            _rate_ticks(bottom, rows, workload)
         for axis in axes[:, column]:
+            _rate_ticks(axis, mine)
             axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
     return _finished(figure)
 
 
 def attained(rows: Sequence[Row]) -> Figure:
     """Above: over the rate. Below: with all limits made tighter or looser, at the highest rate."""
-    rows = [row for row in rows if row.get("slo")]
-    workloads = _workloads(rows)
-    figure, axes = plt.subplots(2, len(workloads), figsize=(3.8 * len(workloads) + 3, 6), squeeze=False)
-    for column, workload in enumerate(workloads):
-        mine = [row for row in rows if row["workload"] == workload]
+    found = _by_workload([row for row in rows if row.get("slo")])
+    figure, axes = plt.subplots(2, len(found), figsize=(3.8 * len(found) + 3, 6), squeeze=False)
+    for column, (workload, mine) in enumerate(found.items()):
         limits = ", ".join(f"{name.removesuffix('_ms').upper()} {ms:g} ms" for name, ms in mine[0]["slo"].items())
         over_rate, over_scale = axes[0][column], axes[1][column]
         _by_policy(over_rate, mine, _line("slo_attainment", 100))
         over_rate.set(title=f"{workload}\n{limits}", ylabel="attained, % of arrivals")
-        _rate_ticks(over_rate, rows, workload)
-        busiest = [row for row in mine if row.get("rate") == max(row.get("rate") or 0 for row in mine)]
+        _rate_ticks(over_rate, mine)
+        busiest, at = _busiest(mine)
         _by_policy(over_scale, busiest, _over_scale)
-        over_scale.set(xscale="log", xlabel="limits, times those above", ylabel="attained, % of arrivals")
-        over_scale.set_title(f"at {busiest[0]['rate']:g} requests/s" if busiest[0].get("rate") else "")
+        over_scale.set(xscale="log", xlabel="limits, times those above", ylabel="attained, % of arrivals", title=at)
         over_scale.set_xticks([0.25, 0.5, 1, 2, 4], ["1/4", "1/2", "1", "2", "4"], minor=False)
         over_scale.minorticks_off()
         for axis in (over_rate, over_scale):
@@ -131,15 +122,13 @@ def attained(rows: Sequence[Row]) -> Figure:
 
 def distributions(rows: Sequence[Row]) -> Figure:
     """Cumulative, at the highest rate of each workload."""
-    workloads = _workloads(rows)
-    figure, axes = plt.subplots(len(workloads), 2, figsize=(8.4, 2.9 * len(workloads) + 0.4), squeeze=False)
-    for line, workload in zip(axes, workloads, strict=True):
-        mine = [row for row in rows if row["workload"] == workload]
-        busiest = [row for row in mine if row.get("rate") == max((row.get("rate") or 0 for row in mine), default=0)]
-        at = f" at {busiest[0]['rate']:g} requests/s" if busiest and busiest[0].get("rate") else ""
+    found = _by_workload(rows)
+    figure, axes = plt.subplots(len(found), 2, figsize=(8.4, 2.9 * len(found) + 0.4), squeeze=False)
+    for line, (workload, mine) in zip(axes, found.items(), strict=True):
+        busiest, at = _busiest(mine)
         for axis, key, title in zip(line, ("ttft_ms", "itl_ms_percentiles"), ("TTFT", "ITL"), strict=True):
-            _by_policy(axis, busiest or mine, _cumulative(key))
-            axis.set(title=f"{workload}{at}: {title}", xscale="log", xlabel="ms", ylabel="% below", ylim=(0, 101))
+            _by_policy(axis, busiest, _cumulative(key))
+            axis.set(title=f"{workload} {at}: {title}", xscale="log", xlabel="ms", ylabel="% below", ylim=(0, 101))
             _plain_ticks(axis.xaxis)
     return _finished(figure)
 
@@ -162,8 +151,6 @@ def timeline(traces: Sequence[dict[str, Any]]) -> Figure:
         axis.invert_yaxis()
     return _finished(figure)
 
-
-# ------------------------------------------------------------------------------------------------------- pieces
 
 Draw = Callable[[Axes, Sequence[Row], str, str], None]  # of one policy, with a colour and a label
 
@@ -235,16 +222,22 @@ def _plain_ticks(axis: Axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _rate_ticks(axis: Axes, rows: Sequence[Row], workload: str) -> None:
-    rates = sorted({row["rate"] for row in rows if row["workload"] == workload})
+def _rate_ticks(axis: Axes, rows: Sequence[Row]) -> None:
+    rates = sorted({row["rate"] for row in rows})
     axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
     axis.set_xlabel("requests/s")
     if len(rates) == 1:
         axis.set_xlim(0.9 * rates[0], 1.1 * rates[0])
 
 
-def _workloads(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(row["workload"] for row in rows))
+def _by_workload(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    return {name: [r for r in rows if r["workload"] == name] for name in dict.fromkeys(r["workload"] for r in rows)}
+
+
+def _busiest(rows: Sequence[Row]) -> tuple[list[Row], str]:
+    """The rows of the highest rate, and which that is."""
+    rate = max(row.get("rate") or 0 for row in rows)
+    return [row for row in rows if (row.get("rate") or 0) == rate], f"at {rate:g} requests/s" if rate else ""
 
 
 def _finished(figure: Figure, note: str = "") -> Figure:

@@ -1,4 +1,4 @@
-"""The entry of a worker of bench/transfer.py: a KV cache and its transfers, without a model."""
+"""The entry of a worker of bench/micro/transfer.py: a KV cache and its transfers, without a model."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ def load(index: int, config: EngineConfig, model: ModelConfig, path: Path, memor
     """A worker that moves blocks and takes no steps; `config` says how many blocks it has."""
     assert config.num_blocks is not None
     device = use_device(config.workers[index].device)
-    kv = allocate_kv(memories.caches[index], config.num_blocks, device, config, model)
+    kv = allocate_kv(memories.caches[index], config.num_blocks, config.kv_layout(model), device)
     transfer = PoolTransfer(index, kv, memories.relays, config.verify_transfers)
     return Worker(index, config, model, memories, paths_to(index, config), kv, None, transfer)
 
 
 def main(*args: Any) -> None:
+    """Run the real worker with these parts in place of its own."""
     real.main(*args, load=load)

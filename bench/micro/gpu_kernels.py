@@ -8,22 +8,18 @@ attention read contiguous K and V, which no engine has.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import io
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
-from report import Row, emit
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.lib.report import Row, arguments, emit, gpu_name, seconds_of
 from nanopd import cuda
 from nanopd.config import KVLayout
 from nanopd.cuda import linear
@@ -96,33 +92,34 @@ class Report:
         self.copy_speed = copy_speed()
         self.rows: list[Row] = []
 
-    def add(
-        self, kernel: str, shape: str, num_bytes: float, plain: float, overlapped: float | None = None, **more: object
+    def measure(
+        self,
+        kernel: str,
+        shape: str,
+        num_bytes: float,
+        calls: Callable[[bool], Sequence[Call]] | Sequence[Call],
+        peers: dict[str, Sequence[Call]] | None = None,
+        **more: object,
     ) -> None:
+        """`calls(overlap)`, or `calls`, are what a graph holds; a peer that cannot do the shape is left out."""
+        plain, *overlapped = map(time_graph, map(calls, (False, True)) if callable(calls) else [calls])
         floor = num_bytes / self.copy_speed
-        row: dict[str, object] = {"kernel": kernel, "shape": shape, "us": plain * 1e6, "floor_us": floor * 1e6}
-        row["of_floor"] = floor / plain
-        if overlapped is not None:
-            row |= {"overlapped_us": overlapped * 1e6, "overlapped_of_floor": floor / overlapped}
+        row = {"kernel": kernel, "shape": shape, "us": plain * 1e6, "floor_us": floor * 1e6, "of_floor": floor / plain}
+        for time_s in overlapped:
+            row |= {"overlapped_us": time_s * 1e6, "overlapped_of_floor": floor / time_s}
+        if peers:
+            times: dict[str, float] = {}
+            for name, peer in peers.items():
+                with contextlib.suppress(RuntimeError):
+                    times[name] = time_graph(peer) * 1e6
+            row |= {"peers": " ".join(f"{name} {us:.1f}" for name, us in times.items()), "peers_us": times}
         self.rows.append(row | more)
-
-
-def peers_of(calls: dict[str, Sequence[Call]]) -> dict[str, object]:
-    """Microseconds of each peer, also as one cell of the table; a peer that cannot do the shape is left out."""
-    times: dict[str, float] = {}
-    for name, peer in calls.items():
-        with contextlib.suppress(RuntimeError):
-            times[name] = time_graph(peer) * 1e6
-    return {"peers": " ".join(f"{name} {t:.1f}" for name, t in times.items()), "peers_us": times}
 
 
 def spec_of(kv: Tensor, cos_sin: Tensor | None = None) -> AttentionSpec:
     """Of each layer of a cache; cos_sin is wanted by the rotation alone."""
     layout = KVLayout(*kv.shape[1:2], *kv.shape[3:], str(kv.dtype).removeprefix("torch."))
     return AttentionSpec(layout.head_dim**-0.5, kv if cos_sin is None else cos_sin, layout)
-
-
-# ---- decode attention
 
 
 class AttentionCase:
@@ -186,26 +183,20 @@ def bench_attention(report: Report, block_size: int) -> None:
     backends = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
     for num_rows, context in ((1, 512), (1, 4096), (8, 4096), (64, 2048), (256, 1024), (16, 32768)):
         case = AttentionCase([context] * num_rows, block_size)
+        peers = {name: sdpa_calls(num_rows, context, backend) for name, backend in backends.items()}
         shape, error = f"{num_rows} x {context}", case.error()
-        times = [time_graph(case.calls(overlap)) for overlap in (False, True)]
-        num_bytes = case.num_bytes
-        del case
-        peers = peers_of({name: sdpa_calls(num_rows, context, backend) for name, backend in backends.items()})
-        report.add("decode attention", shape, num_bytes, *times, error=error, **peers)
+        report.measure("decode attention", shape, case.num_bytes, case.calls, peers, error=error)
+        del case, peers
         torch.cuda.empty_cache()
     generator = torch.Generator().manual_seed(3)
     spread = torch.rand(64, generator=generator) * math.log(32768 / 64) + math.log(64)
     ragged = [int(n) for n in spread.exp()]
     for name, seq_lens, queries in (("64 x 64..32k", ragged, 1), ("64 x 2048, 2 queries", [2048] * 64, 2)):
         case = AttentionCase(seq_lens, block_size, queries)
-        error, times = case.error(), [time_graph(case.calls(overlap)) for overlap in (False, True)]
-        report.add("decode attention", name, case.num_bytes, *times, error=error)
-        del case
+        error = case.error()
+        report.measure("decode attention", name, case.num_bytes, case.calls, error=error)
     case = AttentionCase([100] * 256, block_size)
-    report.add("decode plan", "256 rows", 2048, time_graph([case.plan] * 20))
-
-
-# ---- matrix products of few rows, with the norm before them, and the sum or SiLU behind them
+    report.measure("decode plan", "256 rows", 2048, [case.plan] * 20)
 
 
 def bench_linear(report: Report) -> None:
@@ -239,17 +230,19 @@ def product_in_torch(name: str, x: Tensor, norm: Tensor, weight: Tensor) -> Tens
 
 def bench_product(report: Report, name: str, x: Tensor, norm: Tensor, matrices: list[Tensor]) -> None:
     cold = matrices * (4 if len(matrices) == 1 else 1)
-    times = [time_graph([partial(product_of, name, x, norm, w, overlap=o) for w in cold]) for o in (False, True)]
     expected = product_in_torch(name, x.double(), norm.double(), matrices[0].double())
     error = relative_error(product_of(name, x, norm, matrices[0]), expected)
-    peers = peers_of({"torch": [partial(product_in_torch, name, x, norm, w) for w in cold]})
-    report.add("products", f"{x.shape[0]} x {name}", matrices[0].nbytes, *times, error=error, **peers)
+    peers = {"torch": [partial(product_in_torch, name, x, norm, w) for w in cold]}
+
+    calls = partial(with_overlap, [partial(product_of, name, x, norm, w) for w in cold])
+    report.measure("products", f"{x.shape[0]} x {name}", matrices[0].nbytes, calls, peers, error=error)
 
 
 def bench_linears_of_a_step(report: Report, weights: dict[str, list[Tensor]], norm: Tensor) -> None:
     """12 layers of products and the last one, each reading the output of the one before."""
 
-    def step(x: Tensor, product: Callable[..., Tensor]) -> Tensor:
+    def step(x: Tensor, product: Callable[..., Tensor], **keys: bool) -> Tensor:
+        product = partial(product, **keys)
         for qkv, o_proj, gate_up, down in zip(*(weights[name] for name in ("qkv", "o_proj", "gate_up", "down"))):
             x = product("o_proj", product("qkv", x, norm, qkv)[:, :HIDDEN].contiguous(), norm, o_proj)
             x = product("down", product("gate_up", x, norm, gate_up), norm, down)
@@ -258,13 +251,9 @@ def bench_linears_of_a_step(report: Report, weights: dict[str, list[Tensor]], no
     num_bytes = sum(w.nbytes for matrices in weights.values() for w in matrices)
     for num_rows in (1, 4, 8, 16):
         x = random(num_rows, HIDDEN)
-        ways = (product_of, partial(product_of, overlap=True), product_in_torch)
-        plain, overlapped, peer = (time_graph([partial(step, x, way)]) for way in ways)
-        peers = {"peers": f"torch {peer * 1e6:.1f}", "peers_us": {"torch": peer * 1e6}}
-        report.add("products of a step", f"{num_rows} rows, 12 layers", num_bytes, plain, overlapped, **peers)
-
-
-# ---- what lies between
+        peers = {"torch": [partial(step, x, product_in_torch)]}
+        calls = partial(with_overlap, [partial(step, x, product_of)])
+        report.measure("products of a step", f"{num_rows} rows, 12 layers", num_bytes, calls, peers)
 
 
 def bench_elementwise(report: Report) -> None:
@@ -273,40 +262,24 @@ def bench_elementwise(report: Report) -> None:
     norm, head_norm = random(HIDDEN), random(HEAD_DIM)
     for num_rows in (1, 64, 8192):
         copies = 4 if num_rows > 1000 else 20
-        x = random(copies, num_rows, HIDDEN)
-        bench_each(
-            report,
-            f"RMS norm, {num_rows} rows",
-            2 * x[0].nbytes,
-            [partial(cuda.rms_norm, a, norm, 1e-6) for a in x],
-            [partial(F.rms_norm, a, norm.shape, norm, 1e-6) for a in x],
-        )
-        gate_up = random(copies, num_rows, 2 * INTERMEDIATE)
-        bench_each(
-            report,
-            f"SiLU and multiply, {num_rows} rows",
-            gate_up[0].nbytes * 3 // 2,
-            [partial(cuda.silu_and_mul, a) for a in gate_up],
-            [partial(silu_and_mul_in_torch, a) for a in gate_up],
-        )
+        x, gate_up = random(copies, num_rows, HIDDEN), random(copies, num_rows, 2 * INTERMEDIATE)
         tokens = torch.arange(num_rows, device=DEVICE)
         qkv = random(copies, num_rows, (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM)
         where = (tokens, tokens, kv, 1, spec_of(kv, cos_sin), head_norm, head_norm)
-        num_bytes = 2 * qkv[0].nbytes + num_rows * HEAD_DIM * 4
-        name = f"rotary + norms + KV store, {num_rows} rows"
-        bench_each(report, name, num_bytes, [partial(cuda.rotary_and_store, a, *where) for a in qkv])
+        norms = [partial(F.rms_norm, a, norm.shape, norm, 1e-6) for a in x]
+        silus = [partial(silu_and_mul_in_torch, a) for a in gate_up]
+        num_bytes = 2 * x[0].nbytes, gate_up[0].nbytes * 3 // 2, 2 * qkv[0].nbytes + num_rows * HEAD_DIM * 4
+        works: list[tuple[str, int, list[Callable[..., object]], dict[str, Sequence[Call]] | None]] = [
+            ("RMS norm", num_bytes[0], [partial(cuda.rms_norm, a, norm, 1e-6) for a in x], {"torch": norms}),
+            ("SiLU and multiply", num_bytes[1], [partial(cuda.silu_and_mul, a) for a in gate_up], {"torch": silus}),
+            ("rotary + norms + KV store", num_bytes[2], [partial(cuda.rotary_and_store, a, *where) for a in qkv], None),
+        ]
+        for kernel, nbytes, calls, peers in works:
+            report.measure(kernel, f"{num_rows} rows", nbytes, partial(with_overlap, calls), peers)
 
 
-def bench_each(
-    report: Report,
-    name: str,
-    num_bytes: int,
-    calls: Sequence[Callable[..., object]],
-    peer: Sequence[Call] | None = None,
-) -> None:
-    times = [time_graph([partial(call, overlap=overlap) for call in calls]) for overlap in (False, True)]
-    kernel, _, shape = name.rpartition(", ")
-    report.add(kernel, shape, num_bytes, *times, **(peers_of({"torch": peer}) if peer else {}))
+def with_overlap(calls: Sequence[Callable[..., object]], overlap: bool) -> list[Call]:
+    return [partial(call, overlap=overlap) for call in calls]
 
 
 def silu_and_mul_in_torch(gate_up: Tensor) -> Tensor:
@@ -322,7 +295,7 @@ def bench_blocks(report: Report) -> None:
     for max_ctas in (8, 32, 132, 1 << 16):
         call = partial(cuda.move_blocks, src, dst, 256, block_bytes, 0, max_ctas)
         shape = f"256 x {block_bytes / 1e6:.2f} MB, at most {max_ctas} CTAs"
-        report.add("move blocks", shape, 2 * 256 * block_bytes, time_graph([call] * 4))
+        report.measure("move blocks", shape, 2 * 256 * block_bytes, [call] * 4)
 
 
 def bench_launch(report: Report) -> None:
@@ -342,37 +315,28 @@ def bench_launch(report: Report) -> None:
         times = []
         for _ in range(7):
             torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(300):
-                call()
-            times.append((time.perf_counter() - start) / 300)
+            times.append(seconds_of(lambda call=call: [call() for _ in range(300)]) / 300)
         report.rows.append({"kernel": "CPU per launch", "shape": name, "us": min(times) * 1e6})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--only", nargs="*", help="attention, linear, elementwise, blocks, launch (default: all)")
-    parser.add_argument("--json", type=Path, help="write the last line to this file too")
     args = parser.parse_args()
-    benches: dict[str, Call] = {
-        "attention": lambda: bench_attention(report, args.block_size),
-        "linear": lambda: bench_linear(report),
-        "elementwise": lambda: bench_elementwise(report),
-        "blocks": lambda: bench_blocks(report),
-        "launch": lambda: bench_launch(report),
+    benches: dict[str, Callable[[Report], None]] = {
+        "attention": partial(bench_attention, block_size=args.block_size),
+        "linear": bench_linear,
+        "elementwise": bench_elementwise,
+        "blocks": bench_blocks,
+        "launch": bench_launch,
     }
     report = Report()
     for name in args.only or benches:
-        benches[name]()
+        benches[name](report)
         torch.cuda.empty_cache()
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        config = {"block_size": args.block_size, "copy_bytes_per_s": report.copy_speed}
-        emit("kernels", config, report.rows, COLUMNS, torch.cuda.get_device_name())
-    print(printed.getvalue(), end="")
-    if args.json:
-        args.json.write_text(printed.getvalue().splitlines()[-1] + "\n")
+    config = {"block_size": args.block_size, "copy_bytes_per_s": report.copy_speed}
+    emit("kernels", config, report.rows, COLUMNS, gpu_name("cuda"), path=args.json)
 
 
 if __name__ == "__main__":

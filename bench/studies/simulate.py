@@ -8,14 +8,13 @@ goodput count all arrivals. With several `--rates` the same requests come at oth
 
 from __future__ import annotations
 
-import argparse
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from report import Row, emit
 
+from bench.lib.report import Row, arguments, emit
 from nanopd.config import EngineConfig, load_config
 from nanopd.lab.planner import Arrangement, Scenario, at_rate, default_slo
 from nanopd.lab.workload import MIXED_PROMPTS, FixedLength, WorkloadRequest, read_trace, synthetic_requests
@@ -47,10 +46,9 @@ def shifting(parts: list[list[WorkloadRequest]]) -> list[WorkloadRequest]:
             chosen = part[half * middle : (half + 1) * middle]
             scale, first_s = weight / mean, chosen[0].arrival_s
             seed = (2 * number + half) << 40  # parts must not have prompts in common
-            requests += [
-                replace(r, arrival_s=start_s + (r.arrival_s - first_s) * scale, prompt_seed=r.prompt_seed + seed)
-                for r in chosen
-            ]
+            for r in chosen:
+                arrival_s = start_s + (r.arrival_s - first_s) * scale
+                requests.append(replace(r, arrival_s=arrival_s, prompt_seed=r.prompt_seed + seed))
             start_s = requests[-1].arrival_s + scale
     return requests
 
@@ -64,25 +62,17 @@ def run(scenario: Scenario, arrangement: Arrangement, rate: float) -> Row:
     logs = scenario.run(arrangement, rate or None)
     s = summarize(logs, scenario.slo)
     assert s.ttft_ms and s.tpot_ms
-    return {
-        "arrangement": arrangement.text,
-        "rate": rate or (len(scenario.requests) - 1) / scenario.requests[-1].arrival_s,
-        "attainment": s.slo_attainment,
-        "goodput/s": s.goodput_per_s,
-        "ttft p50": s.ttft_ms.p50,
-        "ttft p99": s.ttft_ms.p99,
-        "tpot p50": s.tpot_ms.p50,
-        "tpot p99": s.tpot_ms.p99,
-        "gap p99": s.first_gap_ms.p99 if s.first_gap_ms else None,
-        "tok/s": s.output_tokens_per_s,
-        "preempted": s.num_preemptions,
-        "collocated": float(np.mean([log.route is not None and log.route.is_collocated for log in logs])),
-        "wall s": time.perf_counter() - start,
-    }
+    offered = rate or (len(scenario.requests) - 1) / scenario.requests[-1].arrival_s
+    row = {"arrangement": arrangement.text, "rate": offered, "attainment": s.slo_attainment}
+    row |= {"goodput/s": s.goodput_per_s, "ttft p50": s.ttft_ms.p50, "ttft p99": s.ttft_ms.p99}
+    row |= {"tpot p50": s.tpot_ms.p50, "tpot p99": s.tpot_ms.p99, "gap p99": s.first_gap_ms and s.first_gap_ms.p99}
+    row |= {"tok/s": s.output_tokens_per_s, "preempted": s.num_preemptions}
+    collocated = float(np.mean([log.route is not None and log.route.is_collocated for log in logs]))
+    return {**row, "collocated": collocated, "wall s": time.perf_counter() - start}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("--params", default="8x4090", help="a parameter file, or the name of a shipped one")
     parser.add_argument("--config", help="takes block size and limits from there; default: those of EngineConfig")
     parser.add_argument("--trace", default="mixed", help="*.csv, *.jsonl, mixed, or several joined by + (shifting)")
@@ -99,7 +89,7 @@ def main() -> None:
     slo = SLO.parse(args.slo) if args.slo else default_slo(parameters, requests)
     scenario = Scenario.of(base, parameters, requests, slo)
     rows = [run(scenario, Arrangement.parse(text), rate) for rate in args.rates for text in args.split]
-    emit("simulate", {"params": args.params, "trace": Path(args.trace).name, "slo": str(slo)}, rows)
+    emit("simulate", {"params": args.params, "trace": Path(args.trace).name, "slo": str(slo)}, rows, path=args.json)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Every bench that serves requests over time plays them here, through `LLM.submit`. The clock of a request starts when its
 arrival is due, whether or not anybody is ready to take it. Prompts and arrivals follow from a workload's name, its rate
 and a seed alone, so each policy is given the same. Ctrl-C ends a run early: its row tells of what was done by then.
+The requests come from the caller's thread; another one looks at the engine meanwhile.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from math import ceil
@@ -24,51 +25,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from report import Row, emit, figures_of, save
 from tqdm import tqdm
 
+from bench.lib.report import Row, greedy
+from bench.lib.rows import limits_of
 from nanopd import LLM, EngineConfig, NanopdError, SamplingParams
 from nanopd.commands.run import DEMO_PROMPTS
 from nanopd.config import POLICIES, ModelConfig, load_config, routes_for_policy
 from nanopd.errors import ConfigError
+from nanopd.lab import workload as lengths
 from nanopd.lab.simulator import simulate
-from nanopd.lab.workload import (
-    LONG_PROMPTS,
-    MIXED_PROMPTS,
-    SHORT_PROMPTS,
-    FixedLength,
-    LengthDistribution,
-    WorkloadRequest,
-    prompt_token_ids,
-    read_trace,
-    synthetic_requests,
-)
+from nanopd.lab.workload import FixedLength, WorkloadRequest
 from nanopd.messages import FinishReason, RequestLog, Work
 from nanopd.metrics import SLO, Percentiles, RequestMetrics, summarize
 from nanopd.routing.cost_model import Parameters
 from nanopd.routing.factory import make_policy
 
-PROMPTS: dict[str, LengthDistribution] = {"short": SHORT_PROMPTS, "long": LONG_PROMPTS, "mixed": MIXED_PROMPTS}
+PROMPTS = {"short": lengths.SHORT_PROMPTS, "long": lengths.LONG_PROMPTS, "mixed": lengths.MIXED_PROMPTS}
 NATURAL = "natural"
 WORKLOADS = f"{', '.join(PROMPTS)}, IN/OUT (tokens), {NATURAL}, a *.txt file with a prompt per line"
 ROLES = {"P": "prefill", "D": "decode", "M": "mixed"}
 LOOK_S = 0.5  # between two looks at the engine while it serves
 WARM_UP_TOKENS = 64
 SAMPLES = ("ttft_ms", "first_gap_ms", "tpot_ms", "e2e_ms")  # of each request, in a row's `samples`
-
-Prompt = str | list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A request that is ready to be submitted."""
-
-    due_s: float  # since the start of the run
-    prompt: Prompt
-    params: SamplingParams
-
-
-# ---------------------------------------------------------------------------------------------------- policies
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +89,13 @@ class Arrangement:
         return config.replace(policy=self.policy, workers=workers)
 
 
-# ---------------------------------------------------------------------------------------------------- workloads
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request that is ready to be submitted."""
+
+    due_s: float  # since the start of the run
+    prompt: str | list[int]
+    params: SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +121,8 @@ class Workload:
         if self.name == NATURAL or self.name.endswith(".txt"):
             return self._text_jobs(llm, seconds, max_requests)
         requests = self.requests(llm.config.max_len_of(llm.model_config), seconds, max_requests)
-        vocab_size = llm.model_config.vocab_size
-        return [Job(r.arrival_s, prompt_token_ids(r, vocab_size), greedy(r.num_output_tokens)) for r in requests]
+        prompts = (lengths.prompt_token_ids(r, llm.model_config.vocab_size) for r in requests)
+        return [Job(r.arrival_s, p, greedy(r.num_output_tokens)) for r, p in zip(requests, prompts)]
 
     def requests(self, max_len: int, seconds: float, max_requests: int | None = None) -> list[WorkloadRequest]:
         """As `jobs`, with lengths in place of tokens, `max_len` at most of prompt and answer.
@@ -145,8 +130,8 @@ class Workload:
         Runs in one engine share no prompts, unless a trace does.
         """
         salt = zlib.crc32(f"{self.label} {self.rate} {self.seed}".encode()) << 40
-        is_trace = self.is_trace
-        requests = self._trace(max_len, seconds, max_requests) if is_trace else self._synthetic(seconds, max_requests)
+        traced = self.is_trace
+        requests = self._trace(max_len, seconds, max_requests) if traced else self._synthetic(seconds, max_requests)
         return [
             replace(r, prompt_seed=r.prompt_seed + salt, hash_ids=tuple(h + salt for h in r.hash_ids))
             for r in requests
@@ -157,50 +142,29 @@ class Workload:
         num_in, _, num_out = self.name.partition("/")
         if self.name not in PROMPTS and not (num_in.isdecimal() and num_out.isdecimal()):
             raise ConfigError("workload", self.name, WORKLOADS)
+        if self.rate is None:
+            raise ConfigError("rate", None, "requests per second, for what is no trace")
         prompts = PROMPTS.get(self.name) or FixedLength(int(num_in))
         outputs = FixedLength(int(num_out or self.output_len))
-        return self._timed(prompts, outputs, seconds, max_requests)
+        count = max_requests or int(1.5 * self.rate * seconds) + 20  # more than will arrive
+        return lengths.synthetic_requests(count, prompts, outputs, self.rate, self.cv, self.seed)
 
     def _trace(self, max_len: int, seconds: float, max_requests: int | None) -> list[WorkloadRequest]:
         """What is longer than the engine allows is cut: answers to a quarter of it, prompts to the rest."""
         if max_requests is None and self.rate is not None:
             max_requests = ceil(seconds * self.rate)
-        return read_trace(
-            self.name,
-            max_requests=max_requests,
-            requests_per_s=self.rate,
-            max_prompt_tokens=max_len - max_len // 4,
-            max_output_tokens=max_len // 4,
-            seed=self.seed,
-        ).requests
+        limits = {"max_prompt_tokens": max_len - max_len // 4, "max_output_tokens": max_len // 4}
+        paced = {"max_requests": max_requests, "requests_per_s": self.rate, "seed": self.seed}
+        return lengths.read_trace(self.name, **paced, **limits).requests
 
     def _text_jobs(self, llm: LLM, seconds: float, max_requests: int | None) -> list[Job]:
         lines = DEMO_PROMPTS if self.name == NATURAL else Path(self.name).read_text(encoding="utf-8").splitlines()
-        texts = [line for line in lines if line.strip()]
+        texts: list[Any] = [line for line in lines if line.strip()]
+        if llm.tokenizer is not None and llm.tokenizer.chat_template is not None:
+            texts = [llm.encode_chat([{"role": "user", "content": text}]) for text in texts]
         params = SamplingParams(temperature=0, max_tokens=self.output_len)
-        timed = self._timed(FixedLength(1), FixedLength(1), seconds, max_requests)  # only the times are used
-        prompts = [_as_chat(llm, texts[i % len(texts)]) for i in range(len(timed))]
-        return [Job(r.arrival_s, p, params) for r, p in zip(timed, prompts, strict=True) if r.arrival_s < seconds]
-
-    def _timed(
-        self, prompts: LengthDistribution, outputs: LengthDistribution, seconds: float, max_requests: int | None
-    ) -> list[WorkloadRequest]:
-        if self.rate is None:
-            raise ConfigError("rate", None, "requests per second, for what is no trace")
-        count = max_requests or int(1.5 * self.rate * seconds) + 20  # more than will arrive
-        return synthetic_requests(count, prompts, outputs, self.rate, self.cv, self.seed)
-
-
-def _as_chat(llm: LLM, text: str) -> Prompt:
-    has_template = llm.tokenizer is not None and llm.tokenizer.chat_template is not None
-    return llm.encode_chat([{"role": "user", "content": text}]) if has_template else text
-
-
-def greedy(max_tokens: int) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-
-
-# ------------------------------------------------------------------------------------------------------- driver
+        timed = replace(self, name="1/1")._synthetic(seconds, max_requests)  # only the times are used
+        return [Job(r.arrival_s, texts[i % len(texts)], params) for i, r in enumerate(timed) if r.arrival_s < seconds]
 
 
 @dataclass(slots=True)
@@ -226,7 +190,7 @@ def play(llm: LLM, jobs: Sequence[Job], label: str = "", one_by_one: bool = Fals
     The engine must be idle. Ctrl-C aborts what is under way.
     """
     llm.stats(reset=True)
-    run = Run(time.monotonic() + (0.0 if one_by_one else 0.1))
+    run = Run(time.monotonic() + (0.0 if one_by_one else 0.1), num_devices=num_devices(llm.config))
     llm.observe(run.work.append)
     handles = []
     with _looking(llm, run, len(jobs), label):
@@ -251,39 +215,8 @@ def play(llm: LLM, jobs: Sequence[Job], label: str = "", one_by_one: bool = Fals
     run.logs, run.busy_s = stats.logs, stats.busy_s
     if run.is_interrupted:  # what was aborted would count as missed
         run.logs = [log for log in run.logs if log.finish_reason is not FinishReason.ABORT]
-    run.num_devices = num_devices(llm.config)
     run.num_blocks, run.num_peak = [b.total for b in stats.blocks], [b.peak for b in stats.blocks]
     return run
-
-
-class Simulation:
-    """In place of an LLM: workers that take the time that `parameters` say. Its router too knows what was played."""
-
-    def __init__(self, config: EngineConfig, model: ModelConfig, parameters: Parameters) -> None:
-        self.config = config
-        self._model, self._parameters = model, parameters
-        self._policy = make_policy(config, parameters)
-        self._end_s = 0.0
-        self.play([WorkloadRequest(0.0, WARM_UP_TOKENS, 8, seed) for seed in range(8)])  # as `serving` does
-
-    def requests(self, workload: Workload, seconds: float) -> list[WorkloadRequest]:
-        return workload.requests(self.config.max_len_of(self._model), seconds)
-
-    def play(self, requests: Sequence[WorkloadRequest]) -> Run:
-        start_s = self._end_s
-        later = [replace(r, arrival_s=start_s + r.arrival_s) for r in requests]
-        self._policy.routes = routes_for_policy(self.config.policy, self.config.roles)
-        # jumps would leave out busy times
-        engine, logs = simulate(self.config, self._model, self._parameters, later, self._policy, may_jump=False)
-        self._end_s = engine.clock()
-        run = Run(start_s, logs=logs, seconds=self._end_s - start_s, num_devices=num_devices(self.config))
-        run.busy_s, run.num_peak = [busy_us / 1e6 for busy_us in engine.busy_us], engine.peak_blocks
-        run.num_blocks = [scheduler.blocks.num_usable for scheduler in engine.schedulers]
-        return run
-
-
-def num_devices(config: EngineConfig) -> int:
-    return len({worker.device for worker in config.workers} - {"cpu"}) or len(config.workers)
 
 
 @contextmanager
@@ -301,11 +234,8 @@ def _looking(llm: LLM, run: Run, total: int, label: str) -> Iterator[None]:
                 run.num_used.append([blocks.used for blocks in stats.blocks])
                 ttft = Percentiles.of([RequestMetrics.from_log(log).ttft_ms for log in stats.logs[-50:]])
                 full = max(blocks.used / blocks.total for blocks in stats.blocks)
-                bar.set_postfix_str(
-                    f"{stats.num_running} running, {stats.num_waiting} waiting, KV {full:.0%}"
-                    + (f", TTFT p50 {ttft.p50:.0f} ms" if ttft else ""),
-                    refresh=False,
-                )
+                shown = f"{stats.num_running} running, {stats.num_waiting} waiting, KV {full:.0%}"
+                bar.set_postfix_str(shown + (f", TTFT p50 {ttft.p50:.0f} ms" if ttft else ""), refresh=False)
                 bar.update(len(stats.logs) - bar.n)
 
     thread = threading.Thread(target=look, name="bench-look", daemon=True)
@@ -315,6 +245,36 @@ def _looking(llm: LLM, run: Run, total: int, label: str) -> Iterator[None]:
     finally:
         is_over.set()
         thread.join()
+
+
+class Simulation:
+    """In place of an LLM: workers that take the time that `parameters` say. Its router too knows what was played."""
+
+    def __init__(self, config: EngineConfig, model: ModelConfig, parameters: Parameters) -> None:
+        self._config, self._model, self._parameters = config, model, parameters
+        self._policy = make_policy(config, parameters)
+        self._end_s = 0.0
+        self.play([WorkloadRequest(0.0, WARM_UP_TOKENS, 8, seed) for seed in range(8)])  # as `serving` does
+
+    def requests(self, workload: Workload, seconds: float) -> list[WorkloadRequest]:
+        return workload.requests(self._config.max_len_of(self._model), seconds)
+
+    def play(self, requests: Sequence[WorkloadRequest]) -> Run:
+        start_s = self._end_s
+        later = [replace(r, arrival_s=start_s + r.arrival_s) for r in requests]
+        self._policy.routes = routes_for_policy(self._config.policy, self._config.roles)
+        # jumps would leave out busy times
+        engine, logs = simulate(self._config, self._model, self._parameters, later, self._policy, may_jump=False)
+        self._end_s = engine.clock()
+        run = Run(start_s, logs=logs, seconds=self._end_s - start_s, num_devices=num_devices(self._config))
+        run.busy_s = [ledger.busy_us / 1e6 for ledger in engine.fleet.ledger.of_worker]
+        run.num_peak = engine.fleet.peak_blocks
+        run.num_blocks = [scheduler.residency.blocks.num_usable for scheduler in engine.schedulers]
+        return run
+
+
+def num_devices(config: EngineConfig) -> int:
+    return len({worker.device for worker in config.workers} - {"cpu"}) or len(config.workers)
 
 
 def result_row(run: Run, key: Row, slo: SLO | None, window_s: tuple[float, float] | None = None) -> Row:
@@ -330,14 +290,15 @@ def result_row(run: Run, key: Row, slo: SLO | None, window_s: tuple[float, float
     done = sorted((r for r in requests if r.is_completed), key=lambda r: r.arrived_s)
     routes = Counter(str(r.route) for r in requests)
     gaps = np.concatenate([np.empty(0), *(r.itl_ms for r in done)])
-    samples = {name: [_rounded(getattr(r, name)) for r in done] for name in SAMPLES}
+    figures = {name: [getattr(r, name) for r in done] for name in SAMPLES}
+    samples = {name: [None if x is None else round(x, 2) for x in values] for name, values in figures.items()}
     quantiles = np.percentile(gaps, range(101)).round(3).tolist() if len(gaps) else []
     return {
         **key,
         "num_devices": run.num_devices,
         "offered_per_s": len(requests) / (end_s - start_s) if window_s else None,
         "late_ms_max": 1e3 * max(run.late_s, default=0.0),
-        "slo": slo and {name: limit for name, limit in asdict(slo).items() if limit is not None},
+        "slo": slo and limits_of(slo),
         **asdict(summary),
         "output_tokens_per_s_per_device": summary.output_tokens_per_s / run.num_devices,
         "requests_per_s_per_device": summary.requests_per_s / run.num_devices,
@@ -350,10 +311,6 @@ def result_row(run: Run, key: Row, slo: SLO | None, window_s: tuple[float, float
     }
 
 
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 2)
-
-
 def save_timeline(run: Run, config: EngineConfig, title: str, path: Path, window_s: tuple[float, float]) -> None:
     """What each worker did within `window_s` of the run, for Perfetto (ui.perfetto.dev) and `plots.timeline`.
 
@@ -361,44 +318,26 @@ def save_timeline(run: Run, config: EngineConfig, title: str, path: Path, window
     """
     names = [(2 * w, f"worker {w} ({worker.role.value})") for w, worker in enumerate(config.workers)]
     names += [(2 * w + 1, f"moves to {w}") for w, worker in enumerate(config.workers) if worker.role.may_decode]
-    events = [{"name": "thread_name", "ph": "M", "pid": 0, "tid": tid, "args": {"name": name}} for tid, name in names]
+    events: list[dict[str, Any]] = [
+        {"name": "thread_name", "ph": "M", "pid": 0, "tid": tid, "args": {"name": name}} for tid, name in names
+    ]
     for work in run.work:
-        end_s = work.end_s - run.start_s
-        if end_s > window_s[0] and end_s - work.duration_s < window_s[1]:
-            events.append(_event(work, end_s - work.duration_s - window_s[0]))
+        start_s, end_s = work.end_s - run.start_s - work.duration_s, work.end_s - run.start_s
+        if end_s > window_s[0] and start_s < window_s[1]:
+            num_in, num_out = work.num_prompt_tokens, work.num_decoding
+            name = "mixed" if num_in and num_out else "prefill" if num_in else "decode" if num_out else "move"
+            times = {"ts": round((start_s - window_s[0]) * 1e6), "dur": round(work.duration_s * 1e6)}
+            args = {"prompt_tokens": num_in, "decoding": num_out, "bytes": work.num_moved_bytes}
+            events.append({"name": name, "ph": "X", "pid": 0, "tid": 2 * work.worker + (name == "move"), **times})
+            events[-1]["args"] = args
     path.write_text(json.dumps({"otherData": {"title": title}, "traceEvents": events}) + "\n", encoding="utf-8")
 
 
-def _event(work: Work, start_s: float) -> dict[str, Any]:
-    is_step = work.num_prompt_tokens + work.num_decoding > 0
-    phase = "decode" if not work.num_prompt_tokens else "mixed" if work.num_decoding else "prefill"
-    return {
-        "name": phase if is_step else "move",
-        "ph": "X",
-        "pid": 0,
-        "tid": 2 * work.worker + (not is_step),
-        "ts": round(start_s * 1e6),
-        "dur": round(work.duration_s * 1e6),
-        "args": {"prompt_tokens": work.num_prompt_tokens, "decoding": work.num_decoding, "bytes": work.num_moved_bytes},
-    }
-
-
-# ------------------------------------------------------------------------------------------------ command lines
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What all serving benches take."""
+def serving_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The parser with what says which engine serves."""
     parser.add_argument("--config", default="cpu-demo", help="a shipped configuration, or a YAML file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
-
-
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """What those take that serve one arrangement."""
-    add_arguments(parser)
-    parser.add_argument("--policy", help="[policy:]split, as 2M, 1P1D, adaptive:2M; default: the configuration's own")
-    parser.add_argument("--slo", type=SLO.parse, help="limits in ms, as ttft=200,tpot=10")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write the report here, with samples; bench/report.py draws it")
+    return parser
 
 
 def engine_config(args: argparse.Namespace, defaults: Sequence[str] = ()) -> EngineConfig:
@@ -417,31 +356,7 @@ def serving(config: EngineConfig) -> Iterator[LLM]:
         yield llm
 
 
-def serve_and_report(
-    bench: str, args: argparse.Namespace, measure: Callable[[LLM, Row], list[Row]], **settings: object
-) -> None:
-    """Start the engine of the command line, `measure` with it and the key of its arrangement, and report."""
-    base = engine_config(args)
-    arrangement = Arrangement.parse(args.policy) if args.policy else Arrangement.of(base)
-    config = arrangement.applied(base)
-    with serving(config) as llm:
-        rows = measure(llm, {"policy": arrangement.policy, "split": arrangement.split, "seed": args.seed})
-    settings = {"engine": settings_of(config), **settings}
-    report = emit(bench, settings, rows, device=device_name(config), table=[figures_of(row) for row in rows])
-    if args.json:
-        save(report, args.json)
-
-
 def settings_of(config: EngineConfig) -> dict[str, Any]:
     """What a report says of an engine; the arrangement is the rows' own."""
     rest = {name: value for name, value in asdict(config).items() if name not in ("policy", "workers")}
     return {**rest, "devices": [worker.device for worker in config.workers]}
-
-
-def device_name(config: EngineConfig) -> str | None:
-    """Of the GPUs; None: the CPU."""
-    if config.workers[0].device == "cpu":
-        return None
-    import torch
-
-    return f"{len(config.workers)} x {torch.cuda.get_device_name(config.workers[0].device)}"

@@ -14,14 +14,13 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Protocol
 
 import numpy as np
-from report import Row, emit
 
+from bench.lib.report import Row, arguments, emit
 from nanopd.ipc.descriptor import Descriptor
 from nanopd.ipc.doorbell import Doorbell, Waiter
 from nanopd.ipc.process import die_with_parent
@@ -42,6 +41,7 @@ class Channel(Protocol):
 
 
 Opener = Callable[[], Channel]  # called in the other process
+End = tuple[SharedMemory, Doorbell]  # of a ring
 
 
 class PipeChannel:
@@ -64,36 +64,16 @@ class ConnectionChannel:
     """multiprocessing.Pipe."""
 
     def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-
-    def send(self, payload: bytes | memoryview) -> None:
-        self._connection.send_bytes(payload)
-
-    def receive(self) -> bytes:
-        return self._connection.recv_bytes()
-
-
-@dataclass(frozen=True)
-class RingEnds:
-    """What one process needs of a pair of rings."""
-
-    incoming: SharedMemory
-    incoming_bell: Doorbell
-    outgoing: SharedMemory
-    outgoing_bell: Doorbell
-
-    def other(self) -> RingEnds:
-        return RingEnds(self.outgoing, self.outgoing_bell, self.incoming, self.incoming_bell)
+        self.send, self.receive = connection.send_bytes, connection.recv_bytes
 
 
 class RingChannel:
     """A ring and a doorbell each way. A message is copied in and copied out, as everywhere in nanopd."""
 
-    def __init__(self, ends: RingEnds, spin_s: float) -> None:
-        self._reader, self._writer = RingReader(ends.incoming), RingWriter(ends.outgoing)
-        self._outgoing_bell = ends.outgoing_bell
-        self._waiter = Waiter(spin_s)
-        self._waiter.add(ends.incoming_bell)
+    def __init__(self, incoming: End, outgoing: End, spin_s: float) -> None:
+        self._reader, self._writer = RingReader(incoming[0]), RingWriter(outgoing[0])
+        self._outgoing_bell, self._waiter = outgoing[1], Waiter(spin_s)
+        self._waiter.add(incoming[1])
 
     def send(self, payload: bytes | memoryview) -> None:
         self._writer.write(payload)
@@ -110,14 +90,14 @@ def open_pipe(nbytes: int) -> tuple[Channel, Opener]:
     return PipeChannel(here_in, here_out, nbytes), partial(PipeChannel, there_in, there_out, nbytes)
 
 
-def open_connection(nbytes: int) -> tuple[Channel, Opener]:
+def open_connection(_: int) -> tuple[Channel, Opener]:
     here, there = multiprocessing.Pipe()
     return ConnectionChannel(here), partial(ConnectionChannel, there)
 
 
 def open_ring(spin_s: float, nbytes: int) -> tuple[Channel, Opener]:
-    ends = RingEnds(ring_memory(nbytes, 8), Doorbell(), ring_memory(nbytes, 8), Doorbell())
-    return RingChannel(ends, spin_s), partial(RingChannel, ends.other(), spin_s)
+    ends = [(ring_memory(nbytes, 8), Doorbell()) for _ in range(2)]
+    return RingChannel(*ends, spin_s), partial(RingChannel, *ends[::-1], spin_s)
 
 
 def echo(open_channel: Opener) -> None:
@@ -163,8 +143,7 @@ def ask(args: argparse.Namespace, connection: Connection) -> None:
         process = multiprocessing.get_context("spawn").Process(target=echo, args=(there,), daemon=True)
         process.start()
         echoes.append(process)
-    pids = [process.pid for process in echoes if process.pid is not None]
-    connection.send(measure(channels, pids, placements, args))
+    connection.send(measure(channels, [process.pid or 0 for process in echoes], placements, args))
     for process in echoes:
         process.kill()
 
@@ -191,24 +170,21 @@ def summarize(samples: Samples) -> Sequence[Row]:
     medians = {key: statistics.median(float(np.median(times)) for times in of) for key, of in samples.items()}
     rows = []
     for (placement, name), of in samples.items():
-        base = min(medians[placement, pipe] for pipe in PIPES)
-        median = medians[placement, name]
+        ratio = medians[placement, name] / min(medians[placement, pipe] for pipe in PIPES)
         p99 = float(np.percentile(np.concatenate(of), 99))
-        rows.append(
-            {"placement": placement, "transport": name, "p50_us": median, "p99_us": p99, "ratio": median / base}
-        )
+        row = {"placement": placement, "transport": name, "p50_us": medians[placement, name], "p99_us": p99}
+        rows.append({**row, "ratio": ratio})
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--nbytes", type=int, default=4096)
     parser.add_argument("--starts", type=int, default=5, help="how often all processes are started afresh")
     parser.add_argument("--rounds", type=int, default=5, help="per start")
     parser.add_argument("--trips", type=int, default=1000, help="round trips per round, placement and transport")
     parser.add_argument("--spin-us", type=float, default=50.0, help="of the row that spins before it sleeps")
     args = parser.parse_args()
-
     samples: Samples = {}
     context = multiprocessing.get_context("spawn")
     for _ in range(args.starts):
@@ -219,7 +195,8 @@ def main() -> None:
         for key, rounds in here.recv().items():
             samples.setdefault(key, []).extend(rounds)
         asker.join()
-    emit("ipc", vars(args), summarize(samples))
+    settings = {name: value for name, value in vars(args).items() if name != "json"}
+    emit("ipc", settings, summarize(samples), path=args.json)
 
 
 if __name__ == "__main__":

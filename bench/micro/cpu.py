@@ -9,40 +9,25 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
-from report import Row, emit
-from transformers import AutoModelForCausalLM
 
-from nanopd import LLM, SamplingParams
+from bench.lib.peer import Peer
+from bench.lib.report import Row, arguments, emit, greedy, seconds_of
+from nanopd import LLM, EngineConfig
 from nanopd.checkpoints.demo_model import NAME as DEMO_MODEL
-from nanopd.checkpoints.model_files import resolve
 
 TEXT = "A prompt is read all at once, and an answer is written one token after the other. " * 8
 BARS = {1: 1.0, 16: 1.5}  # least ratio to transformers, by batch
 
+Runner = Callable[[list[list[int]], int], list[list[int]]]
 
-def transformers_runner(path: str, dtype: torch.dtype) -> Callable[[list[list[int]], int], list[list[int]]]:
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
-    model.generation_config.eos_token_id = None
 
+def nanopd_runner(llm: LLM) -> Runner:
     def run(prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
-        ids = torch.tensor(prompts)
-        with torch.inference_mode():
-            out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False, pad_token_id=0
-            )
-        return out[:, ids.shape[1] :].tolist()
-
-    return run
-
-
-def nanopd_runner(llm: LLM) -> Callable[[list[list[int]], int], list[list[int]]]:
-    def run(prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
-        params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
-        return [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+        outputs = llm.generate(prompts, greedy(num_tokens), use_tqdm=False)
+        return [output.outputs[0].token_ids for output in outputs]
 
     return run
 
@@ -50,44 +35,37 @@ def nanopd_runner(llm: LLM) -> Callable[[list[list[int]], int], list[list[int]]]
 def read_bandwidth() -> float:
     """Bytes per second of reading memory that no cache holds: a sum over 1 GiB, the best of five."""
     data = torch.ones(2**28)
-    return data.nbytes / min(_seconds(lambda: data.sum()) for _ in range(5))
+    return data.nbytes / min(seconds_of(lambda: data.sum()) for _ in range(5))
 
 
 def matmul_flops(dtype: torch.dtype) -> float:
     """Floating-point operations per second of a 2048 x 2048 x 2048 product, the best of five."""
     a, b = torch.randn(2, 2048, 2048).to(dtype)
-    return 2 * 2048**3 / min(_seconds(lambda: a @ b) for _ in range(5))
+    return 2 * 2048**3 / min(seconds_of(lambda: a @ b) for _ in range(5))
 
 
-def _seconds(action: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
-
-
-def measure(batch: int, runners: dict[str, Callable], args: argparse.Namespace, ids: list[int], floor_s: float) -> Row:
+def measure(batch: int, runners: dict[str, Runner], args: argparse.Namespace, ids: list[int], floor_s: float) -> Row:
     prompts = [ids[i : i + args.input_len] for i in range(batch)]
     answers = {name: run(prompts, args.output_len) for name, run in runners.items()}  # warm-up
     times: dict[str, list[float]] = {name: [] for name in runners}
     for _ in range(args.repeats):
         for name, run in runners.items():
-            times[name].append(_seconds(lambda run=run: run(prompts, args.output_len)))
+            times[name].append(seconds_of(lambda run=run: run(prompts, args.output_len)))
     rates = {name: batch * args.output_len / statistics.median(t) for name, t in times.items()}
-    floor = batch / floor_s
     return {
         "batch": batch,
         "nanopd_tok_s": round(rates["nanopd"], 1),
         "transformers_tok_s": round(rates["transformers"], 1),
         "ratio": round(rates["nanopd"] / rates["transformers"], 2),
         "bar": BARS.get(batch),
-        "floor_tok_s": round(floor, 1),
-        "of_floor": round(rates["nanopd"] / floor, 2),
+        "floor_tok_s": round(batch / floor_s, 1),
+        "of_floor": round(rates["nanopd"] * floor_s / batch, 2),
         "same_tokens": answers["nanopd"] == answers["transformers"],
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("--model", default=DEMO_MODEL)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
@@ -96,10 +74,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
-    settings = {"dtype": args.dtype, "max_num_seqs": max(args.batches), "max_model_len": 1024}
-    with LLM(args.model, enable_prefix_caching=False, **settings) as llm:  # the same prompts come again
-        path = resolve(args.model, load_format="auto")
-        runners = {"transformers": transformers_runner(str(path), dtype), "nanopd": nanopd_runner(llm)}
+    config = EngineConfig(
+        args.model,
+        dtype=args.dtype,
+        max_num_seqs=max(args.batches),
+        max_model_len=1024,
+        enable_prefix_caching=False,  # the same prompts come again
+    )
+    with LLM(config=config) as llm:
+        runners = {"transformers": Peer(config).generate, "nanopd": nanopd_runner(llm)}
         ids = llm.tokenizer.encode(TEXT)
         num_weights = llm.model_config.num_matrix_weights()
         bandwidth, flops = read_bandwidth(), matmul_flops(dtype)
@@ -107,9 +90,9 @@ def main() -> None:
         for batch in args.batches:
             floor_s = max(num_weights * dtype.itemsize / bandwidth, 2 * num_weights * batch / flops)
             rows.append(measure(batch, runners, args, ids, floor_s))
-    settings = {**vars(args), "threads": torch.get_num_threads()}
-    settings |= {"read_gb_s": round(bandwidth / 1e9, 1), "matmul_gflop_s": round(flops / 1e9)}
-    emit("cpu", settings, rows)
+    settings = {name: value for name, value in vars(args).items() if name != "json"}
+    settings |= {"threads": torch.get_num_threads(), "read_gb_s": round(bandwidth / 1e9, 1)}
+    emit("cpu", {**settings, "matmul_gflop_s": round(flops / 1e9)}, rows, path=args.json)
 
 
 if __name__ == "__main__":

@@ -12,18 +12,16 @@ or at the same time on another GPU (`--peer-device`).
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import multiprocessing
 import time
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import numpy as np
-from report import Row, emit
 
-from nanopd import LLM, SamplingParams
+from bench.lib.report import Row, abort_all, arguments, emit, gpu_name, greedy, prompts, seconds_of
+from nanopd import LLM
 from nanopd.checkpoints.model_files import resolve
 
 # batch, context -> floor ms, vLLM 0.26 ms
@@ -43,28 +41,15 @@ PEER_WORK = (256, 512, 128)
 MANY_PROMPTS = (32, 2048, 42_400, 42_400)  # count, tokens, floor and vLLM in tokens/s
 OFFLINE_FLOORS = {(256, 512, 128): (7200, 6656), (256, 1024, 512): (8400, 7775), (64, 4096, 256): (1660, 1591)}
 NUM_STEPS = 48
-SAMPLED = {
-    "top-k 50, top-p 0.95": {"temperature": 0.8, "top_k": 50, "top_p": 0.95},
-    "the same and 5 logprobs": {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "logprobs": 5},
-    "top-p 0.95, penalties and 5 logprobs": {
-        "temperature": 0.8,
-        "top_p": 0.95,
-        "logprobs": 5,
-        "presence_penalty": 0.5,
-        "frequency_penalty": 0.2,
-        "repetition_penalty": 1.1,
-    },
+LIKELY = {"temperature": 0.8, "top_p": 0.95}
+PENALTIES = {"presence_penalty": 0.5, "frequency_penalty": 0.2, "repetition_penalty": 1.1}
+SAMPLED: dict[str, dict[str, Any]] = {
+    "top-k 50, top-p 0.95": {**LIKELY, "top_k": 50},
+    "the same and 5 logprobs": {**LIKELY, "top_k": 50, "logprobs": 5},
+    "top-p 0.95, penalties and 5 logprobs": {**LIKELY, "logprobs": 5, **PENALTIES},
 }
 NONE = (None, None)
 REFERENCES = ("floor", "of_floor", "vLLM 0.26")
-
-
-def prompts(count: int, length: int, vocab_size: int) -> list[list[int]]:
-    return np.random.default_rng(count + length).integers(10, vocab_size, (count, length)).tolist()
-
-
-def greedy(max_tokens: int, **params: Any) -> SamplingParams:
-    return SamplingParams(**{"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True, **params})
 
 
 def decode_step(llm: LLM, batch: int, context: int, **params: Any) -> float:
@@ -94,23 +79,18 @@ def idle(llm: LLM, batch: int, context: int) -> float:
     start = time.perf_counter()
     time.sleep(1.0)
     stats, seconds = llm.stats(), time.perf_counter() - start
-    for handle in handles:
-        handle.abort()
-    for handle in handles:
-        handle.result()
+    abort_all(handles)
     return 1 - stats.busy_s[0] / seconds
 
 
-def many_prompts(llm: LLM, count: int, length: int) -> float:
-    """Prompt tokens per second."""
-    work = prompts(count, length, llm.model_config.vocab_size)
-    start = time.perf_counter()
-    llm.generate(work, greedy(1), False)
-    return count * length / (time.perf_counter() - start)
+def offline(llm: LLM, count: int, num_in: int, num_out: int) -> float:
+    """Output tokens per second of requests that are submitted at once."""
+    work = prompts(count, num_in, llm.model_config.vocab_size)
+    return count * num_out / seconds_of(lambda: llm.generate(work, greedy(num_out), False))
 
 
-def peer_transformers(model: str, device: str, count: int, num_in: int, num_out: int, out: Any) -> None:
-    """Puts output tokens per second of `generate_batch` with random weights into the queue `out`."""
+def peer_transformers(model: str, device: str, count: int, num_in: int, num_out: int) -> float:
+    """Output tokens per second of `generate_batch` with random weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -123,33 +103,7 @@ def peer_transformers(model: str, device: str, count: int, num_in: int, num_out:
     start = time.perf_counter()
     done = peer.generate_batch(prompts(count, num_in, config.vocab_size), generation_config=settings)
     seconds = time.perf_counter() - start
-    out.put(sum(len(output.generated_tokens) for output in done.values()) / seconds)
-
-
-class Peer:
-    """transformers at work, in another process."""
-
-    def __init__(self, model: str, device: str) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._out = context.Queue()
-        self._process = context.Process(target=peer_transformers, args=(model, device, *PEER_WORK, self._out))
-        self._process.start()
-
-    def row(self) -> Row:
-        while self._process.is_alive() and self._out.empty():
-            time.sleep(0.5)
-        value = None if self._out.empty() else self._out.get()
-        self._process.join()
-        count, num_in, num_out = PEER_WORK
-        return row(f"transformers, offline, {count} x {num_in}/{num_out}", value or math.nan, "tok/s", NONE)
-
-
-def offline(llm: LLM, count: int, num_in: int, num_out: int) -> float:
-    """Output tokens per second."""
-    work = prompts(count, num_in, llm.model_config.vocab_size)
-    start = time.perf_counter()
-    llm.generate(work, greedy(num_out), False)
-    return count * num_out / (time.perf_counter() - start)
+    return sum(len(output.generated_tokens) for output in done.values()) / seconds
 
 
 def row(what: str, value: float, unit: str, reference: tuple[float | None, float | None]) -> Row:
@@ -173,28 +127,24 @@ def latency_rows(llm: LLM, quick: bool) -> list[Row]:
     for length, reference in PREFILL_FLOORS.items():
         rows.append(row(f"prefill, {length}", prefill(llm, length), "ms", reference))
     count, length, *reference = MANY_PROMPTS
-    rows.append(row(f"prefill, {count} x {length}", many_prompts(llm, count, length), "tok/s", tuple(reference)))
+    rows.append(row(f"prefill, {count} x {length}", length * offline(llm, count, length, 1), "tok/s", tuple(reference)))
     return rows
 
 
-def gpu_name() -> str:
-    import torch
-
-    return torch.cuda.get_device_name()
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("--model", default="Qwen3-8B")
     parser.add_argument("--devices", nargs="+", default=["cuda:0"])
     parser.add_argument("--quick", action="store_true", help="a few rows")
     parser.add_argument("--peer", choices=["transformers"])
     parser.add_argument("--peer-device", help="of another GPU than the engine's")
-    parser.add_argument("--json", type=Path, help="write the report here too")
     args = parser.parse_args()
     num_devices = len(args.devices)
-    peer = Peer(args.model, args.peer_device or args.devices[0]) if args.peer else None
-    peer_rows = [peer.row()] if peer and args.peer_device is None else []
+    peer = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    work = (args.model, args.peer_device or args.devices[0], *PEER_WORK)
+    figure = peer.submit(peer_transformers, *work) if args.peer else None
+    if args.peer_device is None:
+        peer.shutdown()  # its memory is free then
     start = time.perf_counter()
     with LLM(
         args.model,
@@ -212,14 +162,14 @@ def main() -> None:
             value = offline(llm, count * num_devices, num_in, num_out)
             reference = OFFLINE_FLOORS[count, num_in, num_out] if num_devices == 1 else NONE
             rows.append(row(f"offline, {count * num_devices} x {num_in}/{num_out}", value, "tok/s", reference))
-    if peer and args.peer_device is not None:
-        peer_rows = [peer.row()]
-    rows += peer_rows
-    if args.model != "Qwen3-8B" or "H200" not in gpu_name():
+    if figure is not None:
+        count, num_in, num_out = PEER_WORK
+        what = f"transformers, offline, {count} x {num_in}/{num_out}"
+        rows.append(row(what, math.nan if figure.exception() else figure.result(), "tok/s", NONE))
+    device = gpu_name(args.devices[0])
+    if args.model != "Qwen3-8B" or "H200" not in (device or ""):
         rows = [{name: value for name, value in found.items() if name not in REFERENCES} for found in rows]
-    report = emit("engine", {"model": args.model, "devices": args.devices}, rows, device=gpu_name())
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    emit("engine", {"model": args.model, "devices": args.devices}, rows, device=device, path=args.json)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""A peer for sweeps: `generate` of transformers on one device, requests one by one in the order in which they come."""
+"""The peer of the benches: `generate` of transformers on one device, in the type that a worker would use.
+
+It generates a batch of equal lengths, or serves requests one by one in the order in which they come.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,15 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from load import Arrangement, Run, num_devices
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.generation import BaseStreamer
 
+from bench.lib.load import Run, num_devices
 from nanopd.checkpoints.model_files import read_model_config, resolve
 from nanopd.config import EngineConfig, ModelConfig
 from nanopd.lab.workload import WorkloadRequest, prompt_token_ids
 from nanopd.messages import EventKind, FinishReason, RequestEvent, RequestLog, Route
-
-ARRANGEMENT = Arrangement("transformers", "one by one")
 
 
 class _Times(BaseStreamer):
@@ -50,17 +51,20 @@ class Peer:
             else:
                 model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         self._model = model.eval()
-        self._generate([1] * 64, 8)
+        self.generate([[1] * 64], 8)
 
-    def _generate(self, prompt: list[int], num_tokens: int) -> np.ndarray:
-        """[num_tokens] float64, when each came."""
-        ids, times = torch.tensor([prompt], device=self.device), _Times()
+    def generate(
+        self, prompts: list[list[int]], num_tokens: int, streamer: BaseStreamer | None = None
+    ) -> list[list[int]]:
+        """`num_tokens` tokens for each of some prompts of one length, greedily."""
+        ids = torch.tensor(prompts, device=self.device)
         settings = GenerationConfig(
             max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
         )
         with torch.inference_mode():
-            self._model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=times)
-        return np.array(times.times_s[1:])
+            mask = torch.ones_like(ids)
+            out = self._model.generate(ids, attention_mask=mask, generation_config=settings, streamer=streamer)
+        return out[:, ids.shape[1] :].tolist()
 
     def play(self, requests: Sequence[WorkloadRequest], label: str) -> Run:
         """As `load.play`, also in that Ctrl-C ends it; who comes while another is served waits."""
@@ -78,7 +82,9 @@ class Peer:
         due_s = run.start_s + request.arrival_s
         time.sleep(max(0.0, due_s - time.monotonic()))
         start_s = time.monotonic()
-        times_s = self._generate(prompt, request.num_output_tokens)
+        times = _Times()
+        self.generate([prompt], request.num_output_tokens, times)
+        times_s = np.array(times.times_s[1:])
         run.busy_s[0] += time.monotonic() - start_s
         kinds = (EventKind.ARRIVED, due_s), (EventKind.SCHEDULED, start_s), (EventKind.FINISHED, times_s[-1])
         events = [RequestEvent(float(time_s), kind) for kind, time_s in kinds]

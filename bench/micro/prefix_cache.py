@@ -2,8 +2,9 @@
 
 All lengths of the trace are divided by `--scale`, so that it fits; equal hash ids stay equal tokens. Without `--device`
 the whole trace goes through the real engine, scheduler and block manager in its order, `--at-once` requests at a time,
-before a worker that computes nothing. Its pool has `--pools` percent of the blocks that the prompts hold (full and
-distinct ones); the first row is a pool in which nothing is ever lost. `hit_rate` is of all prompt tokens.
+before a worker that computes nothing (that of bench.micro.scheduler). Its pool has `--pools` percent of the blocks that
+the prompts hold (full and distinct ones); the first row is a pool in which nothing is ever lost. `hit_rate` is of all
+prompt tokens.
 
 With `--device` windows of the trace are replayed, one at each of `--rates`, without the cache and with it, by a model
 of random weights. Where there is a cache, the requests before the windows are computed first, which fills it.
@@ -17,22 +18,20 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
-from load import Job, device_name, greedy, play, result_row, serving, settings_of
-from report import Row, emit, save
-
+from bench.lib.load import Job, play, result_row, serving, settings_of
+from bench.lib.report import Row, arguments, device_name, emit, greedy
+from bench.micro.scheduler import InstantWorker
 from nanopd.checkpoints.demo_model import NAME as DEMO_MODEL
 from nanopd.config import EngineConfig, ModelConfig
 from nanopd.core.block_manager import extend_keys
 from nanopd.engine.engine import Engine
 from nanopd.lab.planner import at_rate
 from nanopd.lab.workload import WorkloadRequest, prompt_token_ids, read_trace
-from nanopd.messages import RequestLog, RowFlag, StepBatch, StepResult, TransferPath
+from nanopd.messages import RequestLog
+from nanopd.request import Request
 
 BAR = 0.95  # of the hits of an endless cache, with room for all blocks
 VOCAB_SIZE = 150_000
-
-Prompts = Sequence[list[int]]
 
 
 def scaled(request: WorkloadRequest, scale: int, vocab_size: int) -> tuple[list[int], int]:
@@ -44,67 +43,38 @@ def hit_rate(logs: Sequence[RequestLog]) -> float:
     return sum(log.num_cached_tokens for log in logs) / sum(log.num_prompt_tokens for log in logs)
 
 
-# -------------------------------------------------------------------------------------------------- all of the trace
-
-
-class IdleWorker:
-    """A WorkerClient that answers each step with zeros."""
-
-    def __init__(self, num_blocks: int) -> None:
-        self.num_blocks, self.num_host_blocks = num_blocks, 1
-        self.paths: dict[int, TransferPath] = {}
-        self._results: list[StepResult] = []
-
-    def send(self, batch: StepBatch) -> None:
-        none, no_logprobs = np.empty(0, np.int32), np.empty(0, np.float32)
-        tokens = np.zeros(np.count_nonzero(batch.row_flags & RowFlag.SAMPLE), np.int32)
-        self._results.append(StepResult(batch.step_id, 1, tokens, none, none, no_logprobs))
-
-    def poll(self) -> list[StepResult]:
-        results, self._results = self._results, []
-        return results
-
-
 def serve(requests: Sequence[tuple[list[int], int]], num_blocks: int, block_size: int, at_once: int) -> Row:
     """All `requests`, in their order, before a pool of `num_blocks`."""
     longest = max(len(prompt) + num_output for prompt, num_output in requests)
     model = ModelConfig("llama", VOCAB_SIZE, 8, 8, 1, 1, 1, 8, longest, 1e-5, 1e4)
     config = EngineConfig(model="none", block_size=block_size, max_num_seqs=at_once)
-    engine = Engine(config, model, [IdleWorker(1 + num_blocks)], time.monotonic)
+    engine = Engine(config, model, [InstantWorker(1 + num_blocks, [0], 0)], time.monotonic)
     arrivals, logs = enumerate(requests), []
     start = time.perf_counter()
     while len(logs) < len(requests):
         for number, (prompt, num_output) in islice(arrivals, at_once - len(engine.seqs)):
-            engine.submit(str(number), prompt, greedy(num_output))
+            engine.submit(Request(str(number), prompt, greedy(num_output), time.monotonic()))
         logs += [update.seq.log() for update in engine.step() if update.is_finished]
     preempted = engine.schedulers[0].num_preemptions
     return {"blocks": num_blocks, "hit_rate": hit_rate(logs), "preempted": preempted, "s": time.perf_counter() - start}
 
 
-def num_distinct_blocks(prompts: Prompts, block_size: int) -> int:
-    distinct: set[bytes] = set()
-    for prompt in prompts:
-        keys: list[bytes] = []
-        extend_keys(keys, prompt, block_size, b"")
-        distinct.update(keys)
-    return len(distinct)
-
-
 def curve(trace: Sequence[WorkloadRequest], args: argparse.Namespace) -> list[Row]:
     requests = [scaled(request, args.scale, VOCAB_SIZE) for request in trace]
-    num_tokens = sum(len(prompt) + num_output for prompt, num_output in requests)
-    num_distinct = num_distinct_blocks([prompt for prompt, _ in requests], args.block_size)
+    num_tokens, distinct = 0, set[bytes]()
+    for prompt, num_output in requests:
+        keys: list[bytes] = []
+        extend_keys(keys, prompt, args.block_size, b"")
+        distinct.update(keys)
+        num_tokens += len(prompt) + num_output
     pools = {None: num_tokens // args.block_size + 2 * len(requests)}
-    pools |= {percent: num_distinct * percent // 100 for percent in args.pools}
+    pools |= {percent: len(distinct) * percent // 100 for percent in args.pools}
     rows: list[Row] = []
     for percent, num_blocks in pools.items():
         row = serve(requests, num_blocks, args.block_size, args.at_once)
         share = row["hit_rate"] / rows[0]["hit_rate"] if rows else 1.0
         rows.append({"pool_percent": percent, **row, "of_endless": share, "bar": BAR if percent == 100 else None})
     return rows
-
-
-# -------------------------------------------------------------------------------------------------- on a device
 
 
 def replay(trace: Sequence[WorkloadRequest], is_on: bool, args: argparse.Namespace) -> tuple[list[Row], EngineConfig]:
@@ -137,32 +107,25 @@ def gain(trace: Sequence[WorkloadRequest], args: argparse.Namespace) -> tuple[li
     trace = [request for request in trace if request.num_prompt_tokens + request.num_output_tokens <= most]
     off, _ = replay(trace, False, args)
     on, config = replay(trace, True, args)
-    table = [
-        {
-            "requests/s": row["rate"],
-            "cache": row["cache"],
-            "hit_rate": row["hit_rate"],
-            **{f"ttft {p}": row["ttft_ms"][p] for p in ("p50", "p99")},
-            **{f"gain {p}": plain["ttft_ms"][p] / row["ttft_ms"][p] for p in ("p50", "p99")},
-            "tpot p50": row["tpot_ms"]["p50"],
-            "busy": row["busy"][0],
-            "served": row["num_completed"],
-        }
-        for plain, cached in zip(off, on, strict=True)
-        for row in (plain, cached)
-    ]
+    table = [gain_of(plain, row) for plain, cached in zip(off, on, strict=True) for row in (plain, cached)]
     return off + on, table, config
 
 
+def gain_of(plain: Row, row: Row) -> Row:
+    cells = {"requests/s": row["rate"], "cache": row["cache"], "hit_rate": row["hit_rate"]}
+    for p in ("p50", "p99"):
+        cells |= {f"ttft {p}": row["ttft_ms"][p], f"gain {p}": plain["ttft_ms"][p] / row["ttft_ms"][p]}
+    return {**cells, "tpot p50": row["tpot_ms"]["p50"], "busy": row["busy"][0], "served": row["num_completed"]}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("trace", type=Path, help="a Mooncake trace, *.jsonl")
     parser.add_argument("--scale", type=int, default=32, help="what all lengths are divided by")
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--pools", type=int, nargs="*", default=[25, 50, 100], help="percent of the distinct blocks")
     parser.add_argument("--at-once", type=int, default=32, help="requests under way")
     parser.add_argument("--max-requests", type=int, help="the first ones of the trace")
-    parser.add_argument("--json", type=Path, help="write the report here")
     device = parser.add_argument_group("with a device")
     device.add_argument("--device", help="cpu or cuda:N")
     device.add_argument("--model", default=DEMO_MODEL)
@@ -176,13 +139,11 @@ def main() -> None:
     settings = {"trace": args.trace.name, "scale": args.scale}
     if args.device is None:
         settings |= {"block_size": args.block_size, "at_once": args.at_once, "requests": len(trace)}
-        report = emit("prefix_cache", settings, curve(trace, args))
+        emit("prefix_cache", settings, curve(trace, args), path=args.json)
     else:
         rows, table, config = gain(trace, args)
         settings |= {"engine": settings_of(config), "before": args.before, "window": args.window}
-        report = emit("prefix_cache", settings, rows, device=device_name(config), table=table)
-    if args.json:
-        save(report, args.json)
+        emit("prefix_cache", settings, rows, device=device_name(config), table=table, path=args.json)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ The traces azure_2023_code.csv, azure_2023_conv.csv and mooncake_conversation.js
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from collections import defaultdict
@@ -18,10 +17,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from report import Row, emit, load, make_report, save
-from simulate import base_config, workload
 from tqdm import tqdm
 
+from bench.lib.report import Row, arguments, emit, load, make_report, save
+from bench.studies.simulate import base_config, workload
 from nanopd.lab.planner import Arrangement, Goodput, Scenario, default_slo, search
 from nanopd.lab.tables import format_table
 from nanopd.lab.workload import WorkloadRequest, read_trace
@@ -35,6 +34,7 @@ WORKLOADS["shifting"] = "+".join(WORKLOADS.values())
 NUM_WORKERS = 8
 STATICS = ("8M/512", "8M/2048", *(f"{k}P{8 - k}D" for k in range(1, 8)))
 ROUTERS = ("adaptive:8M", "oracle:8M", "closed_form:8M")
+RESULT = Path(__file__).parents[1] / "results" / "simulated" / "routing_study.json"
 QUANTILES = (0.1, 0.5, 0.9)
 
 
@@ -50,39 +50,23 @@ def study(params: str, name: str, count: int, rows: Sequence[Row]) -> Iterator[R
     }
     start = time.perf_counter()
     for arrangement, found in search(scenario, arrangements, known):
-        yield done.get(arrangement.text) or {
-            "machine": params,
-            "workload": name,
-            "arrangement": arrangement.text,
-            "goodput per worker": found.rate / NUM_WORKERS,
-            "is bound": found.is_bound,
-            "rates": [[round(rate, 3), round(attainment, 4)] for rate, attainment in found.points],
-            "requests": len(scenario.requests),
-            "slo": str(scenario.slo),
-            "wall s": round(time.perf_counter() - start, 1),
-        }
+        row = {"machine": params, "workload": name, "arrangement": arrangement.text}
+        row |= {"goodput per worker": found.rate / NUM_WORKERS, "is bound": found.is_bound}
+        row |= {"rates": [[round(rate, 3), round(attainment, 4)] for rate, attainment in found.points]}
+        row |= {"requests": len(scenario.requests), "slo": str(scenario.slo)}
+        yield done.get(arrangement.text) or {**row, "wall s": round(time.perf_counter() - start, 1)}
         start = time.perf_counter()
 
 
 def compare(rows: Sequence[Row]) -> Row:
     """Of the rows of one machine and workload: how the adaptive router does."""
     found = {row["arrangement"]: row["goodput per worker"] for row in rows}
-    bounds = {row["arrangement"] for row in rows if row["is bound"]}
     best = max((name for name in found if ":" not in name), key=lambda name: found[name])
     adaptive = found["adaptive:8M"]
-
-    def over(name: str) -> str:
-        return f"{'>' * (name in bounds)}{adaptive / found[name]:.3f}"
-
-    return {
-        "machine": rows[0]["machine"],
-        "workload": rows[0]["workload"],
-        "adaptive": adaptive,
-        "best static": best,
-        "adaptive / best static": over(best),
-        "adaptive / closed_form": over("closed_form:8M"),
-        "regret": 1 - adaptive / found["oracle:8M"],
-    }
+    over = {r["arrangement"]: f"{'>' * r['is bound']}{adaptive / r['goodput per worker']:.3f}" for r in rows}
+    cell = {"machine": rows[0]["machine"], "workload": rows[0]["workload"], "adaptive": adaptive, "best static": best}
+    ratios = {"adaptive / best static": over[best], "adaptive / closed_form": over["closed_form:8M"]}
+    return {**cell, **ratios, "regret": 1 - adaptive / found["oracle:8M"]}
 
 
 def predictions(name: str, requests: Sequence[WorkloadRequest]) -> Row:
@@ -123,11 +107,11 @@ def _shown(row: Row) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
+    parser.set_defaults(json=RESULT)
     parser.add_argument("--params", nargs="+", default=["8x4090", "8xh20", "8xh200"])
     parser.add_argument("--workloads", nargs="+", default=[*WORKLOADS], choices=[*WORKLOADS])
     parser.add_argument("--max-requests", type=int, default=3000)
-    parser.add_argument("--json", type=Path, default=Path("bench/results/routing-study.json"))
     parser.add_argument("--predict", action="store_true", help="measure the length predictor instead")
     args = parser.parse_args()
     if args.predict:

@@ -12,16 +12,15 @@ has 8,192 tokens, the others 128; the pool holds three long ones, and more comes
 
 from __future__ import annotations
 
-import argparse
 import time
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from math import inf
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-from report import Row, emit, save
 
+from bench.lib.report import Row, arguments, emit, seconds_of
 from nanopd.checkpoints.demo_model import NAME as DEMO_MODEL
 from nanopd.checkpoints.model_files import load_tokenizer, read_model_config, resolve
 from nanopd.config import EngineConfig, ModelConfig
@@ -32,7 +31,7 @@ from nanopd.ipc.channel import channel
 from nanopd.lab.simulator import simulate
 from nanopd.lab.workload import FixedLength, MixedLength, synthetic_requests
 from nanopd.messages import EventKind, RowFlag, StepBatch, StepResult, TransferAck, TransferPlan
-from nanopd.request import SamplingParams
+from nanopd.request import Request, SamplingParams
 from nanopd.routing.factory import find_parameters
 from nanopd.wire import decode, encode
 
@@ -52,14 +51,11 @@ class InstantWorker:
         self.num_blocks, self.num_host_blocks = num_blocks, 1
         self.answering_s = 0.0
         self._parent, self._worker = channel(RING_NBYTES, 4)
-        self._rng = np.random.default_rng(seed)
-        self._token_ids = np.array(token_ids, np.int32)
+        self._rng, self._token_ids = np.random.default_rng(seed), np.array(token_ids, np.int32)
 
     def send(self, message: StepBatch | TransferPlan) -> None:
         self._parent.send(encode(message))
-        start = time.perf_counter()
-        self._answer()
-        self.answering_s += time.perf_counter() - start
+        self.answering_s += seconds_of(self._answer)
 
     def poll(self) -> list[StepResult | TransferAck]:
         results = []
@@ -82,41 +78,30 @@ class InstantWorker:
 def measure(num_seqs: int, num_workers: int, streaming: bool, num_steps: int) -> Row:
     tokenizer = load_tokenizer(resolve(DEMO_MODEL, load_format="auto"))
     model = ModelConfig("llama", len(tokenizer), 8, 8, 1, 1, 1, 8, MAX_LEN, 1e-5, 1e4)
-    config = EngineConfig(
-        model="none", workers=[{"device": "cpu"}] * num_workers, max_num_seqs=num_seqs, max_model_len=MAX_LEN
-    )
+    workers_of = [{"device": "cpu"}] * num_workers
+    config = EngineConfig(model="none", workers=workers_of, max_num_seqs=num_seqs, max_model_len=MAX_LEN)
     num_blocks = num_seqs * (MAX_LEN // config.block_size) + 1
     words = tokenizer.encode(__doc__)  # English: a token of it is whole characters, as nearly always in a real stream
     workers = [InstantWorker(num_blocks, words, w) for w in range(num_workers)]
-    pieces = TokenPieces(tokenizer)
-    engine = Engine(
-        config, model, list(workers), time.monotonic, lambda prompt, stop: StoppableText(pieces, prompt, stop)
-    )
+    make_text = partial(StoppableText, TokenPieces(tokenizer))
+    engine = Engine(config, model, list(workers), time.monotonic, make_text)
     params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
     for number in range(num_seqs * num_workers):
         # spread over the block, so that in each step one sequence in block_size needs a block
-        engine.submit(str(number), [1] * (1 + number % config.block_size), params, is_streamed=streaming)
+        prompt = [1] * (1 + number % config.block_size)
+        engine.submit(Request(str(number), prompt, params, time.monotonic(), is_streamed=streaming))
     for _ in range(20):
         engine.step()
     times_us = [_timed_step(engine, workers) for _ in range(num_steps)]
     p50, p99 = np.percentile(np.array(times_us) / num_workers, [50, 99]) / config.steps_in_flight
+    row = {"num_seqs": num_seqs, "num_workers": num_workers, "streaming": streaming, "step_us": round(p50, 1)}
     bar = BARS_US.get((num_seqs, streaming), "")
-    return {
-        "num_seqs": num_seqs,
-        "num_workers": num_workers,
-        "streaming": streaming,
-        "step_us": round(p50, 1),
-        "p99_us": round(p99, 1),
-        "bar_us": bar,
-        "us_per_seq": round(p50 / num_seqs, 2),
-    }
+    return {**row, "p99_us": round(p99, 1), "bar_us": bar, "us_per_seq": round(p50 / num_seqs, 2)}
 
 
 def _timed_step(engine: Engine, workers: list[InstantWorker]) -> float:
     answering_s = sum(worker.answering_s for worker in workers)
-    start = time.perf_counter()
-    engine.step()
-    elapsed_s = time.perf_counter() - start
+    elapsed_s = seconds_of(engine.step)
     return 1e6 * (elapsed_s - (sum(worker.answering_s for worker in workers) - answering_s))
 
 
@@ -164,32 +149,22 @@ def measure_waits(roles: list[str], rate: float, count: int) -> Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--waits", type=int, metavar="REQUESTS", help="measure these instead")
-    parser.add_argument("--json", type=Path, help="write the report here")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--num-seqs", type=int, nargs="+", default=[1, 32, 256])
     parser.add_argument("--num-workers", type=int, nargs="+", default=[1, 2, 8])
     args = parser.parse_args()
     if args.waits:
         rows = [measure_waits(roles, rate, args.waits) for rate in RATES for roles in ROLES]
-        report = emit("waits", {"params": "8xh200", "short": SHORT, "long": LONG}, rows, device="simulated")
-    else:
-        report = steps_and_prefixes(args)
-    if args.json:
-        save(report, args.json)
-
-
-def steps_and_prefixes(args: argparse.Namespace) -> dict[str, Any]:
-    rows = [
-        measure(num_seqs, num_workers, streaming, args.steps)
-        for streaming in (False, True)
-        for num_workers in args.num_workers
-        for num_seqs in args.num_seqs
-    ]
-    prefixes = [measure_prefix(block_size, args.steps) for block_size in PREFIX_BARS_US]
-    columns = list(dict.fromkeys([*rows[0], *prefixes[0]]))
-    return emit("scheduler", {"steps": args.steps}, rows + prefixes, columns)
+        settings = {"params": "8xh200", "short": SHORT, "long": LONG}
+        emit("waits", settings, rows, device="simulated", path=args.json)
+        return
+    cases = product((False, True), args.num_workers, args.num_seqs)
+    rows = [measure(num_seqs, num_workers, streaming, args.steps) for streaming, num_workers, num_seqs in cases]
+    rows += [measure_prefix(block_size, args.steps) for block_size in PREFIX_BARS_US]
+    columns = list(dict.fromkeys([*rows[0], *rows[-1]]))
+    emit("scheduler", {"steps": args.steps}, rows, columns, path=args.json)
 
 
 if __name__ == "__main__":

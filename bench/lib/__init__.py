@@ -1,0 +1,1 @@
+"""What the measurements share: how they report, load over time, rows of served requests, figures."""

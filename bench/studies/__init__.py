@@ -1,0 +1,1 @@
+"""Questions answered without a device: simulations, a comparison of routers, pictures of parameter files."""
