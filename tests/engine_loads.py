@@ -39,7 +39,7 @@ LONGEST = 20  # blocks
 
 # Kinds of events, named as often as they are likely, and how many there may be behind a request.
 QUIET = (["abort"] * 8 + ["die"], 1)
-WILD = (["move"] * 22 + ["role"] * 4 + ["abort"] * 2 + ["die", "hang"], 5)
+WILD = (["move"] * 22 + ["role"] * 4 + ["abort"] * 2 + ["die", "hang"], 20)
 
 
 def policies_for(roles: list[str]) -> list[str]:

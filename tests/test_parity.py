@@ -173,8 +173,8 @@ def test_several_answers(reference: Reference, way: str) -> None:
         group: list[Sequence] = []
         for k, one in enumerate(params.split()):
             assert (one.seed, one.n) == (5 + k, 1)
-            expected.append(alone.submit(f"{i}/{k}", prompt, one))
-            group.append(together.submit(f"{i}/{k}", prompt, one, parent=group[0] if group else None))
+            expected.append(submit(alone, f"{i}/{k}", prompt, one))
+            group.append(submit(together, f"{i}/{k}", prompt, one, parent=group[0] if group else None))
         answers += group
     run_to_end(alone)
     run_to_end(together)

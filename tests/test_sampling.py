@@ -290,9 +290,9 @@ def test_values_that_are_not_allowed(field: str, value: object) -> None:
 def test_tokens_that_the_model_does_not_have(path: Path, keys: dict) -> None:
     (field,) = keys
     with pytest.raises(RequestError, match=f"{field}={VOCAB_SIZE} .* 0 to {VOCAB_SIZE - 1}"):
-        make_engine(path, "whole").submit("0", [1], SamplingParams(**keys))
+        submit(make_engine(path, "whole"), "0", [1], SamplingParams(**keys))
 
 
 def test_words_need_a_tokenizer(path: Path) -> None:
     with pytest.raises(RequestError, match="bad_words"):
-        make_engine(path, "whole").submit("0", [1], SamplingParams(bad_words="word"))
+        submit(make_engine(path, "whole"), "0", [1], SamplingParams(bad_words="word"))
