@@ -107,7 +107,7 @@ def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.mark.parametrize("steps_in_flight", [1, 2])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "one token a step"])
 def test_tiny_model(reference: Reference, way: str, steps_in_flight: int) -> None:
     engine = reference.engine(**WAYS[way], steps_in_flight=steps_in_flight)
     seqs = reference.submit(engine)
@@ -117,6 +117,16 @@ def test_tiny_model(reference: Reference, way: str, steps_in_flight: int) -> Non
         assert any(event.kind is EventKind.PREEMPTED for seq in seqs for event in seq.events)
     if "swapped" in way:
         assert any(worker.num_swapped for worker in engine.workers)
+
+
+@pytest.mark.parametrize("steps_in_flight", [1, 2])
+@pytest.mark.parametrize(
+    "reference",
+    [pytest.param(name, marks=() if name == "llama" else pytest.mark.slow) for name in MODELS],
+    indirect=True,
+)
+def test_tiny_model_one_token_a_step(reference: Reference, steps_in_flight: int) -> None:
+    test_tiny_model(reference, "one token a step", steps_in_flight)
 
 
 @pytest.mark.parametrize("is_on", [True, False])

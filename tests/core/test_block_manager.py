@@ -237,7 +237,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
 
 
 TestBlockManagerMachine = BlockManagerMachine.TestCase
-TestBlockManagerMachine.settings = examples(2, stateful_step_count=40)
+TestBlockManagerMachine.settings = examples(4, stateful_step_count=40)
 
 
 # ------------------------------------------------------------------------------------------------- by hand

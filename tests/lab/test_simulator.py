@@ -140,7 +140,10 @@ def test_roles_follow_the_load_when_it_pays() -> None:
     assert attainments["adaptive"] > attainments["disaggregated"] + 0.1
 
 
-@pytest.mark.parametrize(("num_output", "requests_per_s"), [(40, 16.0), (150, 11.8), (20, 45.0)])
+@pytest.mark.parametrize(
+    ("num_output", "requests_per_s"),
+    [(40, 16.0), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(150, 11.8), (20, 45.0)])],
+)
 def test_two_adaptive_workers_serve_more_than_either_arrangement(num_output: int, requests_per_s: float) -> None:
     """Prompts that one worker cannot bear alone, and that cost decodes too much if they come in large chunks."""
     length = FixedLength(1000 if num_output == 20 else 3000)
