@@ -104,13 +104,13 @@ def test_one_captured_graph_serves_any_lengths() -> None:
     q, kv = on_gpu(case.q, torch.bfloat16), on_gpu(case.kv, torch.bfloat16)
     block_tables, seq_lens, out = on_gpu(case.block_tables), on_gpu(case.seq_lens), torch.empty_like(q)
     weight = torch.ones(case.q[0].size, dtype=q.dtype, device="cuda")
-    attend = attention_of(case, torch.bfloat16)
+    attend, spec = attention_of(case, torch.bfloat16), spec_of(kv)
 
     def step() -> Tensor:
         attend.begin_step(seq_lens)
         normed = cuda.rms_norm(q.view(4, -1), weight, 1e-6)
         for _ in range(3):  # a chain in which each kernel starts while its predecessor ends
-            attend(normed.view(q.shape), kv, case.layer, block_tables, seq_lens, out, overlap=True)
+            attend(normed.view(q.shape), kv, case.layer, spec, block_tables, seq_lens, out, overlap=True)
         return cuda.rms_norm(out.view(4, -1), weight, 1e-6, overlap=True)
 
     step()
