@@ -97,14 +97,10 @@ class Results:
             if seq.is_watched:  # the sequence's own list is always up to date
                 seq.token_ids.append(token)
                 seq.token_times_s.append(now_s)
-                if seq.drafter is not None:
+                t.is_awaited[slot] = seq.awaits_choice = seq.chooser is not None
+                if seq.drafter is not None:  # which may have to wait for what is in flight
                     self._decodes.observe(seq, slot, token)
-                if seq.chooser is not None:
-                    t.is_awaited[slot] = seq.awaits_choice = True
-                    outcome.proposed.append(seq)
-                else:
-                    t.is_awaited[slot] = False
-                    outcome.watched.append(seq)
+                (outcome.watched if seq.chooser is None else outcome.proposed).append(seq)
             else:
                 t.sync(seq)
             if token in seq.stop_ids:
