@@ -41,8 +41,7 @@ def make_dot_tile(num_columns: int, prefetch: bool) -> Callable[..., None]:
             w_rows = _row_pointers(builder, w.data, first[1], k_size, ROWS)
             x_rows = _row_pointers(builder, vectors.data, first[3], k_size, num_columns)
             outputs = _row_pointers(builder, sums.data, first[3], n_size, num_columns)
-            distance = builder.mul(k_size, INT64(ROWS)) if prefetch else None
-            accumulators = _dot_loop(builder, w_rows, x_rows, k_size, distance)
+            accumulators = _dot_loop(builder, w_rows, x_rows, k_size, prefetch)
             for pointer, column_sums in zip(outputs, accumulators, strict=True):
                 total = _sum_lanes(builder, column_sums)
                 target = builder.gep(pointer, [first[1]])
@@ -60,21 +59,17 @@ def _row_pointers(builder: ir.IRBuilder, data: ir.Value, first: ir.Value, size: 
 
 
 def _dot_loop(
-    builder: ir.IRBuilder,
-    w_rows: Sequence[ir.Value],
-    x_rows: Sequence[ir.Value],
-    k_size: ir.Value,
-    prefetch_distance: ir.Value | None,
+    builder: ir.IRBuilder, w_rows: Sequence[ir.Value], x_rows: Sequence[ir.Value], k_size: ir.Value, prefetch: bool
 ) -> list[list[ir.Value]]:
     """The sums of LANES partial products for each column and row."""
+    next_rows = builder.mul(k_size, INT64(ROWS))  # elements from these rows of the weight to the next ones
     zero = ir.Constant(VECTOR, [ir.Constant(FLOAT, 0.0)] * LANES)
     sums = [[cgutils.alloca_once_value(builder, zero) for _ in w_rows] for _ in x_rows]
     fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(VECTOR, [VECTOR] * 3), f"llvm.fma.v{LANES}f32")
     end = builder.and_(k_size, INT64(-LANES))
     with cgutils.for_range_slice(builder, INT64(0), end, INT64(LANES), intp=INT64) as (k, _):
-        if prefetch_distance is not None:
-            for pointer in w_rows:
-                _prefetch(builder, builder.gep(pointer, [builder.add(k, prefetch_distance)]))
+        for pointer in w_rows if prefetch else ():
+            _prefetch(builder, builder.gep(pointer, [builder.add(k, next_rows)]))
         rows = [_load(builder, pointer, k) for pointer in w_rows]
         for pointer, column_sums in zip(x_rows, sums, strict=True):
             values = _load(builder, pointer, k)

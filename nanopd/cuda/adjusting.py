@@ -21,7 +21,6 @@ from nanopd.cuda.sampling import in_chunks
 
 THREADS = 256
 ROW_BYTES = 24  # the parameters of a row
-ADJUSTING_ARGUMENTS = "lllllrrr"
 
 # How often a token was generated, from a count, which also holds the mark that the token is in the prompt.
 GENERATED = Instruction("{.reg .b32 x; and.b32 x, $1, 0xffffff; cvt.rn.f32.s32 $0, x;}", "f", "r")
@@ -32,9 +31,7 @@ def adjusting_kernel(dtype: str) -> Callable[..., None]:
     """Each thread computes 16 bytes of logits."""
     PER_CHUNK = 4 if dtype == "f32" else 8
 
-    @macro
-    def unpack(emit: Any, registers: Any) -> list[Any]:
-        return warp.values_of(emit, dtype, registers)
+    unpack = macro(lambda emit, registers: warp.values_of(emit, dtype, registers))
 
     @macro
     def add(emit: Any, values: Any, biases: Any) -> list[Any]:
@@ -75,34 +72,28 @@ def adjusting_kernel(dtype: str) -> Callable[..., None]:
         if row < num_rows:
             param = params + warp.wide(row) * ROW_BYTES
             cell = 4 * (warp.wide(warp.load_i32(param)) * table_width + PER_CHUNK * chunk)
-            penalties = (
-                warp.load_f32(param + 4),
-                warp.load_f32(param + 8),
-                warp.load_f32(param + 12),
-                warp.load_f32(param + 16),
-            )
+            presence, frequency = warp.load_f32(param + 4), warp.load_f32(param + 8)
+            repetition, inverse = warp.load_f32(param + 12), warp.load_f32(param + 16)
             values = unpack(warp.load_16_bytes(logits + 16 * warp.wide(item)))
             if biases != 0:
                 values = add(values, biases + cell)
-            adjust(values, counts + cell, out + 4 * PER_CHUNK * warp.wide(item), penalties)
+            to = out + 4 * PER_CHUNK * warp.wide(item)
+            adjust(values, counts + cell, to, (presence, frequency, repetition, inverse))
 
     return kernel
 
 
 def adjusting_spec(dtype: str) -> Spec:
-    return Spec(adjusting_kernel, (dtype,), ADJUSTING_ARGUMENTS, THREADS, shared_percent=0)
+    return Spec(adjusting_kernel, (dtype,), "lllllrrr", THREADS, shared_percent=0)
 
 
-def adjust_logits(
-    logits: Tensor,  # [num_rows, vocab_size] bfloat16, float16 or float32, contiguous
-    counts: Tensor,  # [num_table_rows, table_width] int32; table_width is a multiple of 8, and at least vocab_size
-    biases: Tensor | None,  # the same shape, float32; None: there are none
-    params: Tensor,  # [num_rows * 3] int64
-) -> Tensor:
+def adjust_logits(logits: Tensor, counts: Tensor, biases: Tensor | None, params: Tensor) -> Tensor:
     """New logits, [num_rows, vocab_size] float32, contiguous.
 
-    A record of 24 bytes for each row in `params`: row of the tables, int32; presence and frequency penalty, repetition
-    penalty and its inverse, float32.
+    logits [num_rows, vocab_size], bfloat16, float16 or float32, contiguous; counts [num_table_rows, table_width] int32,
+    where table_width is a multiple of 8, and at least vocab_size; biases of the same shape, float32, where there are
+    any; params [num_rows * 3] int64, a record of 24 bytes for each row: row of the tables, int32; presence and
+    frequency penalty, repetition penalty and its inverse, float32.
     """
     num_rows, vocab_size = logits.shape
     logits, num_chunks = in_chunks(logits)

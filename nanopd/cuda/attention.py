@@ -26,7 +26,7 @@ from torch import Tensor
 from nanopd.config import KVLayout
 from nanopd.cuda import warp
 from nanopd.cuda.elementwise import LOG2_E
-from nanopd.cuda.launch import Spec, kernel_for
+from nanopd.cuda.launch import Spec, kernel_of
 from nanopd.cuda.ptx import inlined, macro, shared_memory
 from nanopd.models.operations import AttentionSpec
 
@@ -42,7 +42,6 @@ MERGED = 8  # a thread loads as many partial results at a time
 RESERVED_SHARED_BYTES = 1024  # the system takes as much shared memory of each CTA
 HEAD_DIMS = (64, 128)
 DECODE_ARGUMENTS = "llllllllllllrrrrrrf"
-PLAN_ARGUMENTS = "llrr"
 
 # ((x + 1) * n - 1) // total is the CTA that has place x, when n CTAs share all places and CTA i starts at
 # i * total // n.
@@ -219,10 +218,7 @@ def decode_kernel(head_dim: int, dtype: str, num_warps: int, num_stages: int) ->
             decay = warp.exp2(warp.load_f32_of_cta(shared + MAXIMA + 4 * (w * COLUMNS + column)) - top)
             weight = weight + decay * warp.load_f32_of_cta(shared + SUMS + 4 * (w * COLUMNS + column))
             x = warp.load_4_f32_of_cta(shared + OUTPUTS + w * OUT_WARP + column * OUT_ROW + 4 * dim)
-            y0 = y0 + x[0]
-            y1 = y1 + x[1]
-            y2 = y2 + x[2]
-            y3 = y3 + x[3]
+            y0, y1, y2, y3 = y0 + x[0], y1 + x[1], y2 + x[2], y3 + x[3]
         norm = warp.reciprocal(weight)
         return y0 * norm, y1 * norm, y2 * norm, y3 * norm, top + warp.log2(weight)
 
@@ -287,10 +283,8 @@ def decode_kernel(head_dim: int, dtype: str, num_warps: int, num_stages: int) ->
         scale,  # that of the scores, times log2(e)
     ):
         thread = warp.thread_index()
-        lane = thread & 31
-        wid = i32(thread >> 5)
-        g = lane >> 2
-        t = lane & 3
+        lane, wid = thread & 31, i32(thread >> 5)
+        g, t = lane >> 2, lane & 3
         cta = warp.cta_index()
         shared = shared_memory()
         columns = i32(group * num_queries)
@@ -321,11 +315,7 @@ def decode_kernel(head_dim: int, dtype: str, num_warps: int, num_stages: int) ->
         to_k = i32(lane_row * ROW + (chunk ^ ((lane_row & 1) << 6)))
         to_v = i32(V + lane_row * ROW + (chunk ^ ((lane_row & 6) << 4)))
         in_stage = ring
-        in_place = place
-        in_row = row
-        in_head = head
-        in_token = token
-        in_context = context
+        in_place, in_row, in_head, in_token, in_context = place, row, head, token, context
 
         # ---- The arithmetic.
         stage = ring
@@ -389,14 +379,10 @@ def decode_kernel(head_dim: int, dtype: str, num_warps: int, num_stages: int) ->
                         s3 = warp.select(s3, f32(MASKED), limit1 - 9 - (tile_token + g))
                     new0 = warp.max_f32(max0, warp.group_max(warp.max_f32(s0, s2)))
                     new1 = warp.max_f32(max1, warp.group_max(warp.max_f32(s1, s3)))
-                    decay0 = warp.exp2(max0 - new0)
-                    decay1 = warp.exp2(max1 - new1)
-                    max0 = new0
-                    max1 = new1
-                    s0 = warp.exp2(s0 - new0)
-                    s1 = warp.exp2(s1 - new1)
-                    s2 = warp.exp2(s2 - new0)
-                    s3 = warp.exp2(s3 - new1)
+                    decay0, decay1 = warp.exp2(max0 - new0), warp.exp2(max1 - new1)
+                    max0, max1 = new0, new1
+                    s0, s1 = warp.exp2(s0 - new0), warp.exp2(s1 - new1)
+                    s2, s3 = warp.exp2(s2 - new0), warp.exp2(s3 - new1)
                     sum0 = sum0 * decay0 + (s0 + s2)  # of this lane's tokens
                     sum1 = sum1 * decay1 + (s1 + s3)
                     p_low = warp.transpose_8x8(pack(s0, s1))
@@ -492,7 +478,7 @@ def decode_spec(head_dim: int, dtype: str, shared_limit: int) -> Spec:
 
 
 def plan_spec(num_warps: int = NUM_WARPS) -> Spec:
-    return Spec(plan_kernel, (num_warps * WARP_TILE,), PLAN_ARGUMENTS, 32)
+    return Spec(plan_kernel, (num_warps * WARP_TILE,), "llrr", 32)
 
 
 class PagedDecodeAttention:
@@ -514,10 +500,11 @@ class PagedDecodeAttention:
         assert layout.block_size >= WARP_TILE and layout.block_size.bit_count() == 1
         properties = torch.cuda.get_device_properties(device)
         shared_limit: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-        spec = decode_spec(layout.head_dim, warp.NAMES[dtype], shared_limit)
         index = torch.device(device).index or 0
-        self._plan_kernel, self._kernel = kernel_for(plan_spec(), index), kernel_for(spec, index)
-        ctas_per_sm = properties.shared_memory_per_multiprocessor // (spec.shared_bytes + RESERVED_SHARED_BYTES)
+        self._plan_kernel = kernel_of(plan_spec, index)
+        self._kernel = kernel_of(decode_spec, index, layout.head_dim, warp.NAMES[dtype], shared_limit)
+        shared_bytes = self._kernel.spec.shared_bytes + RESERVED_SHARED_BYTES
+        ctas_per_sm = properties.shared_memory_per_multiprocessor // shared_bytes
         self._num_ctas = properties.multi_processor_count * ctas_per_sm
         self._num_kv_heads, self._group = layout.num_kv_heads, num_heads // layout.num_kv_heads
         self._block_shift = layout.block_size.bit_length() - 1

@@ -21,7 +21,6 @@ from nanopd.cuda.ptx import macro
 THREADS = 256
 IN_FLIGHT = 8  # 16-byte loads that a thread has under way, as the memory of a peer takes microseconds to answer
 PIECE = 16 * THREADS * IN_FLIGHT
-MOVE_ARGUMENTS = "llllllrrrr"
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def move_kernel() -> Callable[..., None]:
 
 
 def move_spec() -> Spec:
-    return Spec(move_kernel, (), MOVE_ARGUMENTS, THREADS)
+    return Spec(move_kernel, (), "llllllrrrr", THREADS)
 
 
 def move_blocks(src: Side, dst: Side, num_blocks: int, block_bytes: int, device: int, max_ctas: int = 1 << 16) -> None:

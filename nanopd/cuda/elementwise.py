@@ -25,9 +25,6 @@ NUM_WARPS = THREADS // 32
 LOG2_E = 1.4426950408889634
 HEAD_DIMS = (64, 128)
 MANY_TOKENS = 512
-NORM_ARGUMENTS = "lllrf"
-SILU_ARGUMENTS = "llrr"
-ROTARY_ARGUMENTS = "llllllll" + "lll" + "rrrrr" + "f"
 
 
 def norm_kernel(dtype: str) -> Callable[..., None]:
@@ -130,9 +127,7 @@ def rotary_kernel(head_dim: int, dtype: str) -> Callable[..., None]:
     PACK, UNPACK = warp.PACK[dtype], warp.UNPACK[dtype]
     pack, unpack = warp.function(PACK), warp.function(UNPACK)
 
-    @macro
-    def head_sum(emit: Any, x: Any) -> Any:
-        return warp.add_lanes(emit, x, LANES)
+    head_sum = macro(lambda emit, x: warp.add_lanes(emit, x, LANES))
 
     def kernel(  # type: ignore[no-untyped-def]
         qkv,  # [num_tokens, num_heads + 2 * num_kv_heads, head_dim]
@@ -167,10 +162,8 @@ def rotary_kernel(head_dim: int, dtype: str) -> Callable[..., None]:
         position = warp.load_i32(positions + 8 * warp.wide(token))
         slot = warp.load_i32(slots + 8 * warp.wide(token))
         angles = cos_sin + 4 * (warp.wide(position) * head_dim + 2 * pair)
-        cos0 = warp.load_f32(angles)
-        cos1 = warp.load_f32(angles + 4)
-        sin0 = warp.load_f32(angles + 2 * head_dim)
-        sin1 = warp.load_f32(angles + 2 * head_dim + 4)
+        cos0, cos1 = warp.load_f32(angles), warp.load_f32(angles + 4)
+        sin0, sin1 = warp.load_f32(angles + 2 * head_dim), warp.load_f32(angles + 2 * head_dim + 4)
         block = warp.div_u32(slot, block_size)
         to_k = kv + warp.wide(block) * block_stride + 2 * (slot - block * block_size) * head_dim
         warp.let_successor_start()  # the successor, attention, reads nothing of the predecessor before its own wait
@@ -184,8 +177,7 @@ def rotary_kernel(head_dim: int, dtype: str) -> Callable[..., None]:
             low = next_low
             high = next_high
             source = source + 2 * head_dim * (head + 1 < end)  # the next head is read while this one is computed
-            next_low = warp.load_i32(source)
-            next_high = warp.load_i32(source + HALF)
+            next_low, next_high = warp.load_i32(source), warp.load_i32(source + HALF)
             kv_head = i32(head - num_heads)  # negative for Q; a head of K; from num_kv_heads on, a head of V
             if kv_head < num_kv_heads:
                 x0, x1 = unpack(low)
@@ -197,11 +189,9 @@ def rotary_kernel(head_dim: int, dtype: str) -> Callable[..., None]:
                     squares = head_sum(x0 * x0 + x1 * x1 + (y0 * y0 + y1 * y1))
                     factor = warp.rsqrt(squares / f32(head_dim) + eps)
                     w0, w1 = unpack(warp.load_i32(norm + 4 * pair))
-                    x0 = x0 * factor * w0
-                    x1 = x1 * factor * w1
+                    x0, x1 = x0 * factor * w0, x1 * factor * w1
                     w0, w1 = unpack(warp.load_i32(norm + HALF + 4 * pair))
-                    y0 = y0 * factor * w0
-                    y1 = y1 * factor * w1
+                    y0, y1 = y0 * factor * w0, y1 * factor * w1
                 low = pack(x0 * cos0 - y0 * sin0, x1 * cos1 - y1 * sin1)
                 high = pack(y0 * cos0 + x0 * sin0, y1 * cos1 + x1 * sin1)
             if kv_head < 0:
@@ -218,15 +208,15 @@ def rotary_kernel(head_dim: int, dtype: str) -> Callable[..., None]:
 
 
 def norm_spec(dtype: str) -> Spec:
-    return Spec(norm_kernel, (dtype,), NORM_ARGUMENTS, THREADS, 4 * NUM_WARPS)
+    return Spec(norm_kernel, (dtype,), "lllrf", THREADS, 4 * NUM_WARPS)
 
 
 def silu_spec(dtype: str) -> Spec:
-    return Spec(silu_kernel, (dtype,), SILU_ARGUMENTS, THREADS)
+    return Spec(silu_kernel, (dtype,), "llrr", THREADS)
 
 
 def rotary_spec(head_dim: int, dtype: str) -> Spec:
-    return Spec(rotary_kernel, (head_dim, dtype), ROTARY_ARGUMENTS, THREADS)
+    return Spec(rotary_kernel, (head_dim, dtype), "lllllllllllrrrrrf", THREADS)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, overlap: bool = False) -> Tensor:

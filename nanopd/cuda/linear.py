@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from nanopd.cuda import warp
 from nanopd.cuda.elementwise import LOG2_E, eight_at_a_time, rms_norm, silu_and_mul
-from nanopd.cuda.launch import Kernel, Spec, address_of, kernel_for
+from nanopd.cuda.launch import Kernel, Spec, address_of, kernel_of
 from nanopd.cuda.ptx import inlined, macro, shared_memory
 from nanopd.models.weights import PLAIN, Linear
 
@@ -33,7 +33,6 @@ TILE_ROWS = MMA_ROWS * ROW_TILES
 NUM_WARPS = 16
 THREADS = 32 * NUM_WARPS
 PITCH = TILE_ROWS + 4  # floats from one row of x to the next in shared memory, which spreads a warp over all banks
-SKINNY_ARGUMENTS = "lllllrrrrrrf"
 STORE, ADD, GATE = 0, 1, 2  # of a product p: y = p, y += p, or y = silu(p of the first tile) * p of the second
 MAX_ROWS = 16
 MUCH_SHARED_BYTES = 128 << 10
@@ -136,8 +135,7 @@ def skinny_kernel(dtype: str, x_tiles: int, unroll: int) -> Callable[..., None]:
         y0 = y1 = f32(0.0)
         for w in range(NUM_WARPS):
             place = i32(shared + w * SUMS_OF_WARP + 4 * (row * PITCH + column))
-            y0 = y0 + warp.load_f32_of_cta(place)
-            y1 = y1 + warp.load_f32_of_cta(place + 4)
+            y0, y1 = y0 + warp.load_f32_of_cta(place), y1 + warp.load_f32_of_cta(place + 4)
         return y0, y1
 
     @inlined
@@ -159,10 +157,8 @@ def skinny_kernel(dtype: str, x_tiles: int, unroll: int) -> Callable[..., None]:
         eps,
     ):
         thread = warp.thread_index()
-        lane = thread & 31
-        wid = i32(thread >> 5)
-        g = lane >> 2
-        t = lane & 3
+        lane, wid = thread & 31, i32(thread >> 5)
+        g, t = lane >> 2, lane & 3
         shared = shared_memory()
         tile = warp.cta_index()
         last_row = i32(num_rows - 1)
@@ -219,16 +215,13 @@ def skinny_kernel(dtype: str, x_tiles: int, unroll: int) -> Callable[..., None]:
                     y1 = y1 * factor
                 if bias != 0:
                     b0, b1 = unpack(warp.load_constant_i32(bias + 2 * warp.wide(tile * columns + column)))
-                    y0 = y0 + b0
-                    y1 = y1 + b1
+                    y0, y1 = y0 + b0, y1 + b1
                 if result == ADD:
                     r0, r1 = unpack(warp.load_i32(to))
-                    y0 = y0 + r0
-                    y1 = y1 + r1
+                    y0, y1 = y0 + r0, y1 + r1
                 if result == GATE:
                     up0, up1 = sum_of_warps(shared, row, column + MMA_ROWS)
-                    y0 = silu(y0) * (up0 * factor)
-                    y1 = silu(y1) * (up1 * factor)
+                    y0, y1 = silu(y0) * (up0 * factor), silu(y1) * (up1 * factor)
                 warp.store_i32_if(to, pack(y0, y1), row < num_rows)
                 pair = i32(pair + THREADS)
             warp.sync_cta()
@@ -245,9 +238,7 @@ def skinny_spec(dtype: str, x_tiles: int, shared_limit: int) -> Spec:
     """
     unroll = (4 if shared_limit > MUCH_SHARED_BYTES else 2) // x_tiles
     shared_bytes = 4 * NUM_WARPS * 8 * x_tiles * (PITCH + 1)
-    return Spec(
-        skinny_kernel, (dtype, x_tiles, unroll), SKINNY_ARGUMENTS, THREADS, shared_bytes, shared_percent=SHARED_PERCENT
-    )
+    return Spec(skinny_kernel, (dtype, x_tiles, unroll), "lllllrrrrrrf", THREADS, shared_bytes, SHARED_PERCENT)
 
 
 def norm_linear(x: Tensor, norm: Tensor, eps: float, linear: Linear, overlap: bool = False) -> Tensor:
@@ -312,5 +303,5 @@ def is_skinny(x: Tensor, linear: Linear) -> bool:
 def _kernel(dtype: torch.dtype, x_tiles: int, device: int) -> tuple[Kernel, int]:
     properties = torch.cuda.get_device_properties(device)
     shared_limit: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    spec = skinny_spec(warp.NAMES[dtype], x_tiles, shared_limit)
-    return kernel_for(spec, device), properties.multi_processor_count
+    kernel = kernel_of(skinny_spec, device, warp.NAMES[dtype], x_tiles, shared_limit)
+    return kernel, properties.multi_processor_count

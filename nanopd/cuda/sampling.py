@@ -38,7 +38,6 @@ FOUND = TOTALS + 8 * 32  # int64 [3]: a bin, the amount in the bins before it, a
 MAXIMA = FOUND + 8 * 4  # the maxima of the warps, float32 [32]
 SHARED_BYTES = MAXIMA + 4 * 32
 ROW_BYTES = 32  # the parameters of a row
-SAMPLING_ARGUMENTS = "lllrr"
 
 # The weight of the first key, or 0 where it is below the second: the mantissa of its float32 as a multiple of 2**-40.
 WEIGHT = warp.Instruction(
@@ -84,9 +83,7 @@ def sampling_kernel(dtype: str) -> Callable[..., None]:
             keys.append(emit(warp.BITS_OF_F32, emit(warp.MIN_F32, likelihood, 1.0)))
         return keys
 
-    @macro
-    def largest_key(emit: Any, keys: Any) -> Any:
-        return functools.reduce(functools.partial(emit, warp.MAX_I32), keys)
+    largest_key = macro(lambda emit, keys: functools.reduce(functools.partial(emit, warp.MAX_I32), keys))
 
     @macro
     def count(emit: Any, bins: Any, keys: Any, first: Any, span: Any, shift: Any, by_mass: Any) -> None:
@@ -120,11 +117,9 @@ def sampling_kernel(dtype: str) -> Callable[..., None]:
         vocab_size,
     ):
         thread = warp.thread_index()
-        lane = thread & 31
-        wid = i32(thread >> 5)
+        lane, wid = thread & 31, i32(thread >> 5)
         bins = shared_memory()
-        totals = i32(bins + TOTALS)
-        found = i32(bins + FOUND)
+        totals, found = i32(bins + TOTALS), i32(bins + FOUND)
         row = logits + warp.wide(warp.cta_index()) * num_chunks * 16
         param = params + warp.wide(warp.cta_index()) * ROW_BYTES
         last = i32(num_chunks - 1)
@@ -227,7 +222,7 @@ def sampling_kernel(dtype: str) -> Callable[..., None]:
 
 
 def sampling_spec(dtype: str) -> Spec:
-    return Spec(sampling_kernel, (dtype,), SAMPLING_ARGUMENTS, THREADS, SHARED_BYTES)
+    return Spec(sampling_kernel, (dtype,), "lllrr", THREADS, SHARED_BYTES)
 
 
 def draw_tokens(logits: Tensor, params: Tensor) -> Tensor:
