@@ -93,22 +93,20 @@ def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
 def _sum_lanes(builder: ir.IRBuilder, vectors: Sequence[ir.Value]) -> ir.Value:
     """One vector of the four sums of four vectors of LANES, by folding and interleaving, which takes few shuffles."""
 
-    def fold(a: ir.Value, b: ir.Value, left: list[int], right: list[int]) -> ir.Value:
-        return builder.fadd(_shuffle(builder, a, b, left), _shuffle(builder, a, b, right))
+    def fold(a: ir.Value, b: ir.Value, lanes: list[int], distance: int) -> ir.Value:
+        """The lanes of a and b in this order, each plus the lane that far behind it."""
+        behind = [lane + distance for lane in lanes]
+        return builder.fadd(_shuffle(builder, a, b, lanes), _shuffle(builder, a, b, behind))
 
     a, b, c, d = vectors
-    pairs = range(0, LANES, 2)
-    evens = [lane for i in pairs for lane in (i, i + LANES)]  # a0 b0 a2 b2 ...
-    odds = [lane for i in pairs for lane in (i + 1, i + 1 + LANES)]
-    ab, cd = fold(a, b, evens, odds), fold(c, d, evens, odds)  # a b a b ..., c d c d ...
-    fours = range(0, LANES, 4)
-    lower = [lane for i in fours for lane in (i, i + 1, i + LANES, i + 1 + LANES)]
-    upper = [lane for i in fours for lane in (i + 2, i + 3, i + 2 + LANES, i + 3 + LANES)]
-    total = fold(ab, cd, lower, upper)  # a b c d a b c d ...
+    pairs = [lane for i in range(0, LANES, 2) for lane in (i, i + LANES)]  # a0 b0 a2 b2 ...
+    fours = [lane for i in range(0, LANES, 4) for lane in (i, i + 1, i + LANES, i + 1 + LANES)]
+    ab, cd = fold(a, b, pairs, 1), fold(c, d, pairs, 1)  # a b a b ..., c d c d ...
+    total = fold(ab, cd, fours, 2)  # a b c d a b c d ...
     size = LANES
     while size > len(vectors):
         size //= 2
-        total = fold(total, total, list(range(size)), list(range(size, 2 * size)))
+        total = fold(total, total, list(range(size)), size)
     return total
 
 

@@ -55,16 +55,12 @@ def adjusting_kernel(dtype: str) -> Callable[..., None]:
                 adjusted.append(emit(warp.BITS_OF_F32, x))
             emit(warp.STORE_16_BYTES.at(4 * i), out, *adjusted)
 
-    def kernel(  # type: ignore[no-untyped-def]
-        logits,  # [num_rows, PER_CHUNK * num_chunks]
-        counts,  # int32 [num_table_rows, table_width]
-        biases,  # float32, the same shape, or address 0
-        params,  # [num_rows] records, see `adjust_logits`
-        out,  # float32 [num_rows, PER_CHUNK * num_chunks]
-        num_rows,
-        num_chunks,
-        table_width,
-    ):
+    def kernel(logits, counts, biases, params, out, num_rows, num_chunks, table_width):  # type: ignore[no-untyped-def]
+        """logits [num_rows, PER_CHUNK * num_chunks] -> out float32, the same shape.
+
+        counts [num_table_rows, table_width] int32; biases float32, the same shape, or address 0; params [num_rows]
+        records, see `adjust_logits`.
+        """
         item = i32(warp.cta_index() * THREADS + warp.thread_index())
         row = warp.div_u32(item, num_chunks)
         chunk = i32(item - row * num_chunks)

@@ -236,16 +236,13 @@ def decode_kernel(head_dim: int, dtype: str, num_warps: int, num_stages: int) ->
             # The number of results that follow this one is negative past the last one.
             rest = emit(warp.MAD_I32, emit(warp.ADD_I32, cta, i), -1, last)
             loaded.append((emit(warp.SELECT, lse, MASKED, rest), emit(warp.LOAD_SHARED_4_F32, address)))
-        higher = top
-        for lse, _ in loaded:
-            higher = emit(warp.MAX_F32, higher, lse)
-        for n, (lse, x) in enumerate([(top, None), *loaded]):
+        higher = functools.reduce(functools.partial(emit, warp.MAX_F32), [lse for lse, _ in loaded], top)
+        factor = emit(warp.EXP2, emit(warp.FMA_F32, higher, -1.0, top))
+        weight, y = emit(warp.MUL_F32, weight, factor), [emit(warp.MUL_F32, v, factor) for v in y]
+        for lse, x in loaded:
             factor = emit(warp.EXP2, emit(warp.FMA_F32, higher, -1.0, lse))
-            if n == 0:
-                weight, y = emit(warp.MUL_F32, weight, factor), [emit(warp.MUL_F32, v, factor) for v in y]
-            else:
-                weight = emit(warp.ADD_F32, weight, factor)
-                y = [emit(warp.FMA_F32, u, factor, v) for u, v in zip(x, y)]
+            weight = emit(warp.ADD_F32, weight, factor)
+            y = [emit(warp.FMA_F32, u, factor, v) for u, v in zip(x, y)]
         return [higher, weight, *y]
 
     @inlined

@@ -52,17 +52,9 @@ def move_kernel() -> Callable[..., None]:
             emit(warp.STORE_16_BYTES, emit(warp.MAD_WIDE, address, row, 1), *values[4 * i : 4 * i + 4])
 
     def kernel(  # type: ignore[no-untyped-def]
-        src,
-        dst,
-        src_ids,  # [num_blocks]; address 0 stands for 0, 1, 2, ...
-        dst_ids,
-        src_stride,  # bytes, here and below
-        dst_stride,
-        src_id_size,
-        dst_id_size,
-        num_blocks,
-        block_bytes,
+        src, dst, src_ids, dst_ids, src_stride, dst_stride, src_id_size, dst_id_size, num_blocks, block_bytes
     ):
+        """Ids [num_blocks], where address 0 stands for 0, 1, 2, ...; strides and sizes in bytes."""
         pieces = i32((block_bytes + PIECE - 1) // PIECE)  # in a block
         piece = warp.cta_index()
         lane_offset = i32(16 * warp.thread_index())

@@ -31,13 +31,8 @@ def norm_kernel(dtype: str) -> Callable[..., None]:
     """One CTA per row: out = weight * x / rms(x)."""
     SQUARE, SCALE = eight_at_a_time(dtype)
 
-    def kernel(  # type: ignore[no-untyped-def]
-        x,  # [num_rows, hidden]
-        weight,  # [hidden]
-        out,  # [num_rows, hidden]
-        num_chunks,  # pieces of 8 elements in a row
-        eps,
-    ):
+    def kernel(x, weight, out, num_chunks, eps):  # type: ignore[no-untyped-def]
+        """x [num_rows, 8 * num_chunks], weight [8 * num_chunks] -> out, the shape of x."""
         thread = warp.thread_index()
         shared = shared_memory()
         row = warp.wide(warp.cta_index()) * num_chunks * 16

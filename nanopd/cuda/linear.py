@@ -143,19 +143,14 @@ def skinny_kernel(dtype: str, x_tiles: int, unroll: int) -> Callable[..., None]:
         return x * warp.reciprocal(f32(1.0) + warp.exp2(x * f32(-LOG2_E)))
 
     def kernel(  # type: ignore[no-untyped-def]
-        weights,  # [num_tiles * TILE_ROWS, in]
-        x,  # [num_rows, in]
-        norm,  # [in], or address 0, where x is not normed
-        bias,  # [num_tiles * TILE_ROWS] or address 0
-        y,  # [num_rows, num_tiles * (MMA_ROWS for GATE, else TILE_ROWS)]
-        num_rows,
-        num_tiles,
-        row_bytes,  # bytes of a row of W, and of x
-        y_stride,  # bytes of a row of y
-        second_tile,  # bytes from the first mma tile of a CTA to its second
-        result,  # STORE, ADD or GATE
-        eps,
+        weights, x, norm, bias, y, num_rows, num_tiles, row_bytes, y_stride, second_tile, result, eps
     ):
+        """weights [num_tiles * TILE_ROWS, in], x [num_rows, in] -> y.
+
+        y [num_rows, num_tiles * (MMA_ROWS for GATE, else TILE_ROWS)]; `result` is STORE, ADD or GATE. Address 0 stands
+        for none: norm [in], where x is not normed, and bias [num_tiles * TILE_ROWS]. In bytes: a row of W and of x, a
+        row of y, and the way from the first mma tile of a CTA to its second.
+        """
         thread = warp.thread_index()
         lane, wid = thread & 31, i32(thread >> 5)
         g, t = lane >> 2, lane & 3

@@ -109,13 +109,8 @@ def sampling_kernel(dtype: str) -> Callable[..., None]:
             index = emit(warp.SUB_I32, index, emit(warp.IS_AT_MOST_I64, total, target))
         return index
 
-    def kernel(  # type: ignore[no-untyped-def]
-        logits,  # [num_rows, PER_CHUNK * num_chunks]
-        params,  # [num_rows] records, see `draw_tokens`
-        tokens,  # int64 [num_rows]
-        num_chunks,
-        vocab_size,
-    ):
+    def kernel(logits, params, tokens, num_chunks, vocab_size):  # type: ignore[no-untyped-def]
+        """logits [num_rows, PER_CHUNK * num_chunks], params [num_rows] records as in `draw_tokens` -> tokens int64."""
         thread = warp.thread_index()
         lane, wid = thread & 31, i32(thread >> 5)
         bins = shared_memory()
