@@ -16,15 +16,15 @@ from torch import Tensor
 
 from nanopd.cuda import warp
 from nanopd.cuda.launch import Spec, address_of, kernel_of
-from nanopd.cuda.ptx import Instruction, macro
+from nanopd.cuda.ptx import instruction, macro
 from nanopd.cuda.sampling import in_chunks
 
 THREADS = 256
 ROW_BYTES = 24  # the parameters of a row
 
 # How often a token was generated, from a count, which also holds the mark that the token is in the prompt.
-GENERATED = Instruction("{.reg .b32 x; and.b32 x, $1, 0xffffff; cvt.rn.f32.s32 $0, x;}", "f", "r")
-MUL_ROUNDED = Instruction("mul.rn.f32 $0, $1, $2;", "f", "ff")  # a product that is never fused with the sum after it
+times_generated = instruction("{.reg .b32 x; and.b32 x, $1, 0xffffff; cvt.rn.f32.s32 $0, x;}", "f", "r")
+mul_rounded = instruction("mul.rn.f32 $0, $1, $2;", "f", "ff")  # a product that is never fused with the sum after it
 
 
 def adjusting_kernel(dtype: str) -> Callable[..., None]:
@@ -36,8 +36,8 @@ def adjusting_kernel(dtype: str) -> Callable[..., None]:
     @macro
     def add(emit: Any, values: Any, biases: Any) -> list[Any]:
         """The values, plus the biases at an address."""
-        added = [b for i in range(0, PER_CHUNK, 4) for b in emit(warp.LOAD_16_BYTES.at(4 * i), biases)]
-        return [emit(warp.ADD_F32, x, emit(warp.F32_OF_BITS, bias)) for x, bias in zip(values, added)]
+        added = [b for i in range(0, PER_CHUNK, 4) for b in emit(warp.load_16_bytes.at(4 * i), biases)]
+        return [emit(warp.add_f32, x, emit(warp.f32_of_bits, bias)) for x, bias in zip(values, added)]
 
     @macro
     def adjust(emit: Any, values: Any, counts: Any, out: Any, penalties: Any) -> None:
@@ -45,15 +45,15 @@ def adjusting_kernel(dtype: str) -> Callable[..., None]:
         presence, frequency, repetition, inverse = penalties
         for i in range(0, PER_CHUNK, 4):
             adjusted = []
-            for x, count in zip(values[i : i + 4], emit(warp.LOAD_16_BYTES.at(4 * i), counts)):
-                is_positive = emit(warp.SUB_I32, emit(warp.BITS_OF_F32, x), 1)
-                scale = emit(warp.SELECT, inverse, repetition, is_positive)
-                scale = emit(warp.SELECT, scale, 1.0, emit(warp.SUB_I32, count, 1))
-                generated = emit(GENERATED, count)
-                x = emit(warp.SUB_F32, emit(MUL_ROUNDED, x, scale), emit(MUL_ROUNDED, generated, frequency))
-                x = emit(warp.SUB_F32, x, emit(MUL_ROUNDED, emit(warp.MIN_F32, generated, 1.0), presence))
-                adjusted.append(emit(warp.BITS_OF_F32, x))
-            emit(warp.STORE_16_BYTES.at(4 * i), out, *adjusted)
+            for x, count in zip(values[i : i + 4], emit(warp.load_16_bytes.at(4 * i), counts)):
+                is_positive = emit(warp.sub_i32, emit(warp.bits_of_f32, x), 1)
+                scale = emit(warp.select, inverse, repetition, is_positive)
+                scale = emit(warp.select, scale, 1.0, emit(warp.sub_i32, count, 1))
+                generated = emit(times_generated, count)
+                x = emit(warp.sub_f32, emit(mul_rounded, x, scale), emit(mul_rounded, generated, frequency))
+                x = emit(warp.sub_f32, x, emit(mul_rounded, emit(warp.min_f32, generated, 1.0), presence))
+                adjusted.append(emit(warp.bits_of_f32, x))
+            emit(warp.store_16_bytes.at(4 * i), out, *adjusted)
 
     def kernel(logits, counts, biases, params, out, num_rows, num_chunks, table_width):  # type: ignore[no-untyped-def]
         """logits [num_rows, PER_CHUNK * num_chunks] -> out float32, the same shape.

@@ -42,14 +42,14 @@ def move_kernel() -> Callable[..., None]:
     @macro
     def load(emit: Any, address: Any, offset: Any, end: Any) -> list[Any]:
         """Loads this thread's 16 bytes of each row of the piece; past the end of the block, the block's last 16."""
-        rows = [emit(warp.MIN_I32, emit(warp.ADD_I32, offset, 16 * THREADS * i), end) for i in range(IN_FLIGHT)]
-        return [r for row in rows for r in emit(warp.LOAD_16_BYTES, emit(warp.MAD_WIDE, address, row, 1))]
+        rows = [emit(warp.min_i32, emit(warp.add_i32, offset, 16 * THREADS * i), end) for i in range(IN_FLIGHT)]
+        return [r for row in rows for r in emit(warp.load_16_bytes, emit(warp.mad_wide, address, row, 1))]
 
     @macro
     def store(emit: Any, address: Any, offset: Any, end: Any, values: Any) -> None:
         for i in range(IN_FLIGHT):
-            row = emit(warp.MIN_I32, emit(warp.ADD_I32, offset, 16 * THREADS * i), end)
-            emit(warp.STORE_16_BYTES, emit(warp.MAD_WIDE, address, row, 1), *values[4 * i : 4 * i + 4])
+            row = emit(warp.min_i32, emit(warp.add_i32, offset, 16 * THREADS * i), end)
+            emit(warp.store_16_bytes, emit(warp.mad_wide, address, row, 1), *values[4 * i : 4 * i + 4])
 
     def kernel(  # type: ignore[no-untyped-def]
         src, dst, src_ids, dst_ids, src_stride, dst_stride, src_id_size, dst_id_size, num_blocks, block_bytes

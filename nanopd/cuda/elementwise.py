@@ -29,7 +29,7 @@ MANY_TOKENS = 512
 
 def norm_kernel(dtype: str) -> Callable[..., None]:
     """One CTA per row: out = weight * x / rms(x)."""
-    SQUARE, SCALE = eight_at_a_time(dtype)
+    square, scale = eight_at_a_time(dtype)
 
     def kernel(x, weight, out, num_chunks, eps):  # type: ignore[no-untyped-def]
         """x [num_rows, 8 * num_chunks], weight [8 * num_chunks] -> out, the shape of x."""
@@ -41,7 +41,7 @@ def norm_kernel(dtype: str) -> Callable[..., None]:
         squares = f32(0.0)
         chunk = thread
         while chunk < num_chunks:
-            squares = SQUARE(squares, warp.load_16_bytes(x + row + 16 * chunk))
+            squares = square(squares, warp.load_16_bytes(x + row + 16 * chunk))
             chunk = i32(chunk + THREADS)
         warp.store_f32_of_cta_if(shared + 4 * (thread >> 5), warp.warp_sum(squares), thread & 31 == 0)
         warp.sync_cta()
@@ -52,7 +52,7 @@ def norm_kernel(dtype: str) -> Callable[..., None]:
         chunk = thread
         while chunk < num_chunks:
             at = row + 16 * chunk
-            values = SCALE(warp.load_16_bytes(x + at), warp.load_16_bytes(weight + 16 * chunk), factor)
+            values = scale(warp.load_16_bytes(x + at), warp.load_16_bytes(weight + 16 * chunk), factor)
             warp.store_16_bytes(out + at, values[0], values[1], values[2], values[3])
             chunk = i32(chunk + THREADS)
 
@@ -61,20 +61,20 @@ def norm_kernel(dtype: str) -> Callable[..., None]:
 
 def eight_at_a_time(dtype: str) -> tuple[Any, Any]:
     """Two macros of 8 elements in four registers: one adds their squares to a total, one is a * weights * factor."""
-    PACK, UNPACK = warp.PACK[dtype], warp.UNPACK[dtype]
+    pack, unpack = warp.PACK[dtype], warp.UNPACK[dtype]
 
     @macro
     def square(emit: Any, total: Any, a: Any) -> Any:
         for value in warp.values_of(emit, dtype, a):
-            total = emit(warp.FMA_F32, value, value, total)
+            total = emit(warp.fma_f32, value, value, total)
         return total
 
     @macro
     def scale(emit: Any, a: Any, weights: Any, factor: Any) -> list[Any]:
         out = []
         for register, weight in zip(a, weights):
-            pairs = zip(emit(UNPACK, register), emit(UNPACK, weight))
-            out.append(emit(PACK, *[emit(warp.MUL_F32, emit(warp.MUL_F32, x, factor), w) for x, w in pairs]))
+            pairs = zip(emit(unpack, register), emit(unpack, weight))
+            out.append(emit(pack, *[emit(warp.mul_f32, emit(warp.mul_f32, x, factor), w) for x, w in pairs]))
         return out
 
     return square, scale
@@ -82,18 +82,18 @@ def eight_at_a_time(dtype: str) -> tuple[Any, Any]:
 
 def silu_kernel(dtype: str) -> Callable[..., None]:
     """Each thread computes 8 elements."""
-    PACK, UNPACK = warp.PACK[dtype], warp.UNPACK[dtype]
+    pack, unpack = warp.PACK[dtype], warp.UNPACK[dtype]
 
     @macro
     def silu_times(emit: Any, gate: Any, up: Any) -> list[Any]:
         out = []
         for g, u in zip(gate, up):
             products = []
-            for x, y in zip(emit(UNPACK, g), emit(UNPACK, u)):
-                grown = emit(warp.EXP2, emit(warp.MUL_F32, x, -LOG2_E))
-                sigmoid = emit(warp.RECIPROCAL, emit(warp.ADD_F32, grown, 1.0))
-                products.append(emit(warp.MUL_F32, emit(warp.MUL_F32, x, sigmoid), y))
-            out.append(emit(PACK, *products))
+            for x, y in zip(emit(unpack, g), emit(unpack, u)):
+                grown = emit(warp.exp2, emit(warp.mul_f32, x, -LOG2_E))
+                sigmoid = emit(warp.reciprocal, emit(warp.add_f32, grown, 1.0))
+                products.append(emit(warp.mul_f32, emit(warp.mul_f32, x, sigmoid), y))
+            out.append(emit(pack, *products))
         return out
 
     def kernel(gate_up, out, num_rows, num_chunks):  # type: ignore[no-untyped-def]
@@ -119,8 +119,7 @@ def rotary_kernel(head_dim: int, dtype: str) -> Callable[..., None]:
     LANES = head_dim // 4
     TOKENS = 32 // LANES
     HALF = head_dim  # bytes of half a head
-    PACK, UNPACK = warp.PACK[dtype], warp.UNPACK[dtype]
-    pack, unpack = warp.function(PACK), warp.function(UNPACK)
+    pack, unpack = warp.PACK[dtype], warp.UNPACK[dtype]
 
     head_sum = macro(lambda emit, x: warp.add_lanes(emit, x, LANES))
 

@@ -51,36 +51,35 @@ def skinny_kernel(dtype: str, x_tiles: int, unroll: int) -> Callable[..., None]:
     UNIT = 64 * UNROLL  # a warp takes as many bytes of a row of W at a time
     SUMS_OF_WARP = 4 * ROWS * PITCH
     SQUARES = NUM_WARPS * SUMS_OF_WARP  # offset in shared memory of sums of squares, [NUM_WARPS, ROWS] float32
-    MMA, MUL_PAIR = warp.MMA[dtype], warp.MUL_PAIR[dtype]
+    mma, mul_pair = warp.MMA[dtype], warp.MUL_PAIR[dtype]
     PRESCALE_PAIR, UNSCALE = PRESCALE_BITS[dtype], 1 / PRESCALE[dtype]
-    PACK, UNPACK = warp.PACK[dtype], warp.UNPACK[dtype]
-    pack, unpack = warp.function(PACK), warp.function(UNPACK)
+    pack, unpack = warp.PACK[dtype], warp.UNPACK[dtype]
     no_sums, no_squares = warp.zeros(4 * ROW_TILES * x_tiles), warp.zeros(x_tiles)
-    SQUARE, _ = eight_at_a_time(dtype)
+    square, _ = eight_at_a_time(dtype)
 
     @macro
     def load_weights(emit: Any, address: Any, eight_rows: Any, second_tile: Any) -> list[Any]:
         """Loads [UNROLL][rows g and g + 8 of each mma tile] pieces of 16 bytes; distances are in bytes."""
-        tiles = [address, emit(warp.MAD_WIDE, address, second_tile, 1)]
-        rows = [row for tile in tiles for row in (tile, emit(warp.MAD_WIDE, tile, eight_rows, 1))]
-        return [r for u in range(UNROLL) for row in rows for r in emit(warp.LOAD_WEIGHTS.at(64 * u), row)]
+        tiles = [address, emit(warp.mad_wide, address, second_tile, 1)]
+        rows = [row for tile in tiles for row in (tile, emit(warp.mad_wide, tile, eight_rows, 1))]
+        return [r for u in range(UNROLL) for row in rows for r in emit(warp.load_weights.at(64 * u), row)]
 
     @macro
     def load_x(emit: Any, row0: Any, row1: Any) -> list[Any]:
         """Loads [UNROLL][x tile] pieces of 16 bytes of this lane's rows g and g + 8."""
         rows = (row0, row1)[:x_tiles]
-        return [r for u in range(UNROLL) for row in rows for r in emit(warp.LOAD_X.at(64 * u), row)]
+        return [r for u in range(UNROLL) for row in rows for r in emit(warp.load_x.at(64 * u), row)]
 
     @macro
     def times_norm(emit: Any, x: Any, address: Any) -> list[Any]:
         """The elements that `load_x` loaded, times the weights of the norm at `address`."""
         out = []
         for u in range(UNROLL):
-            weights = emit(warp.LOAD_X.at(64 * u), address)
+            weights = emit(warp.load_x.at(64 * u), address)
             if PRESCALE_PAIR is not None:
-                weights = [emit(MUL_PAIR, weight, PRESCALE_PAIR) for weight in weights]
+                weights = [emit(mul_pair, weight, PRESCALE_PAIR) for weight in weights]
             for register in range(4 * u * x_tiles, 4 * (u + 1) * x_tiles):
-                out.append(emit(MUL_PAIR, x[register], weights[register % 4]))
+                out.append(emit(mul_pair, x[register], weights[register % 4]))
         return out
 
     @macro
@@ -89,23 +88,23 @@ def skinny_kernel(dtype: str, x_tiles: int, unroll: int) -> Callable[..., None]:
         out = list(totals)
         for i in range(0, len(x), 4):
             row = i // 4 % x_tiles
-            out[row] = SQUARE.body(emit, out[row], x[i : i + 4])
+            out[row] = emit(square, out[row], x[i : i + 4])
         return out
 
     @macro
     def store_squares(emit: Any, address: Any, totals: Any, is_first: Any) -> None:
         """Stores the sums of squares of rows g and g + 8, which the 4 lanes with the same g have together."""
         for x_tile, total in enumerate(totals):
-            emit(warp.STORE_F32_OF_CTA_IF.at(32 * x_tile), address, warp.add_lanes(emit, total, 4), is_first)
+            emit(warp.store_f32_of_cta_if.at(32 * x_tile), address, warp.add_lanes(emit, total, 4), is_first)
 
     @macro
     def factor_of(emit: Any, squares: Any, lane: Any, row_bytes: Any, eps: Any) -> Any:
         """1 / rms of the row whose sums of squares begin at `squares`; 8 neighbouring lanes must ask for one row."""
-        mine = emit(warp.MAD_I32, lane, 4 * ROWS * NUM_WARPS // 8, squares)
-        loads = [emit(warp.LOAD_F32_OF_CTA.at(4 * ROWS * i), mine) for i in range(NUM_WARPS // 8)]
-        total = warp.add_lanes(emit, functools.reduce(functools.partial(emit, warp.ADD_F32), loads), 8)
-        mean = emit(warp.MUL_F32, total, emit(warp.RECIPROCAL, emit(warp.F32_OF_I32, row_bytes)))
-        return emit(warp.MUL_F32, emit(warp.RSQRT, emit(warp.FMA_F32, mean, 2.0, eps)), UNSCALE)
+        mine = emit(warp.mad_i32, lane, 4 * ROWS * NUM_WARPS // 8, squares)
+        loads = [emit(warp.load_f32_of_cta.at(4 * ROWS * i), mine) for i in range(NUM_WARPS // 8)]
+        total = warp.add_lanes(emit, functools.reduce(functools.partial(emit, warp.add_f32), loads), 8)
+        mean = emit(warp.mul_f32, total, emit(warp.reciprocal, emit(warp.f32_of_i32, row_bytes)))
+        return emit(warp.mul_f32, emit(warp.rsqrt, emit(warp.fma_f32, mean, 2.0, eps)), UNSCALE)
 
     @macro
     def multiply(emit: Any, sums: Any, w: Any, x: Any) -> list[Any]:
@@ -118,7 +117,7 @@ def skinny_kernel(dtype: str, x_tiles: int, unroll: int) -> Callable[..., None]:
                     a = (w[low], w[low + 4], w[low + 1], w[low + 5])
                     for x_tile in range(x_tiles):
                         b, c = 4 * (u * x_tiles + x_tile) + half, 4 * (tile * x_tiles + x_tile)
-                        out[c : c + 4] = emit(MMA, *a, x[b], x[b + 1], *out[c : c + 4])
+                        out[c : c + 4] = emit(mma, *a, x[b], x[b + 1], *out[c : c + 4])
         return out
 
     @macro
@@ -127,7 +126,7 @@ def skinny_kernel(dtype: str, x_tiles: int, unroll: int) -> Callable[..., None]:
         for n, value in enumerate(sums):
             tile, x_tile, high, column = n // 4 // x_tiles, n // 4 % x_tiles, n // 2 % 2, n % 2
             offset = 4 * ((8 * x_tile + column) * PITCH + 16 * tile + 8 * high)
-            emit(warp.STORE_F32_OF_CTA.at(offset), address, value)
+            emit(warp.store_f32_of_cta.at(offset), address, value)
 
     @inlined
     def sum_of_warps(shared, row, column):  # type: ignore[no-untyped-def]
