@@ -126,7 +126,7 @@ class EngineThread(threading.Thread):
             list(self._logs),
             [ledger.busy_us / 1e6 for ledger in fleet.ledger.of_worker],
             fleet.roles,
-            costs.drift if (costs := engine.policy.costs) else {},
+            costs.drift.copy() if (costs := engine.policy.costs) else {},
             sum(scheduler.num_preemptions for scheduler in fleet.schedulers),
             list(self._processes.num_restarts),
             len(engine.seqs) - num_waiting,
