@@ -10,11 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
 from nanopd.errors import ConfigError
 from nanopd.messages import EventKind, FinishReason, RequestLog, Route
+
+# Figures of requests: those that a summary adds up, and those that it gives percentiles of.
+SUMMED = ("num_prompt_tokens", "num_cached_tokens", "num_draft_tokens", "num_accepted_tokens", "num_output_tokens")
+LATENCIES = ("queue_ms", "ttft_ms", "first_gap_ms", "tpot_ms", "e2e_ms")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -173,11 +178,9 @@ def by_route(
     All rows share the duration of the whole, so rates add up to those of `summarize`.
     """
     requests = _arrived_within(logs, window_s)
-    groups: dict[Route | None, list[RequestMetrics]] = {}
-    for request in requests:
-        groups.setdefault(request.route, []).append(request)
-    routes = [*sorted(route for route in groups if route is not None), *([None] if None in groups else [])]
-    return {route: _summarize(groups[route], _duration_s(requests), slo) for route in routes}
+    routes: list[Route | None] = [*sorted({r.route for r in requests if r.route is not None}), None]
+    groups = {route: [request for request in requests if request.route == route] for route in routes}
+    return {route: _summarize(group, _duration_s(requests), slo) for route, group in groups.items() if group}
 
 
 def _arrived_within(logs: Iterable[RequestLog], window_s: tuple[float, float] | None) -> list[RequestMetrics]:
@@ -192,31 +195,22 @@ def _duration_s(requests: Sequence[RequestMetrics]) -> float:
 
 def _summarize(requests: Sequence[RequestMetrics], duration_s: float, slo: SLO | None) -> Summary:
     completed = [request for request in requests if request.is_completed]
-    num_prompt_tokens = sum(request.num_prompt_tokens for request in completed)
-    num_output_tokens = sum(request.num_output_tokens for request in completed)
     num_good = sum(map(slo.is_met, requests)) if slo else None
+    figures: dict[str, Any] = {name: sum(getattr(request, name) for request in completed) for name in SUMMED}
+    figures |= {name: Percentiles.of([getattr(request, name) for request in completed]) for name in LATENCIES}
     return Summary(
         num_requests=len(requests),
         num_completed=len(completed),
         num_preemptions=sum(request.num_preemptions for request in requests),
-        num_prompt_tokens=num_prompt_tokens,
-        num_cached_tokens=sum(request.num_cached_tokens for request in completed),
-        num_draft_tokens=sum(request.num_draft_tokens for request in completed),
-        num_accepted_tokens=sum(request.num_accepted_tokens for request in completed),
-        num_output_tokens=num_output_tokens,
         duration_s=duration_s,
-        queue_ms=Percentiles.of([request.queue_ms for request in completed]),
-        ttft_ms=Percentiles.of([request.ttft_ms for request in completed]),
-        first_gap_ms=Percentiles.of([request.first_gap_ms for request in completed]),
-        tpot_ms=Percentiles.of([request.tpot_ms for request in completed]),
         itl_ms=Percentiles.of(_concatenate(request.itl_ms for request in completed)),
         itl_without_first_gap_ms=Percentiles.of(_concatenate(request.itl_ms[1:] for request in completed)),
-        e2e_ms=Percentiles.of([request.e2e_ms for request in completed]),
         requests_per_s=_ratio(len(completed), duration_s),
-        output_tokens_per_s=_ratio(num_output_tokens, duration_s),
-        total_tokens_per_s=_ratio(num_prompt_tokens + num_output_tokens, duration_s),
+        output_tokens_per_s=_ratio(figures["num_output_tokens"], duration_s),
+        total_tokens_per_s=_ratio(figures["num_prompt_tokens"] + figures["num_output_tokens"], duration_s),
         slo_attainment=None if num_good is None else _ratio(num_good, len(requests)),
         goodput_per_s=None if num_good is None else _ratio(num_good, duration_s),
+        **figures,
     )
 
 

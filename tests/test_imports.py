@@ -47,7 +47,7 @@ ALLOWED = {
     },
     "engine": {"config", "core", "messages", "request", "routing", "workers"},
     "workers": {"config", "ipc", "messages", "wire"},
-    "routing": {"config", "core", "messages", "metrics"},
+    "routing": {"config", "core", "messages", "metrics", "rules"},
     "core": {"config", "messages", "request"},
     "worker": {"config", "cpu", "cuda", "ipc", "messages", "models", "wire"},
     "cpu": {"models"},

@@ -15,11 +15,11 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
     from nanopd.lab import profiler
 
     settings, model, path = load_settings(config)
-    found = profiler.profile(settings, model, path, show_progress=sys.stderr.isatty())
-    parameters = found.parameters(settings, model)
+    parameters, fit = profiler.profile(settings, model, path, show_progress=sys.stderr.isatty())
     target = Path(args.params) if args.params else profiler.cache_file(settings, model)
     target.parent.mkdir(parents=True, exist_ok=True)
     parameters.save(target)
     print(format_table(profiler.COLUMNS, profiler.table(parameters, model)), "", sep="\n")
-    print(format_table(profiler.ERROR_COLUMNS, found.error_rows()), "", f"kept in {target}", sep="\n")
+    errors = profiler.error_rows(fit.errors, parameters.errors)
+    print(format_table(profiler.ERROR_COLUMNS, errors), "", f"kept in {target}", sep="\n")
     return 0

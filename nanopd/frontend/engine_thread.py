@@ -121,7 +121,7 @@ class EngineThread(threading.Thread):
         pools = zip((scheduler.residency.blocks for scheduler in fleet.schedulers), fleet.peak_blocks, strict=True)
         blocks = [BlockStats(pool.num_usable - pool.num_free, peak, pool.num_usable) for pool, peak in pools]
         busy_s = [ledger.busy_us / 1e6 for ledger in fleet.ledger.of_worker]
-        drift = costs.drift if (costs := engine.policy.costs) else {}
+        drift = costs.drift.copy() if (costs := engine.policy.costs) else {}
         num_preemptions = sum(scheduler.num_preemptions for scheduler in fleet.schedulers)
         counts = num_preemptions, list(self._processes.num_restarts), len(engine.seqs) - num_waiting, num_waiting
         stats = EngineStats(blocks, list(self._logs), busy_s, fleet.roles, drift, *counts)

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from multiprocessing import reduction
 from multiprocessing.context import assert_spawning
-from typing import Protocol
+from typing import Any
 
 
 class Descriptor:
@@ -42,13 +42,8 @@ class Descriptor:
         return _receive, (type(self), reduction.DupFd(self.fileno()))
 
 
-class _InTransit(Protocol):
-    """What multiprocessing puts in place of a descriptor in a pickle."""
-
-    def detach(self) -> int: ...
-
-
-def _receive(cls: type[Descriptor], in_transit: _InTransit) -> Descriptor:
+def _receive(cls: type[Descriptor], in_transit: Any) -> Descriptor:
+    """`in_transit` is what multiprocessing puts in place of a descriptor in a pickle."""
     received = cls.__new__(cls)
     Descriptor.__init__(received, in_transit.detach())
     return received

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -96,38 +96,13 @@ class StepShape:
             yield self.num_cached, self.num_new
 
 
-@dataclass(frozen=True, slots=True)
-class Profile:
-    """What was measured, and what was fitted to it."""
-
-    fit: cost_model.Fit  # to the samples of FITTED
-    held_out: dict[str, dict[str, float]]  # kind -> {median, p90} relative error over those of HELD_OUT
-    pair_bandwidth: dict[str, float]  # "p->d": GB/s
-    num_kv_tokens: int
-
-    def parameters(self, config: EngineConfig, model: ModelConfig) -> Parameters:
-        return Parameters(
-            machine=machine(config),
-            model=Path(config.model).name,
-            provenance=f"measured by nanopd profile on {time.strftime('%Y-%m-%d')}",
-            kv_bytes_per_token=config.kv_layout(model).bytes_per_token,
-            num_kv_tokens=self.num_kv_tokens,
-            terms=self.fit.terms,
-            pair_bandwidth=self.pair_bandwidth,
-            stderr=self.fit.stderr,
-            errors=self.held_out,
-        )
-
-    def error_rows(self) -> list[list[object]]:
-        """By kind of work, how well the fit predicts what was fitted and what was not."""
-        return [
-            [kind, *(f"{error:.1%}" for error in (*self.fit.errors[kind].values(), *errors.values()))]
-            for kind, errors in self.held_out.items()
-        ]
-
-
-def profile(config: EngineConfig, model: ModelConfig, path: Path, show_progress: bool = False) -> Profile:
+def profile(
+    config: EngineConfig, model: ModelConfig, path: Path, show_progress: bool = False
+) -> tuple[Parameters, cost_model.Fit]:
     """Start the workers, measure, and stop them.
+
+    Returns:
+        Parameters, whose errors are those over the samples of HELD_OUT; and the fit to the samples of FITTED.
 
     Raises:
         WorkerError: a worker has failed, or does not answer.
@@ -139,8 +114,25 @@ def profile(config: EngineConfig, model: ModelConfig, path: Path, show_progress:
         num_kv_tokens = _num_kv_tokens(workers, config)
     fitted = cost_model.fit([*steps, *itertools.chain(*moves.values())], START)
     held_out: list[Sample] = [*held_steps, *itertools.chain(*held_moves.values())]
-    rates = {str(route): cost_model.fit(of_pair, START).terms.bandwidth for route, of_pair in moves.items()}
-    return Profile(fitted, cost_model.prediction_errors(held_out, fitted.terms), rates, num_kv_tokens)
+    parameters = Parameters(
+        machine=machine(config),
+        model=Path(config.model).name,
+        provenance=f"measured by nanopd profile on {time.strftime('%Y-%m-%d')}",
+        kv_bytes_per_token=config.kv_layout(model).bytes_per_token,
+        num_kv_tokens=num_kv_tokens,
+        terms=fitted.terms,
+        pair_bandwidth={str(r): cost_model.fit(of_pair, START).terms.bandwidth for r, of_pair in moves.items()},
+        stderr=fitted.stderr,
+        errors=cost_model.prediction_errors(held_out, fitted.terms),
+    )
+    return parameters, fitted
+
+
+def error_rows(
+    fitted: Mapping[str, Mapping[str, float]], held_out: Mapping[str, Mapping[str, float]]
+) -> list[list[str]]:
+    """Rows of ERROR_COLUMNS, by kind of work; both arguments as `cost_model.prediction_errors` returns them."""
+    return [[kind, *(f"{e:.1%}" for e in (*fitted[kind].values(), *held_out[kind].values()))] for kind in held_out]
 
 
 def _measure(
@@ -154,15 +146,10 @@ def _measure(
     moves = list(itertools.product(routes, counts))
     tasks = [partial(_step_ms, workers[0], step_of(shape, config.block_size, model.vocab_size)) for shape in shapes]
     tasks += [partial(_move_ms, workers, *move) for move in moves]
-    with tqdm(total=(REPEATS + 1) * len(tasks), desc="profiling", disable=not show_progress) as bar:
-
-        def run(task: Callable[[], float]) -> float:
-            bar.update()
-            return task()
-
-        # All tasks come once in each round, so that a disturbance of some seconds spoils one repeat of each, not all.
-        rounds = [[run(task) for task in tasks] for _ in range(REPEATS + 1)]
-    best_ms = np.min(rounds[1:], axis=0).tolist()
+    # All tasks come once in each round, so that a disturbance of some seconds spoils one repeat of each, not all.
+    calls = tqdm(tasks * (REPEATS + 1), desc="profiling", disable=not show_progress)
+    times_ms = np.array([call() for call in calls]).reshape(REPEATS + 1, len(tasks))
+    best_ms = times_ms[1:].min(axis=0).tolist()
     block_bytes = config.kv_layout(model).bytes_per_block
     of_routes: dict[Route, list[MoveSample]] = {route: [] for route in routes}
     for (route, count), ms in zip(moves, best_ms[len(shapes) :], strict=True):

@@ -22,20 +22,12 @@ from nanopd.config import EngineConfig, ModelConfig
 from nanopd.core.scheduler import Scheduler
 from nanopd.engine.engine import Engine
 from nanopd.lab.workload import WorkloadRequest, prompt_token_ids
-from nanopd.messages import (
-    RequestLog,
-    RowFlag,
-    SlotExtras,
-    StepBatch,
-    StepResult,
-    TransferAck,
-    TransferPath,
-    TransferPlan,
-)
+from nanopd.messages import FromWorker, RequestLog, RowFlag, StepBatch, StepResult, ToWorker, TransferAck, TransferPlan
 from nanopd.request import Request, SamplingParams
 from nanopd.routing.cost_model import Parameters, Terms, rows_of
 from nanopd.routing.factory import make_policy
 from nanopd.routing.policy import Policy
+from nanopd.workers.client import WorkerClient
 
 MIN_JUMP = 3  # steps that are worth a jump
 NEVER_S = 1e12
@@ -65,11 +57,11 @@ class _Run:
     due_s: np.ndarray  # [steps in flight + num_steps] float64
 
 
-class SimulatedWorker:
-    """A WorkerClient that answers when a real worker would have."""
+class SimulatedWorker(WorkerClient):
+    """A worker that answers when a real worker would have."""
 
     def __init__(self, parameters: Parameters, clock: VirtualClock, block_size: int, num_host_blocks: int) -> None:
-        self.paths: dict[int, TransferPath] = {}  # the destination alone acts
+        self.paths = {}  # the destination alone acts
         self.num_blocks = parameters.num_kv_tokens // block_size + 1
         self.num_host_blocks = num_host_blocks
         self.steps: deque[_Step] = deque()
@@ -79,12 +71,13 @@ class SimulatedWorker:
         self._moves: list[tuple[float, int, TransferAck]] = []  # a heap: due, plan_id, acknowledgement
         self._pair_free_s: dict[int, float] = {}  # by source worker: when its last move is done
 
-    def send(self, message: SlotExtras | StepBatch | TransferPlan) -> None:
-        if isinstance(message, SlotExtras):  # takes no time of its own
-            return
+    def send(self, message: ToWorker) -> None:
         if isinstance(message, TransferPlan):
             self._move(message)
-            return
+        elif isinstance(message, StepBatch):  # Other messages take no time of their own.
+            self._compute(message)
+
+    def _compute(self, message: StepBatch) -> None:
         duration_ms = self._parameters.terms.step_ms(*rows_of(message))
         self.step_free_s = max(self.step_free_s, self._clock.now_s) + duration_ms / 1e3
         tokens = np.zeros(np.count_nonzero(message.row_flags & RowFlag.SAMPLE), np.int32)
@@ -105,9 +98,9 @@ class SimulatedWorker:
         step_s = self.steps[0].due_s if self.steps else math.inf
         return min(step_s, self._moves[0][0]) if self._moves else step_s
 
-    def poll(self) -> list[StepResult | TransferAck]:
+    def poll(self) -> list[FromWorker]:
         now_s = self._clock.now_s
-        done: list[StepResult | TransferAck] = []
+        done: list[FromWorker] = []
         while self.steps and self.steps[0].due_s <= now_s:
             done.append(self.steps.popleft().result)
         while self._moves and self._moves[0][0] <= now_s:

@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -219,32 +218,20 @@ def read_trace(
     for name, limit in (("max_prompt_tokens", max_prompt_tokens), ("max_output_tokens", max_output_tokens)):
         _check(name, limit, limit is None or limit >= 1, "None, or at least 1")
     rows = _azure_requests(path, seed) if path.suffix == ".csv" else _mooncake_requests(path, seed)
-    limiter = _LengthLimiter(max_prompt_tokens, max_output_tokens, drop_long)
-    requests = list(islice(limiter.apply(rows), max_requests))
-    if limiter.num_clipped or limiter.num_dropped:
-        logger.warning("%s: %d requests clipped, %d dropped", path, limiter.num_clipped, limiter.num_dropped)
-    return Trace(_retime(requests, requests_per_s), limiter.num_clipped, limiter.num_dropped)
-
-
-@dataclass(slots=True)
-class _LengthLimiter:
-    max_prompt_tokens: int | None
-    max_output_tokens: int | None
-    drop_long: bool
-    num_clipped: int = 0
-    num_dropped: int = 0
-
-    def apply(self, requests: Iterator[WorkloadRequest]) -> Iterator[WorkloadRequest]:
-        for request in requests:
-            num_prompt_tokens = min(request.num_prompt_tokens, self.max_prompt_tokens or request.num_prompt_tokens)
-            num_output_tokens = min(request.num_output_tokens, self.max_output_tokens or request.num_output_tokens)
-            limited = replace(request, num_prompt_tokens=num_prompt_tokens, num_output_tokens=num_output_tokens)
-            is_long = limited != request
-            if is_long and self.drop_long:
-                self.num_dropped += 1
-                continue
-            self.num_clipped += is_long
-            yield limited
+    requests: list[WorkloadRequest] = []
+    num_clipped = num_dropped = 0
+    while len(requests) != max_requests and (request := next(rows, None)):
+        num_prompt_tokens = min(request.num_prompt_tokens, max_prompt_tokens or request.num_prompt_tokens)
+        num_output_tokens = min(request.num_output_tokens, max_output_tokens or request.num_output_tokens)
+        limited = replace(request, num_prompt_tokens=num_prompt_tokens, num_output_tokens=num_output_tokens)
+        if limited != request and drop_long:
+            num_dropped += 1
+        else:
+            num_clipped += limited != request
+            requests.append(limited)
+    if num_clipped or num_dropped:
+        logger.warning("%s: %d requests clipped, %d dropped", path, num_clipped, num_dropped)
+    return Trace(_retime(requests, requests_per_s), num_clipped, num_dropped)
 
 
 def _retime(requests: list[WorkloadRequest], requests_per_s: float | None) -> list[WorkloadRequest]:

@@ -18,15 +18,15 @@ from nanopd.routing.capacity import BoundLoad, DedicatedPrefill, Demand, RoleSwi
 from nanopd.routing.cost_model import CostModel
 from nanopd.routing.forecast import ExpectedRequest, Forecast
 from nanopd.routing.length_predictor import LengthPredictor
-from nanopd.routing.policy import Decision, Prediction, RoleChanges, RouteSet, WorkerLoad
+from nanopd.routing.policy import Decision, Policy, Prediction, RoleChanges, RouteSet, WorkerLoad
 
 # These were set by hand: no measurement is on record for either.
 REJECT_ABOVE = 1.1  # times a limit: a request predicted beyond this on its best route cannot be served in time
 QUANTILES = (0.1, 0.5, 0.9)  # of answers' lengths, that stand for their distribution
 
 
-class AdaptivePolicy:
-    """Chooses routes one request at a time; a `Policy`."""
+class AdaptivePolicy(Policy):
+    """Chooses routes one request at a time."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class AdaptivePolicy:
         `roles`: of the workers as configured; none: all mixed.
         """
         self.routes = routes
-        self.costs = costs
+        self.costs: CostModel = costs
         self.max_chunk = max_chunk
         self.slo = slo or SLO()
         self.admission = admission
@@ -53,10 +53,6 @@ class AdaptivePolicy:
         self.dedicated = DedicatedPrefill(max_chunk, self.slo.tpot_ms)
         self._switcher = RoleSwitcher(roles, has_limits=self.slo != SLO())
         self._feasible = RouteSet(())  # of the last choice
-
-    def set_routes(self, routes: list[Route]) -> None:
-        """See `Policy.set_routes`."""
-        self.routes = routes
 
     def choose(self, feasible: list[Route], seq: Sequence, workers: Workers[WorkerLoad], now_s: float) -> Decision:
         """See `Policy.choose`."""

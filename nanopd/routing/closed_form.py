@@ -19,7 +19,7 @@ from nanopd.core.sequence import Sequence
 from nanopd.messages import Route
 from nanopd.routing.cost_model import Parameters
 from nanopd.routing.length_predictor import LengthPredictor
-from nanopd.routing.policy import Decision, Prediction, WorkerLoad
+from nanopd.routing.policy import Decision, Policy, Prediction, WorkerLoad
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,18 +82,13 @@ class ClosedForm:
         return Prediction(route, ttft_ms, moved_ms + step_ms, step_ms, caused_ms, 0.0, total_ms)
 
 
-class ClosedFormPolicy:
-    """Takes the fastest route by the closed form. A `Policy`."""
+class ClosedFormPolicy(Policy):
+    """Takes the fastest route by the closed form, whose terms are not corrected."""
 
     def __init__(self, routes: list[Route], parameters: Parameters, predictor: LengthPredictor | None = None) -> None:
         self.routes = routes
         self.predictor = predictor or LengthPredictor()
-        self.costs = None  # The closed form's terms are not corrected.
         self._form = ClosedForm.of(parameters)
-
-    def set_routes(self, routes: list[Route]) -> None:
-        """See `Policy.set_routes`."""
-        self.routes = routes
 
     def choose(self, feasible: list[Route], seq: Sequence, workers: Workers[WorkerLoad], now_s: float) -> Decision:
         """See `Policy.choose`."""

@@ -16,18 +16,18 @@ nor workers, and does not care whether a time was measured or simulated.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from scipy.optimize import least_squares
 
 from nanopd.errors import ConfigError
 from nanopd.messages import RowFlag, StepBatch
+from nanopd.rules import number
 
 Numbers = Any  # a number, or an array of them
 
@@ -153,9 +153,7 @@ class MoveSample:
     num_bytes: int
     ms: float
 
-    @property
-    def kind(self) -> str:
-        return "move"
+    kind: ClassVar = "move"
 
     def predict(self, terms: Terms) -> float:
         return terms.move_ms(self.num_bytes)
@@ -257,12 +255,11 @@ class Parameters:
         _check_keys("parameters", values, cls)
         _check_keys("terms", values["terms"], Terms)
         for name, value in values["terms"].items():
-            least = 0.0 if name != "bandwidth" else 1e-9
-            _check_number(f"terms.{name}", value, least)
+            number(0.0 if name != "bandwidth" else 1e-9).check(f"terms.{name}", value, ConfigError)
         for name in ("kv_bytes_per_token", "num_kv_tokens"):
-            _check_number(name, values[name], 1)
+            number(1).check(name, values[name], ConfigError)
         for pair, bandwidth in values.get("pair_bandwidth", {}).items():
-            _check_number(f"pair_bandwidth.{pair}", bandwidth, 1e-9)
+            number(1e-9).check(f"pair_bandwidth.{pair}", bandwidth, ConfigError)
             if not re.fullmatch(r"\d+->\d+", pair):
                 raise ConfigError("pair_bandwidth", pair, 'pairs of workers like "0->1"')
         return cls(**{**values, "terms": Terms(**values["terms"])})
@@ -293,11 +290,6 @@ def _check_keys(what: str, values: object, kind: type) -> None:
         raise ConfigError(what, values, f"a mapping with {', '.join(needed)}")
 
 
-def _check_number(name: str, value: object, least: float) -> None:
-    if type(value) not in (int, float) or not least <= value < math.inf:  # type: ignore[operator]
-        raise ConfigError(name, value, f"a finite number >= {least}")
-
-
 # -------------------------------------------------------------------------------------------- online correction
 
 
@@ -305,22 +297,20 @@ RESOLUTION_MS = 0.001  # of measured times
 DIFFERENCE = 0.01  # relative change of a correction after which `CostModel.terms` follow; set by hand
 
 
-class Correction:
-    """Measured over predicted of one kind of work: a moving geometric mean, and bounded."""
+WEIGHT, BOUND = 0.02, 2.0  # of one sample, and of a correction up and down; set by hand
 
-    WEIGHT, BOUND = 0.02, 2.0  # of one sample, and of the factor up and down; set by hand, no measurement is on record
 
-    def __init__(self) -> None:
-        self.factor = 1.0
+def corrected(factor: float, predicted_ms: float, measured_ms: float) -> float:
+    """A correction after one more sample: measured over predicted, as a moving geometric mean, and bounded.
 
-    def update(self, predicted_ms: float, measured_ms: float) -> None:
-        """`predicted_ms` is the fitted model's, without this correction; times below the resolution teach nothing."""
-        if predicted_ms <= 0:
-            return
-        if abs(measured_ms - predicted_ms) < RESOLUTION_MS:
-            measured_ms = predicted_ms
-        ratio = min(max(measured_ms / predicted_ms, 1 / self.BOUND), self.BOUND)
-        self.factor *= (ratio / self.factor) ** self.WEIGHT
+    `predicted_ms` is the fitted model's, without the correction; times below the resolution teach nothing.
+    """
+    if predicted_ms <= 0:
+        return factor
+    if abs(measured_ms - predicted_ms) < RESOLUTION_MS:
+        measured_ms = predicted_ms
+    ratio = min(max(measured_ms / predicted_ms, 1 / BOUND), BOUND)
+    return factor * (ratio / factor) ** WEIGHT
 
 
 class CostModel:
@@ -329,42 +319,36 @@ class CostModel:
     def __init__(self, parameters: Parameters) -> None:
         self.parameters = parameters
         self.terms = parameters.terms  # as corrected when a correction last moved by more than DIFFERENCE
-        self.corrections = {kind: Correction() for kind in FITTED_TERMS}
+        self.drift = dict.fromkeys(FITTED_TERMS, 1.0)  # corrections: measured over predicted, by kind of work
+        self._applied = self.drift.copy()  # the corrections that `terms` have
         self._pair_terms = parameters.pair_terms()
-        self._applied = dict.fromkeys(FITTED_TERMS, 1.0)
-
-    @property
-    def drift(self) -> dict[str, float]:
-        """Measured over predicted by kind of work."""
-        return {kind: correction.factor for kind, correction in self.corrections.items()}
 
     def mixed_ms(
         self, num_decodes: float, num_kv_tokens: float, num_new: float, num_pairs: float, num_cached: float = 0.0
     ) -> float:
         """`Terms.step_ms` with prompts, corrected."""
-        factor = self.corrections["mixed" if num_decodes else "prefill"].factor
+        factor = self.drift["mixed" if num_decodes else "prefill"]
         return factor * self.parameters.terms.step_ms(num_decodes, num_kv_tokens, num_new, num_pairs, num_cached)
 
     def chunk_within(self, limit_ms: float, num_decodes: float, num_kv_tokens: float) -> float:
         """`Terms.chunk_within`, corrected."""
-        limit_ms /= self.corrections["mixed"].factor
+        limit_ms /= self.drift["mixed"]
         return self.parameters.terms.chunk_within(limit_ms, num_decodes, num_kv_tokens)
 
     def move_ms(self, src_worker: int, dst_worker: int, num_tokens: float) -> float:
         """`Terms.move_ms` between two workers, corrected."""
         terms = self._pair_terms.get((src_worker, dst_worker), self.parameters.terms)
-        return self.corrections["move"].factor * terms.move_ms(num_tokens * self.parameters.kv_bytes_per_token)
+        return self.drift["move"] * terms.move_ms(num_tokens * self.parameters.kv_bytes_per_token)
 
     def observe(self, sample: Sample, pair: tuple[int, int] | None = None) -> None:
         """Learn from a measured step, or from a measured move from the first to the second of a `pair` of workers."""
         terms = self._pair_terms.get(pair, self.parameters.terms) if pair else self.parameters.terms
-        correction = self.corrections[sample.kind]
-        correction.update(sample.predict(terms), sample.ms)
-        if abs(correction.factor / self._applied[sample.kind] - 1) > DIFFERENCE:
+        self.drift[sample.kind] = corrected(self.drift[sample.kind], sample.predict(terms), sample.ms)
+        if abs(self.drift[sample.kind] / self._applied[sample.kind] - 1) > DIFFERENCE:
             self._apply()
 
     def _apply(self) -> None:
-        self._applied = self.drift
+        self._applied = self.drift.copy()
         factors = {name: self._applied[kind] for kind, names in FITTED_TERMS.items() for name in names}
         factors |= {"batch_thresh": 1.0, "bandwidth": 1 / self._applied["move"]}
         self.terms = Terms(**{name: f * getattr(self.parameters.terms, name) for name, f in factors.items()})

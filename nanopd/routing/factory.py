@@ -39,11 +39,9 @@ def make_policy(
 
 
 def _predictor(path: str | None) -> LengthPredictor:
-    if path is None:
-        return LengthPredictor()
-    if not Path(path).parent.is_dir():
+    if path is not None and not Path(path).parent.is_dir():
         raise ConfigError("answer_lengths", path, "a path in a directory that exists")
-    return LengthPredictor.load(Path(path)) if Path(path).exists() else LengthPredictor()
+    return LengthPredictor.load(Path(path)) if path is not None and Path(path).exists() else LengthPredictor()
 
 
 def keep_lengths(policy: Policy, path: str | None) -> None:

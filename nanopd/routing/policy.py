@@ -76,13 +76,11 @@ class Policy(Protocol):
     """Chooses routes, and is told of every end."""
 
     routes: list[Route]  # all that it may choose from
-
-    @property
-    def costs(self) -> CostModel | None:
-        """The model that it predicts with, to be told of measured times; None: it does not use measured times."""
+    costs: CostModel | None = None  # what it predicts with, to be told of measured times; None: it does not use these
 
     def set_routes(self, routes: list[Route]) -> None:
         """Choose from these routes from now on, as roles have changed."""
+        self.routes = routes
 
     def choose(self, feasible: list[Route], seq: Sequence, workers: Workers[WorkerLoad], now_s: float) -> Decision:
         """A route for `seq` out of `feasible`, which is not empty and in the order of `routes`.
@@ -94,23 +92,17 @@ class Policy(Protocol):
         """A request has ended, in whatever way."""
 
 
-class FixedPolicy:
-    """A `Policy` that goes by load alone, and is deterministic.
+class FixedPolicy(Policy):
+    """A policy that goes by load alone, and is deterministic.
 
     `collocated` and `disaggregated` take the route whose workers have the fewest sequences, `round_robin` goes over all
     routes in turn.
     """
 
-    costs = None
-
     def __init__(self, name: str, routes: list[Route]) -> None:
         self.name = name
         self.routes = routes
         self._next = 0  # round_robin: the index into `routes` of the next one
-
-    def set_routes(self, routes: list[Route]) -> None:
-        """See `Policy.set_routes`."""
-        self.routes = routes
 
     def choose(self, feasible: list[Route], seq: Sequence, workers: Workers[WorkerLoad], now_s: float) -> Decision:
         """See `Policy.choose`."""

@@ -7,12 +7,13 @@ mover has a stream of its own beside that of the steps, and nothing but `digest`
 from __future__ import annotations
 
 import hashlib
-import time
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from nanopd.worker.pending import Mark, mark
 
 if TYPE_CHECKING:
     from nanopd.cuda.peer_memory import PeerMemory
@@ -27,16 +28,6 @@ NUM_STAGED_IDS = 4096  # pinned memory is asked for in this one size, so that to
 
 class DigestMismatch(RuntimeError):
     """Blocks that were moved differ from their source."""
-
-
-class Mark(Protocol):
-    """A moment in a mover's work."""
-
-    def query(self) -> bool:
-        """Whether all work that was queued before this mark has been done."""
-
-    def elapsed_time(self, end: Any) -> float:
-        """Milliseconds from this mark to `end`; all work before both must have been done."""
 
 
 class Mover(Protocol):
@@ -58,17 +49,6 @@ class Mover(Protocol):
         """A signed hash of 64 bits of blocks, of this cache or a peer's. For debugging, it waits for the device."""
 
 
-class HostMark:
-    def __init__(self) -> None:
-        self._time_s = time.perf_counter()
-
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, end: HostMark) -> float:
-        return (end._time_s - self._time_s) * 1e3
-
-
 class HostMover:
     def __init__(self, kv: Tensor) -> None:
         self._kv = _rows(kv)
@@ -88,7 +68,7 @@ class HostMover:
         self._kv.index_copy_(0, ids, self._blocks_of(buffer, len(ids)))
 
     def mark(self) -> Mark:
-        return HostMark()
+        return mark(self._kv.device)
 
     def digest(self, ids: Tensor, peer: Tensor | None = None) -> int:
         return _digest((self._kv if peer is None else _rows(peer)).index_select(0, ids))
@@ -129,9 +109,7 @@ class CudaMover:
         self._move(self._side(buffer.data_ptr(), self._block_bytes), self._side.of(self._kv, ids), len(ids), HOST_CTAS)
 
     def mark(self) -> Mark:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(self._stream)
-        return event
+        return mark(self._kv.device, self._stream)
 
     def digest(self, ids: Tensor, peer: PeerMemory | None = None) -> int:
         with torch.cuda.stream(self._stream):

@@ -7,7 +7,6 @@ GPU nothing here waits for the device: `launch` queues a step, and what it retur
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -21,6 +20,7 @@ from nanopd.models.decoder import Decoder
 from nanopd.worker.block_mover import copy_blocks
 from nanopd.worker.decode_graphs import DecodeGraphs
 from nanopd.worker.kv_cache import allocate_host_kv
+from nanopd.worker.pending import mark
 from nanopd.worker.sampler import Sampler, TokenLogprobs, joined, token_logprobs
 from nanopd.worker.step_inputs import FROM_SLOT, ChunkInputs, StepInputs, step_inputs
 from nanopd.worker.upload import Uploader
@@ -33,30 +33,23 @@ class LaunchedStep:
     """A step that has been queued on the device."""
 
     def __init__(self, step_id: int, device: torch.device) -> None:
-        self._step_id = step_id
-        self._started_s = time.perf_counter()
-        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
-        if self._events:
-            self._events[0].record()
+        self._step_id, self._device = step_id, device
+        self._start = mark(device)
 
     def set_outputs(self, tokens: Tensor, logprobs: TokenLogprobs, errors: np.ndarray) -> None:
         """Takes the outputs when everything has been queued; tokens [num_samples] are on the device."""
         self._logprob_rows, self._errors = logprobs.rows, errors
         self._outputs = [_to_host(t) for t in (tokens.int(), logprobs.ids, logprobs.values)]
-        if self._events:
-            self._events[1].record()
+        self._end = mark(self._device)
 
     def is_done(self) -> bool:
-        return not self._events or self._events[1].query()
+        return self._end.query()
 
     def result(self) -> StepResult:
         """The outputs on the host; the step must be done."""
         token_ids, ids, values = (output.numpy() for output in self._outputs)
-        if self._events:
-            duration_us = self._events[0].elapsed_time(self._events[1]) * 1e3
-        else:
-            duration_us = (time.perf_counter() - self._started_s) * 1e6
-        return StepResult(self._step_id, int(duration_us), token_ids, self._logprob_rows, ids, values, self._errors)
+        duration_us = int(self._start.elapsed_time(self._end) * 1e3)
+        return StepResult(self._step_id, duration_us, token_ids, self._logprob_rows, ids, values, self._errors)
 
 
 class ModelRunner:

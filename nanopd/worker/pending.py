@@ -1,8 +1,11 @@
-"""Work that a worker has begun, whose loop asks whether it is done."""
+"""Work that a worker has begun, whose loop asks whether it is done, and marks that say how far a device has come."""
 
 from __future__ import annotations
 
-from typing import Protocol
+import time
+from typing import Any, Protocol
+
+import torch
 
 from nanopd.messages import FromWorker
 
@@ -28,3 +31,35 @@ class Done:
 
     def result(self) -> FromWorker | None:
         return self._result
+
+
+class Mark(Protocol):
+    """A moment in a device's work."""
+
+    def query(self) -> bool:
+        """Whether all work that was queued before this mark has been done."""
+
+    def elapsed_time(self, end: Any) -> float:
+        """Milliseconds from this mark to `end`; all work before both must have been done."""
+
+
+class HostMark:
+    """A moment of the CPU, which does everything at once."""
+
+    def __init__(self) -> None:
+        self._time_s = time.perf_counter()
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: HostMark) -> float:
+        return (end._time_s - self._time_s) * 1e3
+
+
+def mark(device: torch.device, stream: torch.cuda.Stream | None = None) -> Mark:
+    """A mark behind what has been queued on a device; `stream` is torch's current one by default."""
+    if device.type == "cpu":
+        return HostMark()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(stream)
+    return event

@@ -17,7 +17,8 @@ from nanopd.ipc.buffers import BufferReader, BufferWriter, buffers_nbytes
 from nanopd.ipc.control import CONTROL_NBYTES
 from nanopd.ipc.shared_memory import SharedMemory
 from nanopd.messages import TransferAck
-from nanopd.worker.block_mover import DigestMismatch, Mark, Mover
+from nanopd.worker.block_mover import DigestMismatch, Mover
+from nanopd.worker.pending import Mark
 
 BUFFER_BYTES = 8 << 20  # a copy of 150 us; a larger block has a buffer for itself
 NUM_BUFFERS = 8

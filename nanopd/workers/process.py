@@ -17,6 +17,7 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import cast
 
+from nanopd import messages
 from nanopd.config import EngineConfig, ModelConfig
 from nanopd.errors import WorkerError
 from nanopd.ipc.channel import channel
@@ -24,26 +25,9 @@ from nanopd.ipc.descriptor import Descriptor
 from nanopd.ipc.doorbell import HasFileno, Waiter
 from nanopd.ipc.process import die_with_parent
 from nanopd.ipc.shared_memory import Memories
-from nanopd.messages import (
-    BLOCK_COPY,
-    MAX_BAD_WORD_TOKENS,
-    MAX_BAD_WORDS,
-    MAX_LOGPROBS,
-    MAX_PROCESSOR_BYTES,
-    MAX_STOP_TOKEN_IDS,
-    SLOT_INIT,
-    TABLE_UPDATE,
-    Failed,
-    FromWorker,
-    Peer,
-    Peers,
-    Progress,
-    Ready,
-    Shutdown,
-    ToWorker,
-    TransferPath,
-)
+from nanopd.messages import Failed, FromWorker, Peer, Peers, Progress, Ready, Shutdown, ToWorker
 from nanopd.wire import decode, encode
+from nanopd.workers.client import WorkerClient
 
 WORKER_ENTRY = "nanopd.worker.main"  # a module with a function main
 NUM_MESSAGES = 4  # of the largest size that a channel has room for
@@ -56,8 +40,8 @@ def _run_entry(module: str, *args: object) -> None:
     importlib.import_module(module).main(*args)
 
 
-class WorkerProcess:
-    """A `WorkerClient` that is a spawned process."""
+class WorkerProcess(WorkerClient):
+    """A worker that is a spawned process."""
 
     def __init__(
         self,
@@ -78,7 +62,7 @@ class WorkerProcess:
         self.generation = generation
         self.share_loaded = 0.0
         self.num_blocks = self.num_host_blocks = 0  # these and the following two are known once the worker is ready
-        self.paths: dict[int, TransferPath] = {}
+        self.paths = {}
         self.kv_handle: object = None
         self._endpoint, theirs = channel(_max_message_nbytes(config, model), NUM_MESSAGES)
         import torch.multiprocessing  # not at the top, where the child would import it before `die_with_parent`
@@ -210,13 +194,10 @@ def _max_message_nbytes(config: EngineConfig, model: ModelConfig) -> int:
     """
     max_len = config.max_len_of(model)
     blocks_per_seq = -(-max_len // config.block_size) + 1
-    per_seq = (
-        blocks_per_seq * (TABLE_UPDATE.itemsize + 2 * BLOCK_COPY.itemsize)
-        + 4 * (MAX_STOP_TOKEN_IDS + len(model.eos_token_ids))
-        + SLOT_INIT.itemsize
-        + 64
-    )
+    per_seq = blocks_per_seq * (messages.TABLE_UPDATE.itemsize + 2 * messages.BLOCK_COPY.itemsize)
+    per_seq += messages.SLOT_INIT.itemsize + 4 * (messages.MAX_STOP_TOKEN_IDS + len(model.eos_token_ids)) + 64
     step = config.max_num_seqs * per_seq + 4 * config.max_num_batched_tokens
-    extras = 4 * (max_len + 3 * model.vocab_size + MAX_BAD_WORDS * MAX_BAD_WORD_TOKENS) + MAX_PROCESSOR_BYTES
-    result = 8 * (1 + MAX_LOGPROBS) * (config.max_num_seqs + config.max_num_batched_tokens)
+    bad_words = messages.MAX_BAD_WORDS * messages.MAX_BAD_WORD_TOKENS
+    extras = 4 * (max_len + 3 * model.vocab_size + bad_words) + messages.MAX_PROCESSOR_BYTES
+    result = 8 * (1 + messages.MAX_LOGPROBS) * (config.max_num_seqs + config.max_num_batched_tokens)
     return max(step, extras, result) + 4096

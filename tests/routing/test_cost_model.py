@@ -13,7 +13,6 @@ import pytest
 from nanopd.config.files import config_dir
 from nanopd.errors import ConfigError
 from nanopd.routing.cost_model import (
-    Correction,
     CostModel,
     MoveSample,
     Parameters,
@@ -21,6 +20,7 @@ from nanopd.routing.cost_model import (
     StepSample,
     Terms,
     chunk_pairs,
+    corrected,
     fit,
     prediction_errors,
 )
@@ -117,15 +117,14 @@ def test_no_parameters(text: str | None, tmp_path: Path) -> None:
 
 
 def test_a_correction_follows_what_is_measured_within_bounds() -> None:
-    correction = Correction()
-    correction.update(10.0, 12.0)
-    assert 1.0 < correction.factor < 1.02  # one measurement moves it little
+    factor = corrected(1.0, 10.0, 12.0)
+    assert 1.0 < factor < 1.02  # one measurement moves it little
     for _ in range(500):
-        correction.update(10.0, 12.0)
-    assert correction.factor == pytest.approx(1.2, rel=1e-3)
+        factor = corrected(factor, 10.0, 12.0)
+    assert factor == pytest.approx(1.2, rel=1e-3)
     for _ in range(1000):
-        correction.update(10.0, 1000.0)
-    assert correction.factor == pytest.approx(2.0, rel=1e-3)
+        factor = corrected(factor, 10.0, 1000.0)
+    assert factor == pytest.approx(2.0, rel=1e-3)
 
 
 def test_predictions_follow_the_corrections_kind_by_kind() -> None:
