@@ -22,20 +22,7 @@ from nanopd.messages import (
     LogitsProcessor,
     Route,
 )
-from nanopd.rules import (
-    SEED,
-    TRUE_OR_FALSE,
-    Rule,
-    check,
-    integer,
-    list_of,
-    number,
-    one_of,
-    optional,
-    positive,
-    ruled,
-    text,
-)
+from nanopd.rules import BOOLEAN, SEED, Rule, check, integer, list_of, number, one_of, optional, positive, ruled, text
 
 
 def _is_word(value: object) -> bool:
@@ -51,13 +38,8 @@ def _is_bias(value: object) -> bool:
 TOKEN_ID = integer(0)
 BIAS_VALUE = number(-100, 100)
 LOGPROBS = integer(0, MAX_LOGPROBS)
+TIMEOUT = optional(positive())
 BAD_WORD = Rule(_is_word, f"text, or 1 to {MAX_BAD_WORD_TOKENS} token ids")
-REQUEST_RULES = {
-    "arrival_s": number(-math.inf),
-    "deadline_s": optional(positive()),
-    "queue_timeout_s": optional(positive()),
-    "priority": integer(-(2**63), 2**63 - 1),
-}
 BIASES = Rule(_is_bias, f"a mapping of token ids, each to {BIAS_VALUE.text}")
 
 
@@ -77,7 +59,7 @@ class SamplingParams:
     min_tokens: int = ruled(0, integer(0, 2**31 - 1), "nothing ends an answer with fewer; at most max_tokens")
     stop: tuple[str, ...] = ruled((), list_of(text("a non-empty text")), "end the answer and are not part of its text")
     stop_token_ids: tuple[int, ...] = ruled((), list_of(TOKEN_ID, most=MAX_STOP_TOKEN_IDS), "ids that end the answer")
-    ignore_eos: bool = ruled(False, TRUE_OR_FALSE, "the answer goes on after the model's end tokens")
+    ignore_eos: bool = ruled(False, BOOLEAN, "the answer goes on after the model's end tokens")
     logprobs: int | None = ruled(None, optional(LOGPROBS), "log probabilities of the chosen and of so many best tokens")
     prompt_logprobs: int | None = ruled(None, optional(LOGPROBS), "the same of the prompt's tokens but the first")
     min_p: float = ruled(0.0, number(0, 1), "tokens below this share of the best one's likelihood are not drawn")
@@ -162,7 +144,7 @@ class BeamSearchParams:
     early_stopping: bool | str = ruled(
         False, one_of(False, True, "never"), "True: as soon as there are enough; never: when none can get better"
     )
-    ignore_eos: bool = ruled(False, TRUE_OR_FALSE, "go on after the model's end tokens")
+    ignore_eos: bool = ruled(False, BOOLEAN, "go on after the model's end tokens")
 
     def __post_init__(self) -> None:
         check(self, RequestError)
@@ -191,18 +173,18 @@ class Request:
     request_id: str
     prompt_token_ids: list[int]  # must not be changed
     params: SamplingParams
-    arrival_s: float = 0.0  # of the engine's clock, when the request was due
+    arrival_s: float = ruled(0.0, number(-math.inf), "when it was due, on the engine's clock")
     prompt: str | None = None  # None where token ids were given
     is_streamed: bool = False  # each token is delivered as it comes
-    deadline_s: float | None = None  # after arrival, when the request is aborted
-    queue_timeout_s: float | None = None  # after arrival, when the request is aborted if its prefill has not started
-    priority: int = 0  # lower goes first and is preempted last; among equals, who was submitted first
+    deadline_s: float | None = ruled(None, TIMEOUT, "after arrival, when it is aborted")
+    queue_timeout_s: float | None = ruled(None, TIMEOUT, "the same if its prefill has not started")
+    # Who was submitted first goes first among equals.
+    priority: int = ruled(0, integer(-(2**63), 2**63 - 1), "lower goes first and is preempted last")
     route: Route | None = None  # asked for in place of one of the policy's
     beams: BeamSearchParams | None = None  # None: sample; else `params` are those of the search's sequences
 
     def __post_init__(self) -> None:
-        for name, rule in REQUEST_RULES.items():
-            rule.check(name, getattr(self, name), RequestError)
+        check(self, RequestError)
 
     @property
     def limits_s(self) -> dict[str, float]:

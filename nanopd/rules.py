@@ -34,9 +34,10 @@ def ruled(default: Any, rule: Rule, meaning: str) -> Any:
 
 
 def check(record: Any, error: type[FieldError]) -> None:
-    """Raise `error` for the first field of the dataclass `record` whose rule does not allow its value."""
+    """Raise `error` for the first field of the dataclass `record` that has a rule which does not allow its value."""
     for f in fields(record):
-        f.metadata["rule"].check(f.name, getattr(record, f.name), error)
+        if f.metadata:
+            f.metadata["rule"].check(f.name, getattr(record, f.name), error)
 
 
 def optional(rule: Rule) -> Rule:
@@ -84,5 +85,5 @@ def list_of(rule: Rule, least: int = 0, most: float = math.inf) -> Rule:
     )
 
 
-TRUE_OR_FALSE = Rule(lambda value: isinstance(value, bool), "true or false")
+BOOLEAN = Rule(lambda value: isinstance(value, bool), "true or false")
 SEED = integer(0, 2**64 - 1)

@@ -106,6 +106,13 @@ def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return reference
 
 
+one_model_else_slow = pytest.mark.parametrize(
+    "reference",
+    [pytest.param(name, marks=() if name == "llama" else pytest.mark.slow) for name in MODELS],
+    indirect=True,
+)
+
+
 @pytest.mark.parametrize("steps_in_flight", [1, 2])
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "one token a step"])
 def test_tiny_model(reference: Reference, way: str, steps_in_flight: int) -> None:
@@ -120,11 +127,7 @@ def test_tiny_model(reference: Reference, way: str, steps_in_flight: int) -> Non
 
 
 @pytest.mark.parametrize("steps_in_flight", [1, 2])
-@pytest.mark.parametrize(
-    "reference",
-    [pytest.param(name, marks=() if name == "llama" else pytest.mark.slow) for name in MODELS],
-    indirect=True,
-)
+@one_model_else_slow
 def test_tiny_model_one_token_a_step(reference: Reference, steps_in_flight: int) -> None:
     test_tiny_model(reference, "one token a step", steps_in_flight)
 
@@ -173,7 +176,9 @@ def test_forked(reference: Reference, num_before: int, steps_in_flight: int) -> 
     reference.check(children)
 
 
-@pytest.mark.parametrize("way", [*(way for way in WAYS if "chunks of a" not in way), "without prefix caching"])
+@pytest.mark.parametrize(
+    "way", [*(way for way in WAYS if "a block" not in way and "one token" not in way), "without prefix caching"]
+)
 def test_several_answers(reference: Reference, way: str) -> None:
     """One prefill, and four answers that are each what a request for one gives with its seed."""
     params = SamplingParams(temperature=1.0, top_p=0.95, seed=5, n=4, max_tokens=NUM_TOKENS, ignore_eos=True)
@@ -189,6 +194,11 @@ def test_several_answers(reference: Reference, way: str) -> None:
     run_to_end(alone)
     run_to_end(together)
     assert [seq.output_token_ids for seq in answers] == [seq.output_token_ids for seq in expected]
+
+
+@one_model_else_slow
+def test_several_answers_one_token_a_step(reference: Reference) -> None:
+    test_several_answers(reference, "one token a step")
 
 
 PROMPTS = (

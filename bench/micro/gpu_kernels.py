@@ -24,7 +24,7 @@ from nanopd import cuda
 from nanopd.config import KVLayout
 from nanopd.cuda import linear
 from nanopd.cuda.elementwise import norm_spec
-from nanopd.cuda.launch import kernel_for
+from nanopd.cuda.launch import kernel_of
 from nanopd.models import AttentionSpec
 from nanopd.models.weights import PLAIN, Linear
 
@@ -301,7 +301,7 @@ def bench_blocks(report: Report) -> None:
 def bench_launch(report: Report) -> None:
     """Time of the CPU per launch."""
     x, weight = random(1, HIDDEN), random(HIDDEN)
-    kernel = kernel_for(norm_spec("bf16"), 0)
+    kernel = kernel_of(norm_spec, 0, "bf16")
     out = torch.empty_like(x)
     arguments = (x.data_ptr(), weight.data_ptr(), out.data_ptr(), HIDDEN // 8, 1e-6)
     case = AttentionCase([64] * 4, 16)

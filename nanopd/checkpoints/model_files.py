@@ -55,14 +55,14 @@ def _download(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=HUB_PATTERNS))
     except (OSError, ValueError) as error:  # no such repository, no network, not a hub id
-        shapes = sorted(file.stem for file in (config_dir() / "models").glob("*.json"))
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(
-            "model",
-            model,
-            f"a local directory, {demo_model.NAME}, with load_format dummy one of {', '.join(shapes)}, "
-            f"or a hub id that can be downloaded ({reason})",
-        ) from error
+        shapes = ", ".join(sorted(file.stem for file in (config_dir() / "models").glob("*.json")))
+        allowed = f"a local directory, {demo_model.NAME}, with load_format dummy one of {shapes}, "
+        allowed += f"or a hub id that can be downloaded ({_first_line(error)})"
+        raise ConfigError("model", model, allowed) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:
@@ -80,8 +80,8 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase | None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError("tokenizer", str(source), f"a directory or hub id with a tokenizer ({reason})") from error
+        allowed = f"a directory or hub id with a tokenizer ({_first_line(error)})"
+        raise ConfigError("tokenizer", str(source), allowed) from error
     if not tokenizer.is_fast:
         raise ConfigError("tokenizer", str(source), "one that transformers has a fast implementation of")
     return tokenizer

@@ -21,7 +21,7 @@ from nanopd.config.kv_layout import KVLayout
 from nanopd.config.model_config import ITEMSIZES, ModelConfig
 from nanopd.errors import ConfigError
 from nanopd.messages import Role, Route, TransferPath
-from nanopd.rules import SEED, TRUE_OR_FALSE, Rule, check, integer, number, one_of, optional, positive, ruled, text
+from nanopd.rules import BOOLEAN, SEED, Rule, check, integer, number, one_of, optional, positive, ruled, text
 
 PREDICTING = ("closed_form", "adaptive")  # the policies that need the parameters of a cost model
 POLICIES = ("collocated", "disaggregated", "round_robin", *PREDICTING)
@@ -104,13 +104,13 @@ class EngineConfig:
     block_size: int = ruled(16, integer(1), "tokens per KV block")
     num_blocks: int | None = ruled(None, optional(integer(2)), "KV blocks per worker; null: derived from memory")
     swap_space_gb: float = ruled(0.0, number(0), "host memory per worker for blocks of preempted sequences; 0: none")
-    enable_prefix_caching: bool = ruled(True, TRUE_OR_FALSE, "requests with the same beginning share its KV blocks")
+    enable_prefix_caching: bool = ruled(True, BOOLEAN, "requests with the same beginning share its KV blocks")
     max_num_seqs: int = ruled(256, integer(1), "sequences that a worker may have started")
     max_model_len: int | None = ruled(None, optional(integer(2)), "tokens, prompt and answer; null: the model's limit")
     max_num_batched_tokens: int = ruled(2048, integer(1), "tokens that a worker computes in a step, decode rows first")
     gpu_memory_utilization: float = ruled(0.9, positive(1), "share of a GPU that its workers may fill together")
     transfer: str = ruled("auto", one_of("auto", *TransferPath), "how KV blocks get from worker to worker")
-    verify_transfers: bool = ruled(False, TRUE_OR_FALSE, "digests of moved blocks are compared")
+    verify_transfers: bool = ruled(False, BOOLEAN, "digests of moved blocks are compared")
     steps_in_flight: int = ruled(2, integer(1, MAX_STEPS_IN_FLIGHT), "steps of a worker that are in flight at once")
     num_speculative_tokens: int = ruled(
         0, integer(0, MAX_SPECULATIVE_TOKENS), "drafts of a sequence that a step may verify; 0: none"

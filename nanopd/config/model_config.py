@@ -51,7 +51,5 @@ class ModelConfig:
     def num_matrix_weights(self) -> int:
         """Weights of all matrix products of a token: every layer's, and the output head's."""
         q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        attention = self.hidden_size * (2 * q_size + 2 * kv_size)
-        return self.num_layers * (attention + 3 * self.hidden_size * self.intermediate_size) + (
-            self.vocab_size * self.hidden_size
-        )
+        layer_size = 2 * q_size + 2 * kv_size + 3 * self.intermediate_size
+        return self.hidden_size * (self.num_layers * layer_size + self.vocab_size)

@@ -22,8 +22,6 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import numpy as np
-
 from nanopd.core.plans import Handover, Plans
 from nanopd.core.scheduler import Scheduler
 from nanopd.core.sequence import Sequence, SequenceStatus
@@ -104,15 +102,13 @@ class Handovers:
 
     def advance(self, seq: Sequence, num_computed: int) -> None:
         """The first `num_computed` tokens have their KV entries: whole blocks of them may move."""
-        handover = self._of_prefill(seq)
-        if handover is not None:
+        if (handover := self._of_prefill(seq)) is not None:
             handover.num_computed = num_computed
             self._move_blocks(handover)
 
     def prefilled(self, seq: Sequence, now_s: float) -> None:
         """The first token is there: all blocks may move."""
-        handover = self._of_prefill(seq)
-        if handover is not None:
+        if (handover := self._of_prefill(seq)) is not None:
             seq.status = SequenceStatus.MOVING
             seq.log_event(now_s, EventKind.MOVING, handover.src.worker)
             handover.is_complete = True
@@ -132,8 +128,7 @@ class Handovers:
 
     def cancel(self, seq: Sequence) -> None:
         """Forget a hand-over, if there is one; plans that are out keep their blocks pinned."""
-        handover = self._by_seq.get(seq.seq_id)
-        if handover is not None:
+        if (handover := self._by_seq.get(seq.seq_id)) is not None:
             self._cancel_reservation(handover)
             self._end(handover)
 
@@ -185,13 +180,10 @@ class Handovers:
         bound = [h for h in self._by_seq.values() if h.dst is dead]
         return [handover.seq for handover in bound if not self._redirect(handover, now_s)]
 
-    def tables(self, worker: int) -> list[list[int]]:
-        """Reserved block tables on a worker, for integrity checks."""
-        return [h.dst_table for h in self._by_seq.values() if h.dst.worker == worker and h.dst_table is not None]
-
-    def pinned(self, worker: int) -> Iterable[np.ndarray]:
-        """Blocks of a worker that plans name, for integrity checks."""
-        return self._plans.pinned(self._schedulers[worker].residency)
+    def held(self, worker: int) -> list[Iterable[int]]:
+        """Reserved block tables on a worker, and blocks of it that plans name, for integrity checks."""
+        tables = [h.dst_table or [] for h in self._by_seq.values() if h.dst.worker == worker]
+        return [*tables, *self._plans.pinned(self._schedulers[worker].residency)]
 
     def _add(self, handover: Handover) -> None:
         self._by_seq[handover.seq.seq_id] = handover

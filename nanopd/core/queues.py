@@ -14,8 +14,6 @@ from collections import deque
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import numpy as np
-
 from nanopd.core.decodes import Decodes
 from nanopd.core.residency import Residency
 from nanopd.core.sequence import Sequence, SequenceStatus
@@ -60,10 +58,9 @@ class Queues:
 
     def snapshot(self) -> Load:
         blocks, num_seqs = self._residency.blocks, self.num_seqs
-        num_bound = len(self.waiting) + num_seqs - self._num_reserved + self.num_expected
         num_free, num_usable = blocks.num_free * blocks.block_size, blocks.num_usable * blocks.block_size
         counts = len(self.decodes), self.decodes.num_context_tokens, self.num_waiting_tokens
-        return Load(*counts, num_seqs, self._max_num_seqs, num_bound, num_free, num_usable)
+        return Load(*counts, num_seqs, self._max_num_seqs, self.load, num_free, num_usable)
 
     def num_cached(self, seq: Sequence) -> int:
         """Tokens of a sequence that is not here whose blocks the cache has now."""
@@ -174,17 +171,14 @@ class Queues:
 
     # ------------------------------------------------------------------------------------- as steps are scheduled
 
-    @property
-    def may_start(self) -> bool:
-        """Whether a sequence waits and there is a place for it."""
-        return bool(self.waiting) and self.num_seqs < self._max_num_seqs
-
-    def start(self) -> tuple[list[int], list[int]] | None:
-        """Give the first waiting sequence blocks and a slot and begin its prefill; None: there is no room now.
+    def start(self) -> tuple[Sequence, tuple[list[int], list[int]]] | None:
+        """Give the first waiting sequence blocks and a slot and begin its prefill; None: none waits, or has no room.
 
         Returns:
-            Copies from host memory that bring back what was swapped out; see `Residency.swap_in`.
+            The sequence, and copies from host memory that bring back what was swapped out; see `Residency.swap_in`.
         """
+        if not self.waiting or self.num_seqs >= self._max_num_seqs:
+            return None
         seq, residency = self.waiting[0], self._residency
         found = residency.find_prefix(seq)
         num_new = residency.blocks.blocks_for(seq.num_tokens + 1) - len(found)
@@ -199,7 +193,7 @@ class Queues:
         seq.status = SequenceStatus.PREFILL
         residency.acquire_slot(seq, num_cached)
         insort(self.prefilling, seq, key=lambda s: s.rank)
-        return copies
+        return seq, copies
 
     def prefilled(self, seq: Sequence, is_leaving: bool) -> None:
         """The last chunk of a sequence's prompt is scheduled; it decodes here, or leaves for another worker."""
@@ -217,15 +211,15 @@ class Queues:
         """A step was scheduled: whoever lacks room has to ask again."""
         self.has_turned_away = False
 
-    def check_integrity(self, num_in_flight: int, reserved: Iterable[list[int]], pinned: Iterable[np.ndarray]) -> None:
+    def check_integrity(self, num_in_flight: int, held: Iterable[Iterable[int]]) -> None:
         """Raise AssertionError when blocks, slots or tokens were lost.
 
         Args:
             num_in_flight: tokens of prompts in steps in flight
-            reserved, pinned: block tables and blocks of this worker that hand-overs hold
+            held: block tables and pinned blocks of this worker that hand-overs hold
         """
         t, residents = self._residency.slots, self.prefilling + self.decodes.seqs + self.migrating
-        self._residency.check_integrity(residents, self.waiting, reserved, pinned)
+        self._residency.check_integrity(residents, self.waiting, held)
         self.decodes.check_integrity()
         num_waiting = num_in_flight + sum(seq.num_tokens - seq.num_expected_cached for seq in self.waiting)
         num_waiting += sum(seq.num_tokens - int(t.num_computed[seq.slot]) for seq in self.prefilling)

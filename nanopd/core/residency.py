@@ -12,8 +12,6 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
-
 from nanopd.config import EngineConfig
 from nanopd.core.block_manager import BlockManager, extend_keys
 from nanopd.core.sequence import Sequence
@@ -53,13 +51,9 @@ class Residency:
     # --------------------------------------------------------------------------------------------- steps' numbers
 
     def begin_step(self) -> int:
-        """The number of a new step: whoever leaves from now on may be named by it."""
+        """The number of a new step: whoever leaves from now on may be named by it. It may turn out to be empty."""
         self._step_id += 1
         return self._step_id
-
-    def drop_step(self) -> None:
-        """The step that has just begun has nothing to compute."""
-        self._step_id -= 1
 
     def skip_steps(self, count: int) -> None:
         """Number the steps in flight as if so many had been done before them."""
@@ -136,10 +130,6 @@ class Residency:
         """A sequence's last token has been chosen; the worker's slot may hold another one."""
         self.slots.is_awaited[seq.slot] = self.slots.has_last_token[seq.slot] = False
 
-    @property
-    def has_parked(self) -> bool:
-        return bool(self._parked)
-
     def abandon(self, seq: Sequence) -> None:
         """The worker is dead: the sequence has neither slot nor blocks there any more."""
         if seq.slot is not None:
@@ -198,15 +188,11 @@ class Residency:
     # --------------------------------------------------------------------------------------------------- checks
 
     def check_integrity(
-        self,
-        residents: list[Sequence],
-        swapped: Iterable[Sequence],
-        reserved: Iterable[list[int]],
-        pinned: Iterable[np.ndarray],
+        self, residents: list[Sequence], swapped: Iterable[Sequence], held: Iterable[Iterable[int]]
     ) -> None:
         """Raise AssertionError when a block or a slot was lost."""
-        tables = [*(seq.block_table for seq in residents), *(p.table for p in self._parked), *reserved]
-        self.blocks.check_integrity(tables, pinned)
+        tables = [*(seq.block_table for seq in residents), *(p.table for p in self._parked)]
+        self.blocks.check_integrity(tables, held)
         self.host_blocks.check_integrity(seq.host_table for seq in swapped)
         num_slots = self.slots.num_free + len(residents) + len(self._parked)
         assert num_slots == len(self.slots.seqs), f"{len(self.slots.seqs) - num_slots} slots lost"

@@ -47,7 +47,9 @@ class Results:
         slots, accepted = step.sampled_slots, []
         if step.drafts:
             self._slots.num_drafts[list(step.drafts)] = 0
-            self._count_drafts(step)
+            for slot, drafts in step.drafts.items():
+                if (seq := self._slots.seqs[slot]) is not None and seq.drafter is not None:
+                    seq.drafter.num_drafts += len(drafts)
             first, *others = rounds_of(slots, step.drafts, result.token_ids)
             accepted = [(slots[rows], result.part(rows)) for rows in others]
             slots, result = slots[first], result.part(first)
@@ -59,12 +61,6 @@ class Results:
             for slot in more_slots[self._slots.is_active[more_slots]].tolist():
                 self._decodes.accept_draft(slot)
             yield self._append(more_slots, more, now_s)
-
-    def _count_drafts(self, step: StepInFlight) -> None:
-        for slot, drafts in step.drafts.items():
-            seq = self._slots.seqs[slot]
-            if seq is not None and seq.drafter is not None:
-                seq.drafter.num_drafts += len(drafts)
 
     def _append(self, slots: np.ndarray, result: StepResult, now_s: float) -> StepOutcome:
         """A token for each of `slots`; those of sequences that have left since the step was built are dropped."""

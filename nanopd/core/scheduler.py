@@ -104,8 +104,7 @@ class Scheduler:
 
     def can_hold(self, num_tokens: int) -> bool:
         """Whether the pool is large enough for a sequence of so many tokens, if it had it for itself."""
-        blocks = self.residency.blocks
-        return blocks.blocks_for(num_tokens) <= blocks.num_usable
+        return self.residency.blocks.blocks_for(num_tokens) <= self.residency.blocks.num_usable
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence whose tokens are all to be computed, in order of rank."""
@@ -123,7 +122,7 @@ class Scheduler:
         if not (self.in_flight and self.in_flight[-1].drafts):  # else drafts would run in every other step only
             batch = self._build_step()
             # Blocks of sequences preempted just now; if others share them all, one more has to be preempted.
-            while batch is None and not self.in_flight and (self.residency.has_parked or self._preempt_idle()):
+            while batch is None and not self.in_flight and (self.residency.num_parked_blocks or self._preempt_idle()):
                 self.residency.release_parked()
                 batch = self._build_step()
             self.queues.forget_turned_away()
@@ -131,9 +130,8 @@ class Scheduler:
         if batch is None:
             return Scheduled(None, [], [], preempted)
         step = batch.build()
-        sampled = batch.sampled_slots()
-        parts = step.row_slots, sampled, batch.chunks, batch.num_prompt_tokens, batch.drafts
-        self.in_flight.append(StepInFlight(step.step_id, *parts))
+        parts = batch.sampled_slots(), batch.chunks, batch.num_prompt_tokens, batch.drafts
+        self.in_flight.append(StepInFlight(step.step_id, step.row_slots, *parts))
         return Scheduled(step, batch.extras, batch.admitted, preempted)
 
     def _build_step(self) -> BatchBuilder | None:
@@ -148,7 +146,6 @@ class Scheduler:
             self._add_chunk(batch, seq)
         self._admit_waiting(batch)
         if batch.is_empty:
-            self.residency.drop_step()
             for seq in self._preempted:  # nothing is sent that would save their blocks
                 self.residency.forget_swapped(seq)
             return None
@@ -156,10 +153,8 @@ class Scheduler:
 
     def _admit_waiting(self, batch: BatchBuilder) -> None:
         """Start waiting sequences, in order of rank, while there is budget, a place and blocks."""
-        while batch.budget and self.queues.may_start:
-            seq = self.queues.waiting[0]
-            if (copies := self.queues.start()) is None:
-                return
+        while batch.budget and (started := self.queues.start()) is not None:
+            seq, copies = started
             batch.add_copies(*copies)
             batch.admitted.append(seq)
             self._add_chunk(batch, seq)
@@ -247,6 +242,6 @@ class Scheduler:
         self._decodes.repeat(times_s)
         self.residency.skip_steps(len(times_s))
 
-    def check_integrity(self, reserved: Iterable[list[int]] = (), pinned: Iterable[np.ndarray] = ()) -> None:
+    def check_integrity(self, held: Iterable[Iterable[int]] = ()) -> None:
         """See `Queues.check_integrity`."""
-        self.queues.check_integrity(sum(step.num_prompt_tokens for step in self.in_flight), reserved, pinned)
+        self.queues.check_integrity(sum(step.num_prompt_tokens for step in self.in_flight), held)

@@ -11,6 +11,7 @@ Parent process only; knows neither workers nor blocks beyond the ids in its tabl
 
 from __future__ import annotations
 
+from dataclasses import InitVar, dataclass, field
 from enum import Enum
 from typing import Protocol
 
@@ -18,7 +19,7 @@ import numpy as np
 
 from nanopd.core.speculation import Drafter
 from nanopd.messages import EventKind, FinishReason, RequestEvent, RequestLog, Route
-from nanopd.request import Request
+from nanopd.request import Request, SamplingParams
 
 
 class TextStream(Protocol):
@@ -67,96 +68,63 @@ FINISH_REASONS = {
 }
 
 
+@dataclass(slots=True, eq=False)
 class Sequence:
     """One prompt and the tokens generated from it."""
 
-    __slots__ = (
-        "awaits_choice",
-        "block_keys",
-        "block_table",
-        "chooser",
-        "decision",
-        "drafter",
-        "end_len",
-        "error",
-        "events",
-        "host_table",
-        "is_watched",
-        "logprobs",
-        "min_len",
-        "num_cached_tokens",
-        "num_deaths",
-        "num_expected_cached",
-        "num_prompt_tokens",
-        "num_published_blocks",
-        "num_swapped",
-        "params",
-        "prompt_logprobs",
-        "rank",
-        "request",
-        "request_id",
-        "root_key",
-        "route",
-        "seed",
-        "seq_id",
-        "slot",
-        "status",
-        "stop_ids",
-        "stop_reason",
-        "text",
-        "token_ids",
-        "token_times_s",
-    )
+    seq_id: int  # order of submission
+    request: Request
+    max_model_len: InitVar[int]
+    eos_token_ids: InitVar[tuple[int, ...]]
+    seed: int  # in `__init__`: that of a request which has none
+    root_key: bytes = b""  # what the keys of its prefixes begin with
+    chooser: Chooser | None = None  # None: what is sampled is taken
+    request_id: str = field(init=False)
+    params: SamplingParams = field(init=False)
+    rank: tuple[int, int, int] = field(init=False)  # priority, then order of requests, and within one; lower goes first
+    # The prompt, then the tokens that the parent has received: of an unwatched sequence as of its last
+    # `SlotTable.sync`, as the table has the newest ones.
+    token_ids: list[int] = field(init=False)
+    token_times_s: list[float] = field(default_factory=list)  # one per generated token
+    logprobs: list[dict[int, float]] | None = None
+    prompt_logprobs: list[dict[int, float] | None] = field(default_factory=list)  # if asked for; the first one is None
+    num_prompt_tokens: int = field(init=False)
+    end_len: int = field(init=False)  # number of tokens at which the sequence ends for length
+    min_len: int = field(init=False)  # below, the sequence must not stop
+    stop_ids: frozenset[int] = field(init=False)
+    status: SequenceStatus = SequenceStatus.WAITING
+    route: Route | None = None
+    slot: int | None = None  # in the scheduler of the worker it is on
+    block_table: list[int] = field(default_factory=list)  # on the worker it is on
+    host_table: list[int] = field(default_factory=list)  # if swapped out: blocks in host memory of its decode worker
+    num_swapped: int = 0  # tokens in `host_table`; else 0
+    num_expected_cached: int = 0  # tokens that need not be computed where it waits, as far as is known
+    num_published_blocks: int = 0  # blocks at its beginning that the worker's prefix cache knows
+    block_keys: list[bytes] = field(default_factory=list)  # of full blocks, for prefix caches, as far as needed
+    num_cached_tokens: int | None = None  # found when its prefill started first; None: it has not started
+    awaits_choice: bool = False  # its last token is a proposal
+    drafter: Drafter | None = None  # None: the sequence never has drafts
+    is_watched: bool = False  # the engine looks at each of its tokens
+    stop_reason: int | str | None = None
+    text: TextStream | None = None  # where tokens become text while they come
+    error: str | None = None
+    decision: object = None  # of the policy, with the numbers behind it
+    num_deaths: int = 0  # of workers that were computing it
+    events: list[RequestEvent] = field(init=False)
 
-    def __init__(
-        self,
-        seq_id: int,
-        request: Request,
-        *,
-        max_model_len: int,
-        eos_token_ids: tuple[int, ...],
-        seed: int,
-        root_key: bytes = b"",
-        chooser: Chooser | None = None,
-    ) -> None:
-        """`seed` counts where the request has none; `root_key` is what the keys of its prefixes begin with."""
-        params = request.params
-        self.seq_id = seq_id  # order of submission
-        self.request, self.request_id, self.params = request, request.request_id, params
-        self.rank = (request.priority, seq_id, seq_id)  # then the order of requests, and within one; lower goes first
-        self.seed = params.seed if params.seed is not None else seed
-        self.root_key = root_key
-        # The prompt, then the tokens that the parent has received: of an unwatched sequence as of its last
-        # `SlotTable.sync`, as the table has the newest ones.
+    def __post_init__(self, max_model_len: int, eos_token_ids: tuple[int, ...]) -> None:
+        request, params = self.request, self.request.params
+        self.request_id, self.params = request.request_id, params
+        self.rank = (request.priority, self.seq_id, self.seq_id)
+        self.seed = self.seed if params.seed is None else params.seed
         self.token_ids = list(request.prompt_token_ids)
-        self.token_times_s: list[float] = []  # one per generated token
-        self.logprobs: list[dict[int, float]] | None = None if params.logprobs is None else []
-        self.prompt_logprobs: list[dict[int, float] | None] = []  # if asked for: per token of the prompt, first None
+        self.logprobs = None if params.logprobs is None else []
         self.num_prompt_tokens = len(request.prompt_token_ids)
-        self.end_len = request.max_num_tokens or max_model_len  # number of tokens at which the sequence ends for length
-        self.min_len = self.num_prompt_tokens + params.min_tokens  # below, the sequence must not stop
+        self.end_len = request.max_num_tokens or max_model_len
+        self.min_len = self.num_prompt_tokens + params.min_tokens
         self.stop_ids = frozenset(() if params.ignore_eos else eos_token_ids) | frozenset(params.stop_token_ids)
-        self.status = SequenceStatus.WAITING
-        self.route: Route | None = None
-        self.slot: int | None = None  # in the scheduler of the worker it is on
-        self.block_table: list[int] = []  # on the worker it is on
-        self.host_table: list[int] = []  # of a swapped-out sequence: blocks in host memory of its decode worker
-        self.num_swapped = 0  # tokens in `host_table`; else 0
-        self.num_expected_cached = 0  # tokens that need not be computed where it waits, as far as is known
-        self.num_published_blocks = 0  # blocks at its beginning that the worker's prefix cache knows
-        self.block_keys: list[bytes] = []  # of full blocks, for prefix caches; as far as they were needed
-        self.num_cached_tokens: int | None = None  # found when its prefill started first; None: it has not started
-        self.chooser = chooser  # None: what is sampled is taken
-        self.awaits_choice = False  # its last token is a proposal
-        self.drafter: Drafter | None = None  # None: the sequence never has drafts
-        self.is_watched = bool(  # the engine looks at each of its tokens
-            request.is_streamed or self.needs_feedback or params.stop_token_ids or self.logprobs is not None
-        )
-        self.stop_reason: int | str | None = None
-        self.text: TextStream | None = None  # where tokens become text while they come
-        self.error: str | None = None
-        self.decision: object = None  # of the policy, with the numbers behind it
-        self.num_deaths = 0  # of workers that were computing it
+        wants_more = params.stop_token_ids or self.logprobs is not None
+        self.is_watched = bool(request.is_streamed or self.needs_feedback or wants_more)
         self.events = [RequestEvent(request.arrival_s, EventKind.ARRIVED)]
 
     @property
@@ -190,14 +158,6 @@ class Sequence:
         self.events.append(RequestEvent(time_s, kind, worker))
 
     def log(self) -> RequestLog:
-        return RequestLog(
-            self.request_id,
-            self.num_prompt_tokens,
-            self.events,
-            np.array(self.token_times_s),
-            self.route,
-            self.num_cached_tokens or 0,
-            num_draft_tokens=self.drafter.num_drafts if self.drafter is not None else 0,
-            num_accepted_tokens=self.drafter.num_accepted if self.drafter is not None else 0,
-            finish_reason=FINISH_REASONS.get(self.status),
-        )
+        drafts = (0, 0) if self.drafter is None else (self.drafter.num_drafts, self.drafter.num_accepted)
+        head = self.request_id, self.num_prompt_tokens, self.events, np.array(self.token_times_s)
+        return RequestLog(*head, self.route, self.num_cached_tokens or 0, *drafts, FINISH_REASONS.get(self.status))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nanopd.core.extras import extras_of, has_extras
+from nanopd.core.extras import extras_of
 from nanopd.core.sequence import Sequence
 from nanopd.messages import BLOCK_COPY, SLOT_INIT, TABLE_UPDATE, RowFlag, SlotExtras, StepBatch
 
@@ -65,15 +65,12 @@ class BatchBuilder:
         logprobs = -1 if params.logprobs is None else params.logprobs
         draw = params.temperature, params.top_p, max(params.top_k, 0)
         self.inits.append((seq.seed, slot, *draw, logprobs, seq.min_len, len(stop_ids), params.min_p))
-        if has_extras(seq):
+        if params.changes_logits or seq.awaits_prompt_logprobs:
             self.extras.append(extras_of(seq, slot))
             if seq.awaits_prompt_logprobs:
                 seq.prompt_logprobs = [None]
         self.stop_ids += stop_ids
-        self.add_blocks(slot, 0, seq.block_table)
-
-    def add_blocks(self, slot: int, first_index: int, block_ids: list[int]) -> None:
-        for index, block_id in enumerate(block_ids, first_index):
+        for index, block_id in enumerate(seq.block_table):
             self.table_updates += (slot, index, block_id)
 
     def add_copies(self, src_blocks: list[int], dst_blocks: list[int]) -> None:
@@ -92,22 +89,14 @@ class BatchBuilder:
         self.num_prompt_tokens += len(token_ids)
 
     def build(self) -> StepBatch:
+        inits = np.array(self.inits, SLOT_INIT) if self.inits else NO_INITS
+        updates, copies = _int32(self.table_updates).view(TABLE_UPDATE), _int32(self.copies).view(BLOCK_COPY)
+        stop_ids, token_ids = _int32(self.stop_ids), _int32(self.token_ids)
         slots, starts, lens, flags = self.decodes
         if self.rows:
             rows = np.array(self.rows, np.int32).T
             slots, starts, lens, flags = map(np.concatenate, zip(self.decodes, rows, strict=True))
-        return StepBatch(
-            self.step_id,
-            np.array(self.inits, SLOT_INIT) if self.inits else NO_INITS,
-            _int32(self.stop_ids),
-            _int32(self.table_updates).view(TABLE_UPDATE),
-            _int32(self.copies).view(BLOCK_COPY),
-            slots,
-            starts,
-            lens,
-            flags,
-            _int32(self.token_ids),
-        )
+        return StepBatch(self.step_id, inits, stop_ids, updates, copies, slots, starts, lens, flags, token_ids)
 
     def sampled_slots(self) -> np.ndarray:
         """[*] int32, in the order of the rows that sample."""

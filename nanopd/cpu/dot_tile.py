@@ -41,8 +41,7 @@ def make_dot_tile(num_columns: int, prefetch: bool) -> Callable[..., None]:
             w_rows = _row_pointers(builder, w.data, first[1], k_size, ROWS)
             x_rows = _row_pointers(builder, vectors.data, first[3], k_size, num_columns)
             outputs = _row_pointers(builder, sums.data, first[3], n_size, num_columns)
-            distance = builder.mul(k_size, INT64(ROWS)) if prefetch else None
-            accumulators = _dot_loop(builder, w_rows, x_rows, k_size, distance)
+            accumulators = _dot_loop(builder, w_rows, x_rows, k_size, prefetch)
             for pointer, column_sums in zip(outputs, accumulators, strict=True):
                 total = _sum_lanes(builder, column_sums)
                 target = builder.gep(pointer, [first[1]])
@@ -60,21 +59,17 @@ def _row_pointers(builder: ir.IRBuilder, data: ir.Value, first: ir.Value, size: 
 
 
 def _dot_loop(
-    builder: ir.IRBuilder,
-    w_rows: Sequence[ir.Value],
-    x_rows: Sequence[ir.Value],
-    k_size: ir.Value,
-    prefetch_distance: ir.Value | None,
+    builder: ir.IRBuilder, w_rows: Sequence[ir.Value], x_rows: Sequence[ir.Value], k_size: ir.Value, prefetch: bool
 ) -> list[list[ir.Value]]:
     """The sums of LANES partial products for each column and row."""
+    next_rows = builder.mul(k_size, INT64(ROWS))  # elements from these rows of the weight to the next ones
     zero = ir.Constant(VECTOR, [ir.Constant(FLOAT, 0.0)] * LANES)
     sums = [[cgutils.alloca_once_value(builder, zero) for _ in w_rows] for _ in x_rows]
     fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(VECTOR, [VECTOR] * 3), f"llvm.fma.v{LANES}f32")
     end = builder.and_(k_size, INT64(-LANES))
     with cgutils.for_range_slice(builder, INT64(0), end, INT64(LANES), intp=INT64) as (k, _):
-        if prefetch_distance is not None:
-            for pointer in w_rows:
-                _prefetch(builder, builder.gep(pointer, [builder.add(k, prefetch_distance)]))
+        for pointer in w_rows if prefetch else ():
+            _prefetch(builder, builder.gep(pointer, [builder.add(k, next_rows)]))
         rows = [_load(builder, pointer, k) for pointer in w_rows]
         for pointer, column_sums in zip(x_rows, sums, strict=True):
             values = _load(builder, pointer, k)
@@ -98,22 +93,20 @@ def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
 def _sum_lanes(builder: ir.IRBuilder, vectors: Sequence[ir.Value]) -> ir.Value:
     """One vector of the four sums of four vectors of LANES, by folding and interleaving, which takes few shuffles."""
 
-    def fold(a: ir.Value, b: ir.Value, left: list[int], right: list[int]) -> ir.Value:
-        return builder.fadd(_shuffle(builder, a, b, left), _shuffle(builder, a, b, right))
+    def fold(a: ir.Value, b: ir.Value, lanes: list[int], distance: int) -> ir.Value:
+        """The lanes of a and b in this order, each plus the lane that far behind it."""
+        behind = [lane + distance for lane in lanes]
+        return builder.fadd(_shuffle(builder, a, b, lanes), _shuffle(builder, a, b, behind))
 
     a, b, c, d = vectors
-    pairs = range(0, LANES, 2)
-    evens = [lane for i in pairs for lane in (i, i + LANES)]  # a0 b0 a2 b2 ...
-    odds = [lane for i in pairs for lane in (i + 1, i + 1 + LANES)]
-    ab, cd = fold(a, b, evens, odds), fold(c, d, evens, odds)  # a b a b ..., c d c d ...
-    fours = range(0, LANES, 4)
-    lower = [lane for i in fours for lane in (i, i + 1, i + LANES, i + 1 + LANES)]
-    upper = [lane for i in fours for lane in (i + 2, i + 3, i + 2 + LANES, i + 3 + LANES)]
-    total = fold(ab, cd, lower, upper)  # a b c d a b c d ...
+    pairs = [lane for i in range(0, LANES, 2) for lane in (i, i + LANES)]  # a0 b0 a2 b2 ...
+    fours = [lane for i in range(0, LANES, 4) for lane in (i, i + 1, i + LANES, i + 1 + LANES)]
+    ab, cd = fold(a, b, pairs, 1), fold(c, d, pairs, 1)  # a b a b ..., c d c d ...
+    total = fold(ab, cd, fours, 2)  # a b c d a b c d ...
     size = LANES
     while size > len(vectors):
         size //= 2
-        total = fold(total, total, list(range(size)), list(range(size, 2 * size)))
+        total = fold(total, total, list(range(size)), size)
     return total
 
 

@@ -102,7 +102,7 @@ def rotary_and_store(
     """
     num_kv_heads, head_dim = spec.layout.num_kv_heads, spec.layout.head_dim
     if not _has_kernels(qkv):
-        return portable.rotary_and_store(qkv, positions, slot_mapping, kv, layer, spec, q_norm, k_norm, eps)
+        return portable.rotary_and_store(qkv, positions, slot_mapping, kv[:, layer], spec, (q_norm, k_norm), eps)
     q = qkv.new_empty(qkv.shape[0], qkv.shape[1] // head_dim - 2 * num_kv_heads, head_dim)
     inputs = qkv.numpy(), positions.numpy(), slot_mapping.numpy(), spec.cos_sin.numpy(), kv.numpy(), layer
     kernels.rotary_and_store(*inputs, _numpy(q_norm), _numpy(k_norm), np.float32(eps), q.numpy())
@@ -110,20 +110,18 @@ def rotary_and_store(
 
 
 def paged_decode_attention(
-    q: Tensor,  # [num_rows, num_heads, head_dim], one token of each sequence
-    kv: Tensor,
-    layer: int,
-    spec: AttentionSpec,
-    block_tables: Tensor,  # [num_rows, max_blocks] int32; [1, max_blocks]: all tokens are of one sequence
-    seq_lens: Tensor,  # [num_rows] int32, context length including the token itself
-    out: Tensor,  # [num_rows, num_heads, head_dim]
+    q: Tensor, kv: Tensor, layer: int, spec: AttentionSpec, block_tables: Tensor, seq_lens: Tensor, out: Tensor
 ) -> None:
-    """Attention of one token per sequence over its cached K and V, its own included."""
+    """Attention of one token per sequence over its cached K and V, its own included.
+
+    q and out [num_rows, num_heads, head_dim]; block_tables [num_rows, max_blocks] int32, or [1, max_blocks] where all
+    tokens are of one sequence; seq_lens [num_rows] int32, context lengths including the token itself.
+    """
     if _has_kernels(q):
         arrays = q.numpy(), kv.numpy(), layer, block_tables.numpy(), seq_lens.numpy()
         kernels.paged_attention(*arrays, np.float32(spec.scale), out.numpy())
     else:
-        portable.paged_attention(q, kv, layer, spec, block_tables, seq_lens, out)
+        portable.paged_attention(q, kv[:, layer], spec, block_tables, seq_lens, out)
 
 
 def prefill_attention(q: Tensor, kv: Tensor, layer: int, spec: AttentionSpec, rows: Sequence[PrefillRow]) -> Tensor:

@@ -12,12 +12,4 @@ from nanopd.cuda.attention import PagedDecodeAttention
 from nanopd.cuda.blocks import Side, copy_blocks, move_blocks
 from nanopd.cuda.elementwise import rms_norm, rotary_and_store, silu_and_mul
 
-__all__ = [
-    "PagedDecodeAttention",
-    "Side",
-    "copy_blocks",
-    "move_blocks",
-    "rms_norm",
-    "rotary_and_store",
-    "silu_and_mul",
-]
+__all__ = ["PagedDecodeAttention", "Side", "copy_blocks", "move_blocks", "rms_norm", "rotary_and_store", "silu_and_mul"]

@@ -26,8 +26,8 @@ from torch import Tensor
 from nanopd.config import KVLayout
 from nanopd.cuda import warp
 from nanopd.cuda.elementwise import LOG2_E
-from nanopd.cuda.launch import Spec, kernel_for
-from nanopd.cuda.ptx import inlined, macro, shared_memory
+from nanopd.cuda.launch import Spec, kernel_of
+from nanopd.cuda.ptx import inlined, instruction, macro, shared_memory
 from nanopd.models.operations import AttentionSpec
 
 NUM_WARPS = 4  # warps of a CTA
@@ -42,17 +42,15 @@ MERGED = 8  # a thread loads as many partial results at a time
 RESERVED_SHARED_BYTES = 1024  # the system takes as much shared memory of each CTA
 HEAD_DIMS = (64, 128)
 DECODE_ARGUMENTS = "llllllllllllrrrrrrf"
-PLAN_ARGUMENTS = "llrr"
 
 # ((x + 1) * n - 1) // total is the CTA that has place x, when n CTAs share all places and CTA i starts at
 # i * total // n.
-OWNER = warp.Instruction(
+owner = instruction(
     "{.reg .b64 a, b; .reg .b32 x; add.u32 x, $1, 1; mul.wide.u32 a, x, $2; sub.u64 a, a, 1; cvt.u64.u32 b, $3; "
     "div.u64 a, a, b; cvt.u32.u64 $0, a;}",
     "r",
     "rrr",
 )
-owner = warp.function(OWNER)
 
 
 class SharedLayout:
@@ -131,8 +129,7 @@ def decode_kernel(head_dim: int, dtype: str, num_warps: int, num_stages: int) ->
     OUT_ROW, OUT_WARP, OUTPUTS = layout.out_row, layout.out_warp, layout.outputs
     MAXIMA, SUMS = layout.maxima, layout.sums
     QUADS = head_dim // 4
-    MMA = warp.MMA[dtype]
-    pack = warp.function(warp.PACK[dtype])
+    mma, pack = warp.MMA[dtype], warp.PACK[dtype]
     wait_for_tile = warp.wait_for_copies(AHEAD)
     no_sums = warp.zeros(head_dim // 4)
 
@@ -142,19 +139,19 @@ def decode_kernel(head_dim: int, dtype: str, num_warps: int, num_stages: int) ->
     @macro
     def copy_tile(emit: Any, ring_k: Any, ring_v: Any, k: Any, v: Any, lane_row: Any, last_row: Any) -> None:
         """Copies 16 rows of K and V. Rows past the last one repeat it, because the memory there may hold NaN."""
-        rows = [(i, emit(warp.MIN_I32, emit(warp.ADD_I32, lane_row, i), last_row)) for i in range(0, 16, ROWS_PER_COPY)]
+        rows = [(i, emit(warp.min_i32, emit(warp.add_i32, lane_row, i), last_row)) for i in range(0, 16, ROWS_PER_COPY)]
         for source, ring, swizzles in (
             (k, ring_k, [4 * (i & 1) for i, _ in rows]),
             (v, ring_v, [i & 6 for i, _ in rows]),
         ):
             for (i, row), swizzle in zip(rows, swizzles):
-                to = emit(warp.XOR_B32, ring, 16 * swizzle)
-                emit(warp.COPY_ASYNC.at(i * ROW), to, emit(warp.MAD_WIDE, source, row, ROW))
+                to = emit(warp.xor_b32, ring, 16 * swizzle)
+                emit(warp.copy_async.at(i * ROW), to, emit(warp.mad_wide, source, row, ROW))
 
     @macro
     def load_query(emit: Any, address: Any) -> list[Any]:
         """Loads dims 32j + 8t .. + 7 of one column, into registers in the order of those of K."""
-        return [r for j in range(head_dim // 32) for r in emit(warp.LOAD_16_BYTES.at(64 * j), address)]
+        return [r for j in range(head_dim // 32) for r in emit(warp.load_16_bytes.at(64 * j), address)]
 
     @macro
     def score(emit: Any, k_even: Any, k_odd: Any, q: Any) -> list[Any]:
@@ -162,23 +159,23 @@ def decode_kernel(head_dim: int, dtype: str, num_warps: int, num_stages: int) ->
         even, odd = [0.0] * 4, [0.0] * 4  # two chains of mma instructions, each half as long as one would be
         for j in range(head_dim // 32):
             k = k_odd if j % 2 else k_even
-            low, high = emit(warp.LOAD_TILE.at(64 * j), k), emit(warp.LOAD_TILE.at(64 * j + 8 * ROW), k)
-            even = emit(MMA, low[0], high[0], low[1], high[1], q[4 * j], q[4 * j + 1], *even)
-            odd = emit(MMA, low[2], high[2], low[3], high[3], q[4 * j + 2], q[4 * j + 3], *odd)
-        return [emit(warp.ADD_F32, a, b) for a, b in zip(even, odd)]
+            low, high = emit(warp.load_tile.at(64 * j), k), emit(warp.load_tile.at(64 * j + 8 * ROW), k)
+            even = emit(mma, low[0], high[0], low[1], high[1], q[4 * j], q[4 * j + 1], *even)
+            odd = emit(mma, low[2], high[2], low[3], high[3], q[4 * j + 2], q[4 * j + 3], *odd)
+        return [emit(warp.add_f32, a, b) for a, b in zip(even, odd)]
 
     @macro
     def accumulate(emit: Any, sums: Any, v: Any, decay0: Any, decay1: Any, p_low: Any, p_high: Any) -> list[Any]:
         """The sums [dims, columns], times the decay of their columns, plus V^T P^T."""
         out = []
         for j in range(head_dim // 64):
-            rows = [emit(warp.LOAD_TILE.at(128 * j + row * ROW), v) for row in (0, 1, 8, 9)]
+            rows = [emit(warp.load_tile.at(128 * j + row * ROW), v) for row in (0, 1, 8, 9)]
             for i in range(4):
-                low = [emit(half, rows[0][i], rows[1][i]) for half in (warp.PERMUTE_LOW, warp.PERMUTE_HIGH)]
-                high = [emit(half, rows[2][i], rows[3][i]) for half in (warp.PERMUTE_LOW, warp.PERMUTE_HIGH)]
+                low = [emit(half, rows[0][i], rows[1][i]) for half in (warp.permute_low, warp.permute_high)]
+                high = [emit(half, rows[2][i], rows[3][i]) for half in (warp.permute_low, warp.permute_high)]
                 old = sums[16 * j + 4 * i : 16 * j + 4 * i + 4]
-                decayed = [emit(warp.MUL_F32, x, decay) for x, decay in zip(old, (decay0, decay1, decay0, decay1))]
-                out += emit(MMA, *low, *high, p_low, p_high, *decayed)
+                decayed = [emit(warp.mul_f32, x, decay) for x, decay in zip(old, (decay0, decay1, decay0, decay1))]
+                out += emit(mma, *low, *high, p_low, p_high, *decayed)
         return out
 
     @macro
@@ -187,7 +184,7 @@ def decode_kernel(head_dim: int, dtype: str, num_warps: int, num_stages: int) ->
         for n, x in enumerate(sums):
             j, i, dim, column = n // 16, n // 4 % 4, n // 2 % 2, n % 2
             offset = column * OUT_ROW + 4 * (64 * j + 2 * i + dim)
-            emit(warp.STORE_F32_OF_CTA.at(offset), address, emit(warp.MUL_F32, x, factor1 if column else factor0))
+            emit(warp.store_f32_of_cta.at(offset), address, emit(warp.mul_f32, x, factor1 if column else factor0))
 
     @inlined
     def publish(shared, wid, lane, max0, max1, sum0, sum1, sums):  # type: ignore[no-untyped-def]
@@ -219,10 +216,7 @@ def decode_kernel(head_dim: int, dtype: str, num_warps: int, num_stages: int) ->
             decay = warp.exp2(warp.load_f32_of_cta(shared + MAXIMA + 4 * (w * COLUMNS + column)) - top)
             weight = weight + decay * warp.load_f32_of_cta(shared + SUMS + 4 * (w * COLUMNS + column))
             x = warp.load_4_f32_of_cta(shared + OUTPUTS + w * OUT_WARP + column * OUT_ROW + 4 * dim)
-            y0 = y0 + x[0]
-            y1 = y1 + x[1]
-            y2 = y2 + x[2]
-            y3 = y3 + x[3]
+            y0, y1, y2, y3 = y0 + x[0], y1 + x[1], y2 + x[2], y3 + x[3]
         norm = warp.reciprocal(weight)
         return y0 * norm, y1 * norm, y2 * norm, y3 * norm, top + warp.log2(weight)
 
@@ -234,22 +228,19 @@ def decode_kernel(head_dim: int, dtype: str, num_warps: int, num_stages: int) ->
         top, weight, *y = merged
         loaded = []
         for i in range(MERGED):
-            slot = emit(warp.MAD_I32, emit(warp.MIN_I32, emit(warp.ADD_I32, cta, i), last), 2 * COLUMNS, column)
-            lse = emit(warp.LOAD_SHARED_F32, emit(warp.MAD_WIDE, partial_lse, slot, 4))
-            address = emit(warp.MAD_WIDE, emit(warp.MAD_WIDE, partials, slot, 4 * head_dim), dim, 4)
+            slot = emit(warp.mad_i32, emit(warp.min_i32, emit(warp.add_i32, cta, i), last), 2 * COLUMNS, column)
+            lse = emit(warp.load_shared_f32, emit(warp.mad_wide, partial_lse, slot, 4))
+            address = emit(warp.mad_wide, emit(warp.mad_wide, partials, slot, 4 * head_dim), dim, 4)
             # The number of results that follow this one is negative past the last one.
-            rest = emit(warp.MAD_I32, emit(warp.ADD_I32, cta, i), -1, last)
-            loaded.append((emit(warp.SELECT, lse, MASKED, rest), emit(warp.LOAD_SHARED_4_F32, address)))
-        higher = top
-        for lse, _ in loaded:
-            higher = emit(warp.MAX_F32, higher, lse)
-        for n, (lse, x) in enumerate([(top, None), *loaded]):
-            factor = emit(warp.EXP2, emit(warp.FMA_F32, higher, -1.0, lse))
-            if n == 0:
-                weight, y = emit(warp.MUL_F32, weight, factor), [emit(warp.MUL_F32, v, factor) for v in y]
-            else:
-                weight = emit(warp.ADD_F32, weight, factor)
-                y = [emit(warp.FMA_F32, u, factor, v) for u, v in zip(x, y)]
+            rest = emit(warp.mad_i32, emit(warp.add_i32, cta, i), -1, last)
+            loaded.append((emit(warp.select, lse, MASKED, rest), emit(warp.load_shared_4_f32, address)))
+        higher = functools.reduce(functools.partial(emit, warp.max_f32), [lse for lse, _ in loaded], top)
+        factor = emit(warp.exp2, emit(warp.fma_f32, higher, -1.0, top))
+        weight, y = emit(warp.mul_f32, weight, factor), [emit(warp.mul_f32, v, factor) for v in y]
+        for lse, x in loaded:
+            factor = emit(warp.exp2, emit(warp.fma_f32, higher, -1.0, lse))
+            weight = emit(warp.add_f32, weight, factor)
+            y = [emit(warp.fma_f32, u, factor, v) for u, v in zip(x, y)]
         return [higher, weight, *y]
 
     @inlined
@@ -287,10 +278,8 @@ def decode_kernel(head_dim: int, dtype: str, num_warps: int, num_stages: int) ->
         scale,  # that of the scores, times log2(e)
     ):
         thread = warp.thread_index()
-        lane = thread & 31
-        wid = i32(thread >> 5)
-        g = lane >> 2
-        t = lane & 3
+        lane, wid = thread & 31, i32(thread >> 5)
+        g, t = lane >> 2, lane & 3
         cta = warp.cta_index()
         shared = shared_memory()
         columns = i32(group * num_queries)
@@ -321,11 +310,7 @@ def decode_kernel(head_dim: int, dtype: str, num_warps: int, num_stages: int) ->
         to_k = i32(lane_row * ROW + (chunk ^ ((lane_row & 1) << 6)))
         to_v = i32(V + lane_row * ROW + (chunk ^ ((lane_row & 6) << 4)))
         in_stage = ring
-        in_place = place
-        in_row = row
-        in_head = head
-        in_token = token
-        in_context = context
+        in_place, in_row, in_head, in_token, in_context = place, row, head, token, context
 
         # ---- The arithmetic.
         stage = ring
@@ -389,14 +374,10 @@ def decode_kernel(head_dim: int, dtype: str, num_warps: int, num_stages: int) ->
                         s3 = warp.select(s3, f32(MASKED), limit1 - 9 - (tile_token + g))
                     new0 = warp.max_f32(max0, warp.group_max(warp.max_f32(s0, s2)))
                     new1 = warp.max_f32(max1, warp.group_max(warp.max_f32(s1, s3)))
-                    decay0 = warp.exp2(max0 - new0)
-                    decay1 = warp.exp2(max1 - new1)
-                    max0 = new0
-                    max1 = new1
-                    s0 = warp.exp2(s0 - new0)
-                    s1 = warp.exp2(s1 - new1)
-                    s2 = warp.exp2(s2 - new0)
-                    s3 = warp.exp2(s3 - new1)
+                    decay0, decay1 = warp.exp2(max0 - new0), warp.exp2(max1 - new1)
+                    max0, max1 = new0, new1
+                    s0, s1 = warp.exp2(s0 - new0), warp.exp2(s1 - new1)
+                    s2, s3 = warp.exp2(s2 - new0), warp.exp2(s3 - new1)
                     sum0 = sum0 * decay0 + (s0 + s2)  # of this lane's tokens
                     sum1 = sum1 * decay1 + (s1 + s3)
                     p_low = warp.transpose_8x8(pack(s0, s1))
@@ -492,7 +473,7 @@ def decode_spec(head_dim: int, dtype: str, shared_limit: int) -> Spec:
 
 
 def plan_spec(num_warps: int = NUM_WARPS) -> Spec:
-    return Spec(plan_kernel, (num_warps * WARP_TILE,), PLAN_ARGUMENTS, 32)
+    return Spec(plan_kernel, (num_warps * WARP_TILE,), "llrr", 32)
 
 
 class PagedDecodeAttention:
@@ -514,10 +495,11 @@ class PagedDecodeAttention:
         assert layout.block_size >= WARP_TILE and layout.block_size.bit_count() == 1
         properties = torch.cuda.get_device_properties(device)
         shared_limit: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-        spec = decode_spec(layout.head_dim, warp.NAMES[dtype], shared_limit)
         index = torch.device(device).index or 0
-        self._plan_kernel, self._kernel = kernel_for(plan_spec(), index), kernel_for(spec, index)
-        ctas_per_sm = properties.shared_memory_per_multiprocessor // (spec.shared_bytes + RESERVED_SHARED_BYTES)
+        self._plan_kernel = kernel_of(plan_spec, index)
+        self._kernel = kernel_of(decode_spec, index, layout.head_dim, warp.NAMES[dtype], shared_limit)
+        shared_bytes = self._kernel.spec.shared_bytes + RESERVED_SHARED_BYTES
+        ctas_per_sm = properties.shared_memory_per_multiprocessor // shared_bytes
         self._num_ctas = properties.multi_processor_count * ctas_per_sm
         self._num_kv_heads, self._group = layout.num_kv_heads, num_heads // layout.num_kv_heads
         self._block_shift = layout.block_size.bit_length() - 1

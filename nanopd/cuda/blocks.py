@@ -21,7 +21,6 @@ from nanopd.cuda.ptx import macro
 THREADS = 256
 IN_FLIGHT = 8  # 16-byte loads that a thread has under way, as the memory of a peer takes microseconds to answer
 PIECE = 16 * THREADS * IN_FLIGHT
-MOVE_ARGUMENTS = "llllllrrrr"
 
 
 @dataclass(frozen=True)
@@ -43,27 +42,19 @@ def move_kernel() -> Callable[..., None]:
     @macro
     def load(emit: Any, address: Any, offset: Any, end: Any) -> list[Any]:
         """Loads this thread's 16 bytes of each row of the piece; past the end of the block, the block's last 16."""
-        rows = [emit(warp.MIN_I32, emit(warp.ADD_I32, offset, 16 * THREADS * i), end) for i in range(IN_FLIGHT)]
-        return [r for row in rows for r in emit(warp.LOAD_16_BYTES, emit(warp.MAD_WIDE, address, row, 1))]
+        rows = [emit(warp.min_i32, emit(warp.add_i32, offset, 16 * THREADS * i), end) for i in range(IN_FLIGHT)]
+        return [r for row in rows for r in emit(warp.load_16_bytes, emit(warp.mad_wide, address, row, 1))]
 
     @macro
     def store(emit: Any, address: Any, offset: Any, end: Any, values: Any) -> None:
         for i in range(IN_FLIGHT):
-            row = emit(warp.MIN_I32, emit(warp.ADD_I32, offset, 16 * THREADS * i), end)
-            emit(warp.STORE_16_BYTES, emit(warp.MAD_WIDE, address, row, 1), *values[4 * i : 4 * i + 4])
+            row = emit(warp.min_i32, emit(warp.add_i32, offset, 16 * THREADS * i), end)
+            emit(warp.store_16_bytes, emit(warp.mad_wide, address, row, 1), *values[4 * i : 4 * i + 4])
 
     def kernel(  # type: ignore[no-untyped-def]
-        src,
-        dst,
-        src_ids,  # [num_blocks]; address 0 stands for 0, 1, 2, ...
-        dst_ids,
-        src_stride,  # bytes, here and below
-        dst_stride,
-        src_id_size,
-        dst_id_size,
-        num_blocks,
-        block_bytes,
+        src, dst, src_ids, dst_ids, src_stride, dst_stride, src_id_size, dst_id_size, num_blocks, block_bytes
     ):
+        """Ids [num_blocks], where address 0 stands for 0, 1, 2, ...; strides and sizes in bytes."""
         pieces = i32((block_bytes + PIECE - 1) // PIECE)  # in a block
         piece = warp.cta_index()
         lane_offset = i32(16 * warp.thread_index())
@@ -84,7 +75,7 @@ def move_kernel() -> Callable[..., None]:
 
 
 def move_spec() -> Spec:
-    return Spec(move_kernel, (), MOVE_ARGUMENTS, THREADS)
+    return Spec(move_kernel, (), "llllllrrrr", THREADS)
 
 
 def move_blocks(src: Side, dst: Side, num_blocks: int, block_bytes: int, device: int, max_ctas: int = 1 << 16) -> None:

@@ -25,22 +25,14 @@ NUM_WARPS = THREADS // 32
 LOG2_E = 1.4426950408889634
 HEAD_DIMS = (64, 128)
 MANY_TOKENS = 512
-NORM_ARGUMENTS = "lllrf"
-SILU_ARGUMENTS = "llrr"
-ROTARY_ARGUMENTS = "llllllll" + "lll" + "rrrrr" + "f"
 
 
 def norm_kernel(dtype: str) -> Callable[..., None]:
     """One CTA per row: out = weight * x / rms(x)."""
-    SQUARE, SCALE = eight_at_a_time(dtype)
+    square, scale = eight_at_a_time(dtype)
 
-    def kernel(  # type: ignore[no-untyped-def]
-        x,  # [num_rows, hidden]
-        weight,  # [hidden]
-        out,  # [num_rows, hidden]
-        num_chunks,  # pieces of 8 elements in a row
-        eps,
-    ):
+    def kernel(x, weight, out, num_chunks, eps):  # type: ignore[no-untyped-def]
+        """x [num_rows, 8 * num_chunks], weight [8 * num_chunks] -> out, the shape of x."""
         thread = warp.thread_index()
         shared = shared_memory()
         row = warp.wide(warp.cta_index()) * num_chunks * 16
@@ -49,7 +41,7 @@ def norm_kernel(dtype: str) -> Callable[..., None]:
         squares = f32(0.0)
         chunk = thread
         while chunk < num_chunks:
-            squares = SQUARE(squares, warp.load_16_bytes(x + row + 16 * chunk))
+            squares = square(squares, warp.load_16_bytes(x + row + 16 * chunk))
             chunk = i32(chunk + THREADS)
         warp.store_f32_of_cta_if(shared + 4 * (thread >> 5), warp.warp_sum(squares), thread & 31 == 0)
         warp.sync_cta()
@@ -60,7 +52,7 @@ def norm_kernel(dtype: str) -> Callable[..., None]:
         chunk = thread
         while chunk < num_chunks:
             at = row + 16 * chunk
-            values = SCALE(warp.load_16_bytes(x + at), warp.load_16_bytes(weight + 16 * chunk), factor)
+            values = scale(warp.load_16_bytes(x + at), warp.load_16_bytes(weight + 16 * chunk), factor)
             warp.store_16_bytes(out + at, values[0], values[1], values[2], values[3])
             chunk = i32(chunk + THREADS)
 
@@ -69,20 +61,20 @@ def norm_kernel(dtype: str) -> Callable[..., None]:
 
 def eight_at_a_time(dtype: str) -> tuple[Any, Any]:
     """Two macros of 8 elements in four registers: one adds their squares to a total, one is a * weights * factor."""
-    PACK, UNPACK = warp.PACK[dtype], warp.UNPACK[dtype]
+    pack, unpack = warp.PACK[dtype], warp.UNPACK[dtype]
 
     @macro
     def square(emit: Any, total: Any, a: Any) -> Any:
         for value in warp.values_of(emit, dtype, a):
-            total = emit(warp.FMA_F32, value, value, total)
+            total = emit(warp.fma_f32, value, value, total)
         return total
 
     @macro
     def scale(emit: Any, a: Any, weights: Any, factor: Any) -> list[Any]:
         out = []
         for register, weight in zip(a, weights):
-            pairs = zip(emit(UNPACK, register), emit(UNPACK, weight))
-            out.append(emit(PACK, *[emit(warp.MUL_F32, emit(warp.MUL_F32, x, factor), w) for x, w in pairs]))
+            pairs = zip(emit(unpack, register), emit(unpack, weight))
+            out.append(emit(pack, *[emit(warp.mul_f32, emit(warp.mul_f32, x, factor), w) for x, w in pairs]))
         return out
 
     return square, scale
@@ -90,18 +82,18 @@ def eight_at_a_time(dtype: str) -> tuple[Any, Any]:
 
 def silu_kernel(dtype: str) -> Callable[..., None]:
     """Each thread computes 8 elements."""
-    PACK, UNPACK = warp.PACK[dtype], warp.UNPACK[dtype]
+    pack, unpack = warp.PACK[dtype], warp.UNPACK[dtype]
 
     @macro
     def silu_times(emit: Any, gate: Any, up: Any) -> list[Any]:
         out = []
         for g, u in zip(gate, up):
             products = []
-            for x, y in zip(emit(UNPACK, g), emit(UNPACK, u)):
-                grown = emit(warp.EXP2, emit(warp.MUL_F32, x, -LOG2_E))
-                sigmoid = emit(warp.RECIPROCAL, emit(warp.ADD_F32, grown, 1.0))
-                products.append(emit(warp.MUL_F32, emit(warp.MUL_F32, x, sigmoid), y))
-            out.append(emit(PACK, *products))
+            for x, y in zip(emit(unpack, g), emit(unpack, u)):
+                grown = emit(warp.exp2, emit(warp.mul_f32, x, -LOG2_E))
+                sigmoid = emit(warp.reciprocal, emit(warp.add_f32, grown, 1.0))
+                products.append(emit(warp.mul_f32, emit(warp.mul_f32, x, sigmoid), y))
+            out.append(emit(pack, *products))
         return out
 
     def kernel(gate_up, out, num_rows, num_chunks):  # type: ignore[no-untyped-def]
@@ -127,12 +119,9 @@ def rotary_kernel(head_dim: int, dtype: str) -> Callable[..., None]:
     LANES = head_dim // 4
     TOKENS = 32 // LANES
     HALF = head_dim  # bytes of half a head
-    PACK, UNPACK = warp.PACK[dtype], warp.UNPACK[dtype]
-    pack, unpack = warp.function(PACK), warp.function(UNPACK)
+    pack, unpack = warp.PACK[dtype], warp.UNPACK[dtype]
 
-    @macro
-    def head_sum(emit: Any, x: Any) -> Any:
-        return warp.add_lanes(emit, x, LANES)
+    head_sum = macro(lambda emit, x: warp.add_lanes(emit, x, LANES))
 
     def kernel(  # type: ignore[no-untyped-def]
         qkv,  # [num_tokens, num_heads + 2 * num_kv_heads, head_dim]
@@ -167,10 +156,8 @@ def rotary_kernel(head_dim: int, dtype: str) -> Callable[..., None]:
         position = warp.load_i32(positions + 8 * warp.wide(token))
         slot = warp.load_i32(slots + 8 * warp.wide(token))
         angles = cos_sin + 4 * (warp.wide(position) * head_dim + 2 * pair)
-        cos0 = warp.load_f32(angles)
-        cos1 = warp.load_f32(angles + 4)
-        sin0 = warp.load_f32(angles + 2 * head_dim)
-        sin1 = warp.load_f32(angles + 2 * head_dim + 4)
+        cos0, cos1 = warp.load_f32(angles), warp.load_f32(angles + 4)
+        sin0, sin1 = warp.load_f32(angles + 2 * head_dim), warp.load_f32(angles + 2 * head_dim + 4)
         block = warp.div_u32(slot, block_size)
         to_k = kv + warp.wide(block) * block_stride + 2 * (slot - block * block_size) * head_dim
         warp.let_successor_start()  # the successor, attention, reads nothing of the predecessor before its own wait
@@ -184,8 +171,7 @@ def rotary_kernel(head_dim: int, dtype: str) -> Callable[..., None]:
             low = next_low
             high = next_high
             source = source + 2 * head_dim * (head + 1 < end)  # the next head is read while this one is computed
-            next_low = warp.load_i32(source)
-            next_high = warp.load_i32(source + HALF)
+            next_low, next_high = warp.load_i32(source), warp.load_i32(source + HALF)
             kv_head = i32(head - num_heads)  # negative for Q; a head of K; from num_kv_heads on, a head of V
             if kv_head < num_kv_heads:
                 x0, x1 = unpack(low)
@@ -197,11 +183,9 @@ def rotary_kernel(head_dim: int, dtype: str) -> Callable[..., None]:
                     squares = head_sum(x0 * x0 + x1 * x1 + (y0 * y0 + y1 * y1))
                     factor = warp.rsqrt(squares / f32(head_dim) + eps)
                     w0, w1 = unpack(warp.load_i32(norm + 4 * pair))
-                    x0 = x0 * factor * w0
-                    x1 = x1 * factor * w1
+                    x0, x1 = x0 * factor * w0, x1 * factor * w1
                     w0, w1 = unpack(warp.load_i32(norm + HALF + 4 * pair))
-                    y0 = y0 * factor * w0
-                    y1 = y1 * factor * w1
+                    y0, y1 = y0 * factor * w0, y1 * factor * w1
                 low = pack(x0 * cos0 - y0 * sin0, x1 * cos1 - y1 * sin1)
                 high = pack(y0 * cos0 + x0 * sin0, y1 * cos1 + x1 * sin1)
             if kv_head < 0:
@@ -218,15 +202,15 @@ def rotary_kernel(head_dim: int, dtype: str) -> Callable[..., None]:
 
 
 def norm_spec(dtype: str) -> Spec:
-    return Spec(norm_kernel, (dtype,), NORM_ARGUMENTS, THREADS, 4 * NUM_WARPS)
+    return Spec(norm_kernel, (dtype,), "lllrf", THREADS, 4 * NUM_WARPS)
 
 
 def silu_spec(dtype: str) -> Spec:
-    return Spec(silu_kernel, (dtype,), SILU_ARGUMENTS, THREADS)
+    return Spec(silu_kernel, (dtype,), "llrr", THREADS)
 
 
 def rotary_spec(head_dim: int, dtype: str) -> Spec:
-    return Spec(rotary_kernel, (head_dim, dtype), ROTARY_ARGUMENTS, THREADS)
+    return Spec(rotary_kernel, (head_dim, dtype), "lllllllllllrrrrrf", THREADS)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, overlap: bool = False) -> Tensor:

@@ -221,15 +221,9 @@ class Kernel:
 
 
 @functools.cache
-def kernel_for(spec: Spec, device: int) -> Kernel:
-    """The kernel of `spec` on a device, compiled and loaded at its first use."""
-    return Kernel(spec, device)
-
-
-@functools.cache
 def kernel_of(make_spec: Callable[..., Spec], device: int, *parameters: int | str) -> Kernel:
-    """The kernel of `make_spec(*parameters)` on a device, as `kernel_for`; the spec is made once."""
-    return kernel_for(make_spec(*parameters), device)
+    """The kernel of `make_spec(*parameters)` on a device, compiled and loaded at its first use."""
+    return Kernel(make_spec(*parameters), device)
 
 
 def address_of(tensor: Any) -> int:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from nanopd.cuda import warp
 from nanopd.cuda.elementwise import LOG2_E, eight_at_a_time, rms_norm, silu_and_mul
-from nanopd.cuda.launch import Kernel, Spec, address_of, kernel_for
+from nanopd.cuda.launch import Kernel, Spec, address_of, kernel_of
 from nanopd.cuda.ptx import inlined, macro, shared_memory
 from nanopd.models.weights import PLAIN, Linear
 
@@ -33,7 +33,6 @@ TILE_ROWS = MMA_ROWS * ROW_TILES
 NUM_WARPS = 16
 THREADS = 32 * NUM_WARPS
 PITCH = TILE_ROWS + 4  # floats from one row of x to the next in shared memory, which spreads a warp over all banks
-SKINNY_ARGUMENTS = "lllllrrrrrrf"
 STORE, ADD, GATE = 0, 1, 2  # of a product p: y = p, y += p, or y = silu(p of the first tile) * p of the second
 MAX_ROWS = 16
 MUCH_SHARED_BYTES = 128 << 10
@@ -52,36 +51,35 @@ def skinny_kernel(dtype: str, x_tiles: int, unroll: int) -> Callable[..., None]:
     UNIT = 64 * UNROLL  # a warp takes as many bytes of a row of W at a time
     SUMS_OF_WARP = 4 * ROWS * PITCH
     SQUARES = NUM_WARPS * SUMS_OF_WARP  # offset in shared memory of sums of squares, [NUM_WARPS, ROWS] float32
-    MMA, MUL_PAIR = warp.MMA[dtype], warp.MUL_PAIR[dtype]
+    mma, mul_pair = warp.MMA[dtype], warp.MUL_PAIR[dtype]
     PRESCALE_PAIR, UNSCALE = PRESCALE_BITS[dtype], 1 / PRESCALE[dtype]
-    PACK, UNPACK = warp.PACK[dtype], warp.UNPACK[dtype]
-    pack, unpack = warp.function(PACK), warp.function(UNPACK)
+    pack, unpack = warp.PACK[dtype], warp.UNPACK[dtype]
     no_sums, no_squares = warp.zeros(4 * ROW_TILES * x_tiles), warp.zeros(x_tiles)
-    SQUARE, _ = eight_at_a_time(dtype)
+    square, _ = eight_at_a_time(dtype)
 
     @macro
     def load_weights(emit: Any, address: Any, eight_rows: Any, second_tile: Any) -> list[Any]:
         """Loads [UNROLL][rows g and g + 8 of each mma tile] pieces of 16 bytes; distances are in bytes."""
-        tiles = [address, emit(warp.MAD_WIDE, address, second_tile, 1)]
-        rows = [row for tile in tiles for row in (tile, emit(warp.MAD_WIDE, tile, eight_rows, 1))]
-        return [r for u in range(UNROLL) for row in rows for r in emit(warp.LOAD_WEIGHTS.at(64 * u), row)]
+        tiles = [address, emit(warp.mad_wide, address, second_tile, 1)]
+        rows = [row for tile in tiles for row in (tile, emit(warp.mad_wide, tile, eight_rows, 1))]
+        return [r for u in range(UNROLL) for row in rows for r in emit(warp.load_weights.at(64 * u), row)]
 
     @macro
     def load_x(emit: Any, row0: Any, row1: Any) -> list[Any]:
         """Loads [UNROLL][x tile] pieces of 16 bytes of this lane's rows g and g + 8."""
         rows = (row0, row1)[:x_tiles]
-        return [r for u in range(UNROLL) for row in rows for r in emit(warp.LOAD_X.at(64 * u), row)]
+        return [r for u in range(UNROLL) for row in rows for r in emit(warp.load_x.at(64 * u), row)]
 
     @macro
     def times_norm(emit: Any, x: Any, address: Any) -> list[Any]:
         """The elements that `load_x` loaded, times the weights of the norm at `address`."""
         out = []
         for u in range(UNROLL):
-            weights = emit(warp.LOAD_X.at(64 * u), address)
+            weights = emit(warp.load_x.at(64 * u), address)
             if PRESCALE_PAIR is not None:
-                weights = [emit(MUL_PAIR, weight, PRESCALE_PAIR) for weight in weights]
+                weights = [emit(mul_pair, weight, PRESCALE_PAIR) for weight in weights]
             for register in range(4 * u * x_tiles, 4 * (u + 1) * x_tiles):
-                out.append(emit(MUL_PAIR, x[register], weights[register % 4]))
+                out.append(emit(mul_pair, x[register], weights[register % 4]))
         return out
 
     @macro
@@ -90,23 +88,23 @@ def skinny_kernel(dtype: str, x_tiles: int, unroll: int) -> Callable[..., None]:
         out = list(totals)
         for i in range(0, len(x), 4):
             row = i // 4 % x_tiles
-            out[row] = SQUARE.body(emit, out[row], x[i : i + 4])
+            out[row] = emit(square, out[row], x[i : i + 4])
         return out
 
     @macro
     def store_squares(emit: Any, address: Any, totals: Any, is_first: Any) -> None:
         """Stores the sums of squares of rows g and g + 8, which the 4 lanes with the same g have together."""
         for x_tile, total in enumerate(totals):
-            emit(warp.STORE_F32_OF_CTA_IF.at(32 * x_tile), address, warp.add_lanes(emit, total, 4), is_first)
+            emit(warp.store_f32_of_cta_if.at(32 * x_tile), address, warp.add_lanes(emit, total, 4), is_first)
 
     @macro
     def factor_of(emit: Any, squares: Any, lane: Any, row_bytes: Any, eps: Any) -> Any:
         """1 / rms of the row whose sums of squares begin at `squares`; 8 neighbouring lanes must ask for one row."""
-        mine = emit(warp.MAD_I32, lane, 4 * ROWS * NUM_WARPS // 8, squares)
-        loads = [emit(warp.LOAD_F32_OF_CTA.at(4 * ROWS * i), mine) for i in range(NUM_WARPS // 8)]
-        total = warp.add_lanes(emit, functools.reduce(functools.partial(emit, warp.ADD_F32), loads), 8)
-        mean = emit(warp.MUL_F32, total, emit(warp.RECIPROCAL, emit(warp.F32_OF_I32, row_bytes)))
-        return emit(warp.MUL_F32, emit(warp.RSQRT, emit(warp.FMA_F32, mean, 2.0, eps)), UNSCALE)
+        mine = emit(warp.mad_i32, lane, 4 * ROWS * NUM_WARPS // 8, squares)
+        loads = [emit(warp.load_f32_of_cta.at(4 * ROWS * i), mine) for i in range(NUM_WARPS // 8)]
+        total = warp.add_lanes(emit, functools.reduce(functools.partial(emit, warp.add_f32), loads), 8)
+        mean = emit(warp.mul_f32, total, emit(warp.reciprocal, emit(warp.f32_of_i32, row_bytes)))
+        return emit(warp.mul_f32, emit(warp.rsqrt, emit(warp.fma_f32, mean, 2.0, eps)), UNSCALE)
 
     @macro
     def multiply(emit: Any, sums: Any, w: Any, x: Any) -> list[Any]:
@@ -119,7 +117,7 @@ def skinny_kernel(dtype: str, x_tiles: int, unroll: int) -> Callable[..., None]:
                     a = (w[low], w[low + 4], w[low + 1], w[low + 5])
                     for x_tile in range(x_tiles):
                         b, c = 4 * (u * x_tiles + x_tile) + half, 4 * (tile * x_tiles + x_tile)
-                        out[c : c + 4] = emit(MMA, *a, x[b], x[b + 1], *out[c : c + 4])
+                        out[c : c + 4] = emit(mma, *a, x[b], x[b + 1], *out[c : c + 4])
         return out
 
     @macro
@@ -128,7 +126,7 @@ def skinny_kernel(dtype: str, x_tiles: int, unroll: int) -> Callable[..., None]:
         for n, value in enumerate(sums):
             tile, x_tile, high, column = n // 4 // x_tiles, n // 4 % x_tiles, n // 2 % 2, n % 2
             offset = 4 * ((8 * x_tile + column) * PITCH + 16 * tile + 8 * high)
-            emit(warp.STORE_F32_OF_CTA.at(offset), address, value)
+            emit(warp.store_f32_of_cta.at(offset), address, value)
 
     @inlined
     def sum_of_warps(shared, row, column):  # type: ignore[no-untyped-def]
@@ -136,8 +134,7 @@ def skinny_kernel(dtype: str, x_tiles: int, unroll: int) -> Callable[..., None]:
         y0 = y1 = f32(0.0)
         for w in range(NUM_WARPS):
             place = i32(shared + w * SUMS_OF_WARP + 4 * (row * PITCH + column))
-            y0 = y0 + warp.load_f32_of_cta(place)
-            y1 = y1 + warp.load_f32_of_cta(place + 4)
+            y0, y1 = y0 + warp.load_f32_of_cta(place), y1 + warp.load_f32_of_cta(place + 4)
         return y0, y1
 
     @inlined
@@ -145,24 +142,17 @@ def skinny_kernel(dtype: str, x_tiles: int, unroll: int) -> Callable[..., None]:
         return x * warp.reciprocal(f32(1.0) + warp.exp2(x * f32(-LOG2_E)))
 
     def kernel(  # type: ignore[no-untyped-def]
-        weights,  # [num_tiles * TILE_ROWS, in]
-        x,  # [num_rows, in]
-        norm,  # [in], or address 0, where x is not normed
-        bias,  # [num_tiles * TILE_ROWS] or address 0
-        y,  # [num_rows, num_tiles * (MMA_ROWS for GATE, else TILE_ROWS)]
-        num_rows,
-        num_tiles,
-        row_bytes,  # bytes of a row of W, and of x
-        y_stride,  # bytes of a row of y
-        second_tile,  # bytes from the first mma tile of a CTA to its second
-        result,  # STORE, ADD or GATE
-        eps,
+        weights, x, norm, bias, y, num_rows, num_tiles, row_bytes, y_stride, second_tile, result, eps
     ):
+        """weights [num_tiles * TILE_ROWS, in], x [num_rows, in] -> y.
+
+        y [num_rows, num_tiles * (MMA_ROWS for GATE, else TILE_ROWS)]; `result` is STORE, ADD or GATE. Address 0 stands
+        for none: norm [in], where x is not normed, and bias [num_tiles * TILE_ROWS]. In bytes: a row of W and of x, a
+        row of y, and the way from the first mma tile of a CTA to its second.
+        """
         thread = warp.thread_index()
-        lane = thread & 31
-        wid = i32(thread >> 5)
-        g = lane >> 2
-        t = lane & 3
+        lane, wid = thread & 31, i32(thread >> 5)
+        g, t = lane >> 2, lane & 3
         shared = shared_memory()
         tile = warp.cta_index()
         last_row = i32(num_rows - 1)
@@ -219,16 +209,13 @@ def skinny_kernel(dtype: str, x_tiles: int, unroll: int) -> Callable[..., None]:
                     y1 = y1 * factor
                 if bias != 0:
                     b0, b1 = unpack(warp.load_constant_i32(bias + 2 * warp.wide(tile * columns + column)))
-                    y0 = y0 + b0
-                    y1 = y1 + b1
+                    y0, y1 = y0 + b0, y1 + b1
                 if result == ADD:
                     r0, r1 = unpack(warp.load_i32(to))
-                    y0 = y0 + r0
-                    y1 = y1 + r1
+                    y0, y1 = y0 + r0, y1 + r1
                 if result == GATE:
                     up0, up1 = sum_of_warps(shared, row, column + MMA_ROWS)
-                    y0 = silu(y0) * (up0 * factor)
-                    y1 = silu(y1) * (up1 * factor)
+                    y0, y1 = silu(y0) * (up0 * factor), silu(y1) * (up1 * factor)
                 warp.store_i32_if(to, pack(y0, y1), row < num_rows)
                 pair = i32(pair + THREADS)
             warp.sync_cta()
@@ -245,9 +232,7 @@ def skinny_spec(dtype: str, x_tiles: int, shared_limit: int) -> Spec:
     """
     unroll = (4 if shared_limit > MUCH_SHARED_BYTES else 2) // x_tiles
     shared_bytes = 4 * NUM_WARPS * 8 * x_tiles * (PITCH + 1)
-    return Spec(
-        skinny_kernel, (dtype, x_tiles, unroll), SKINNY_ARGUMENTS, THREADS, shared_bytes, shared_percent=SHARED_PERCENT
-    )
+    return Spec(skinny_kernel, (dtype, x_tiles, unroll), "lllllrrrrrrf", THREADS, shared_bytes, SHARED_PERCENT)
 
 
 def norm_linear(x: Tensor, norm: Tensor, eps: float, linear: Linear, overlap: bool = False) -> Tensor:
@@ -312,5 +297,5 @@ def is_skinny(x: Tensor, linear: Linear) -> bool:
 def _kernel(dtype: torch.dtype, x_tiles: int, device: int) -> tuple[Kernel, int]:
     properties = torch.cuda.get_device_properties(device)
     shared_limit: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    spec = skinny_spec(warp.NAMES[dtype], x_tiles, shared_limit)
-    return kernel_for(spec, device), properties.multi_processor_count
+    kernel = kernel_of(skinny_spec, device, warp.NAMES[dtype], x_tiles, shared_limit)
+    return kernel, properties.multi_processor_count

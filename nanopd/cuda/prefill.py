@@ -81,17 +81,11 @@ class PrefillAttention:
         """slot_mapping [T] int64 has the slots of the step's tokens."""
         self._slot_mapping, self._plan = slot_mapping, None
 
-    def __call__(
-        self,
-        q: Tensor,  # [T, num_heads, head_dim], all tokens of the step
-        kv: Tensor,
-        layer: int,
-        spec: AttentionSpec,
-        rows: Rows,  # the same in each layer, in the order of their tokens, the last ones of the step
-    ) -> Tensor:
+    def __call__(self, q: Tensor, kv: Tensor, layer: int, spec: AttentionSpec, rows: Rows) -> Tensor:
         """Causal attention of the rows over their histories and themselves, all already stored in the cache.
 
-        Returns [T, num_heads, head_dim]; what it holds for tokens of no row is undefined.
+        q [T, num_heads, head_dim] is of all tokens of the step, and so is the result; what it holds for tokens of no
+        row is undefined. The rows are the same in each layer, in the order of their tokens, the last ones of the step.
         """
         if self._backends is None:
             self._backends = fastest_backends(q, spec)
@@ -188,14 +182,11 @@ def has_flash_attention(dtype: torch.dtype, head_dim: int) -> bool:
     return dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
 
 
-def flash_attention(
-    q: Tensor,  # [T, num_heads, head_dim]
-    keys: Tensor,  # [>= sum of k_lens, num_kv_heads, head_dim]
-    values: Tensor,  # the shape of keys
-    packed: Packed,
-    scale: float,  # of the scores
-) -> Tensor:
-    """Attention of packed segments: the shape of q, undefined where a segment has no keys."""
+def flash_attention(q: Tensor, keys: Tensor, values: Tensor, packed: Packed, scale: float) -> Tensor:
+    """Attention of packed segments: the shape of q, undefined where a segment has no keys.
+
+    q [T, num_heads, head_dim]; keys and values [>= sum of k_lens, num_kv_heads, head_dim]; scale is that of the scores.
+    """
     seen = [q_len for q_len, k_len in zip(packed.q_lens, packed.k_lens, strict=True) if k_len]
     max_q = max(2, *seen)  # torch takes 1 to mean that each segment has one query
     lens = packed.starts[0], packed.starts[1], max_q, max(packed.k_lens)

@@ -1,9 +1,10 @@
 """PTX for kernels written in Python: single instructions, and macros made of them.
 
-An `Instruction` is one line of PTX; `function` makes it callable in a kernel. A `macro` is a Python function of
+An `Instruction` is one line of PTX; `instruction` makes one that kernels call. A `macro` is a Python function of
 registers that runs while a kernel compiles: its loops are unrolled, its lists are registers. Its body sees an `emit`
-that one instruction after the other is given to, so the same body can be typed, compiled, and run by an emulator of a
-warp (tests). Addresses are integers: int64 in global memory, int32 in shared memory. Knows no kernel and no torch.
+that one instruction or macro after the other is given to, so the same body can be typed, compiled, and run by an
+emulator of a warp (tests). Addresses are integers: int64 in global memory, int32 in shared memory. Knows no kernel and
+no torch.
 """
 
 from __future__ import annotations
@@ -63,10 +64,12 @@ class Instruction:
         return ",".join([*letters, "~{memory}"] if self.effect else letters)
 
 
-def emit_types(instruction: Instruction, *operands: object) -> Any:
+def emit_types(what: Any, *operands: object) -> Any:
     """An `emit` that only tells the types of the results: a letter stands for a register."""
-    assert len(operands) == len(instruction.operands), instruction.text
-    results = list(instruction.results)
+    if not isinstance(what, Instruction):
+        return what.body(emit_types, *operands)
+    assert len(operands) == len(what.operands), what.text
+    results = list(what.results)
     return None if not results else results[0] if len(results) == 1 else results
 
 
@@ -76,13 +79,15 @@ class Compiler:
     def __init__(self, builder: ir.IRBuilder) -> None:
         self._builder = builder
 
-    def __call__(self, instruction: Instruction, *operands: object) -> Any:
-        args = [self.value(operand, letter) for operand, letter in zip(operands, instruction.operands)]
-        types = [LLVM_TYPES[letter] for letter in instruction.results]
+    def __call__(self, what: Any, *operands: object) -> Any:
+        if not isinstance(what, Instruction):
+            return what.body(self, *operands)
+        args = [self.value(operand, letter) for operand, letter in zip(operands, what.operands)]
+        types = [LLVM_TYPES[letter] for letter in what.results]
         result = ir.VoidType() if not types else types[0] if len(types) == 1 else ir.LiteralStructType(types)
         asm_type = ir.FunctionType(result, [arg.type for arg in args])
-        asm = ir.InlineAsm(asm_type, instruction.asm(), instruction.constraints(), side_effect=instruction.effect)
-        out = self._builder.call(asm, args, attrs=("convergent",) if instruction.warp else ())
+        asm = ir.InlineAsm(asm_type, what.asm(), what.constraints(), side_effect=what.effect)
+        out = self._builder.call(asm, args, attrs=("convergent",) if what.warp else ())
         if len(types) < 2:
             return out if types else None
         return [self._builder.extract_value(out, i) for i in range(len(types))]
@@ -140,13 +145,12 @@ def inlined(python_function: Callable[..., Any]) -> Any:
     return cuda.jit(device=True, inline="always")(python_function)
 
 
-def function(instruction: Instruction) -> Any:
-    """Makes a function for kernels from a single instruction."""
-
-    def body(emit: Any, *operands: object) -> Any:
-        return emit(instruction, *operands)
-
-    return _intrinsic(body, [f"operand{i}" for i in range(len(instruction.operands))])
+def instruction(text: str, results: str = "", operands: str = "", **properties: bool) -> Any:
+    """Makes an `Instruction` that kernels call and macros emit; its `at` is for macros."""
+    what = Instruction(text, results, operands, **properties)
+    made = _intrinsic(lambda emit, *registers: emit(what, *registers), [f"operand{i}" for i in range(len(operands))])
+    made.at = what.at
+    return made
 
 
 @intrinsic

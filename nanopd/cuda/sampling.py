@@ -24,7 +24,7 @@ from torch import Tensor
 
 from nanopd.cuda import warp
 from nanopd.cuda.launch import Spec, kernel_of
-from nanopd.cuda.ptx import inlined, macro, shared_memory
+from nanopd.cuda.ptx import inlined, instruction, macro, shared_memory
 
 THREADS = 1024  # 32 warps, so that a lane can stand for a warp; a histogram has as many bins
 LEVEL_BITS = 10  # bits of a key that choose its bin in a histogram
@@ -38,10 +38,9 @@ FOUND = TOTALS + 8 * 32  # int64 [3]: a bin, the amount in the bins before it, a
 MAXIMA = FOUND + 8 * 4  # the maxima of the warps, float32 [32]
 SHARED_BYTES = MAXIMA + 4 * 32
 ROW_BYTES = 32  # the parameters of a row
-SAMPLING_ARGUMENTS = "lllrr"
 
 # The weight of the first key, or 0 where it is below the second: the mantissa of its float32 as a multiple of 2**-40.
-WEIGHT = warp.Instruction(
+weight_of = instruction(
     "{.reg .pred p; .reg .b32 x; .reg .b64 y; and.b32 x, $1, 0x7fffff; or.b32 x, x, 0x800000; cvt.u64.u32 y, x; "
     "shl.b64 y, y, 17; shr.u32 x, $1, 23; sub.u32 x, 127, x; shr.u64 y, y, x; setp.ge.s32 p, $1, $2; "
     "selp.b64 $0, y, 0, p;}",
@@ -67,40 +66,38 @@ def sampling_kernel(dtype: str) -> Callable[..., None]:
     @macro
     def load(emit: Any, row: Any, chunk: Any, last: Any) -> list[Any]:
         """Loads a chunk; past the end of the row, the row's last one."""
-        return emit(warp.LOAD_16_BYTES, emit(warp.MAD_WIDE, row, emit(warp.MIN_I32, chunk, last), 16))
+        return emit(warp.load_16_bytes, emit(warp.mad_wide, row, emit(warp.min_i32, chunk, last), 16))
 
     @macro
     def largest(emit: Any, best: Any, registers: Any) -> Any:
         for x in warp.values_of(emit, dtype, registers):
-            best = emit(warp.MAX_F32, best, x)
+            best = emit(warp.max_f32, best, x)
         return best
 
     @macro
     def keys_of(emit: Any, registers: Any, chunk: Any, end: Any, best: Any, scale: Any) -> list[Any]:
         """The keys of a chunk, all 0 from chunk `end` on. A logit that is NaN counts as the best token."""
-        keys, offset = [], emit(warp.SELECT, math.inf, best, emit(warp.SUB_I32, chunk, end))
+        keys, offset = [], emit(warp.select, math.inf, best, emit(warp.sub_i32, chunk, end))
         for x in warp.values_of(emit, dtype, registers):
-            likelihood = emit(warp.EXP2, emit(warp.MUL_F32, emit(warp.SUB_F32, x, offset), scale))
-            keys.append(emit(warp.BITS_OF_F32, emit(warp.MIN_F32, likelihood, 1.0)))
+            likelihood = emit(warp.exp2, emit(warp.mul_f32, emit(warp.sub_f32, x, offset), scale))
+            keys.append(emit(warp.bits_of_f32, emit(warp.min_f32, likelihood, 1.0)))
         return keys
 
-    @macro
-    def largest_key(emit: Any, keys: Any) -> Any:
-        return functools.reduce(functools.partial(emit, warp.MAX_I32), keys)
+    largest_key = macro(lambda emit, keys: functools.reduce(functools.partial(emit, warp.max_i32), keys))
 
     @macro
     def count(emit: Any, bins: Any, keys: Any, first: Any, span: Any, shift: Any, by_mass: Any) -> None:
         """Adds the keys from `first` down to `first - span + 1` to their bins, as a count or by their weights."""
         for key in keys:
-            below = emit(warp.SUB_I32, first, key)
-            amount = emit(warp.SELECT_I64, emit(WEIGHT, key, 0), 1, emit(warp.SUB_I32, by_mass, 1))
-            to = emit(warp.MAD_I32, emit(warp.SHIFT_RIGHT, below, shift), 8, bins)
-            emit(warp.ADD_TO_I64_OF_CTA_IF, to, amount, emit(warp.IS_BELOW_U32, below, span))
+            below = emit(warp.sub_i32, first, key)
+            amount = emit(warp.select_i64, emit(weight_of, key, 0), 1, emit(warp.sub_i32, by_mass, 1))
+            to = emit(warp.mad_i32, emit(warp.shift_right, below, shift), 8, bins)
+            emit(warp.add_to_i64_of_cta_if, to, amount, emit(warp.is_below_u32, below, span))
 
     @macro
     def add_weights(emit: Any, total: Any, keys: Any, floor: Any) -> Any:
         for key in keys:
-            total = emit(warp.ADD_I64, total, emit(WEIGHT, key, floor))
+            total = emit(warp.add_i64, total, emit(weight_of, key, floor))
         return total
 
     @macro
@@ -108,23 +105,16 @@ def sampling_kernel(dtype: str) -> Callable[..., None]:
         """The first key at which the running sum of weights passes `target`."""
         index, total = 0, 0
         for key in keys:
-            total = emit(warp.ADD_I64, total, emit(WEIGHT, key, floor))
-            index = emit(warp.SUB_I32, index, emit(warp.IS_AT_MOST_I64, total, target))
+            total = emit(warp.add_i64, total, emit(weight_of, key, floor))
+            index = emit(warp.sub_i32, index, emit(warp.is_at_most_i64, total, target))
         return index
 
-    def kernel(  # type: ignore[no-untyped-def]
-        logits,  # [num_rows, PER_CHUNK * num_chunks]
-        params,  # [num_rows] records, see `draw_tokens`
-        tokens,  # int64 [num_rows]
-        num_chunks,
-        vocab_size,
-    ):
+    def kernel(logits, params, tokens, num_chunks, vocab_size):  # type: ignore[no-untyped-def]
+        """logits [num_rows, PER_CHUNK * num_chunks], params [num_rows] records as in `draw_tokens` -> tokens int64."""
         thread = warp.thread_index()
-        lane = thread & 31
-        wid = i32(thread >> 5)
+        lane, wid = thread & 31, i32(thread >> 5)
         bins = shared_memory()
-        totals = i32(bins + TOTALS)
-        found = i32(bins + FOUND)
+        totals, found = i32(bins + TOTALS), i32(bins + FOUND)
         row = logits + warp.wide(warp.cta_index()) * num_chunks * 16
         param = params + warp.wide(warp.cta_index()) * ROW_BYTES
         last = i32(num_chunks - 1)
@@ -227,7 +217,7 @@ def sampling_kernel(dtype: str) -> Callable[..., None]:
 
 
 def sampling_spec(dtype: str) -> Spec:
-    return Spec(sampling_kernel, (dtype,), SAMPLING_ARGUMENTS, THREADS, SHARED_BYTES)
+    return Spec(sampling_kernel, (dtype,), "lllrr", THREADS, SHARED_BYTES)
 
 
 def draw_tokens(logits: Tensor, params: Tensor) -> Tensor:

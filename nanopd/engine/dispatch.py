@@ -5,14 +5,14 @@ Engine's thread. Ends no sequence: those that cannot be served are returned, wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from nanopd.config import EngineConfig
 from nanopd.core.followers import Followers
 from nanopd.core.handover import Handovers
 from nanopd.core.scheduler import Scheduler
 from nanopd.core.sequence import Sequence
-from nanopd.engine.fleet import Fleet
+from nanopd.engine.fleet import Clock, Fleet
 from nanopd.engine.roles import Roles
 from nanopd.messages import EventKind, Role, Route
 from nanopd.routing.policy import Decision, Policy
@@ -22,13 +22,7 @@ class Dispatcher:
     """Queues sequences where the policy says."""
 
     def __init__(
-        self,
-        config: EngineConfig,
-        fleet: Fleet,
-        roles: Roles,
-        policy: Policy,
-        handovers: Handovers,
-        clock: Callable[[], float],
+        self, config: EngineConfig, fleet: Fleet, roles: Roles, policy: Policy, handovers: Handovers, clock: Clock
     ) -> None:
         self.followers = Followers(fleet.schedulers)
         self._max_chunk = config.max_num_batched_tokens

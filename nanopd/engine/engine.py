@@ -22,7 +22,7 @@ from nanopd.core.sequence import Chooser, Sequence, SequenceStatus
 from nanopd.engine.answers import Answers, MakeText, Update
 from nanopd.engine.deadlines import Deadlines
 from nanopd.engine.dispatch import Dispatcher
-from nanopd.engine.fleet import Fleet
+from nanopd.engine.fleet import Clock, Fleet
 from nanopd.engine.roles import Roles
 from nanopd.engine.sequences import Sequences
 from nanopd.engine.validation import check_request
@@ -46,7 +46,7 @@ class Engine:
         config: EngineConfig,
         model: ModelConfig,
         workers: list[WorkerClient],
-        clock: Callable[[], float],
+        clock: Clock,
         make_text: MakeText | None = None,
         replace: Callable[[int], bool] | None = None,
         policy: Policy | None = None,
@@ -76,12 +76,7 @@ class Engine:
     # ------------------------------------------------------------------------------------------------ requests
 
     def submit(
-        self,
-        request: Request,
-        *,
-        parent: Sequence | None = None,
-        chooser: Chooser | None = None,
-        is_checked: bool = False,
+        self, request: Request, parent: Sequence | None = None, chooser: Chooser | None = None, is_checked: bool = False
     ) -> Sequence:
         """Queue a request.
 
@@ -176,7 +171,7 @@ class Engine:
 
     def next_wakeup_s(self) -> float:
         """When, on the engine's clock, `step` has something to do even if no worker answers; inf: never."""
-        held_s = [self.fleet.ledger_of(w).next_step_s for w in self.fleet.live_workers if self._may_hold(w)]
+        held_s = [self.fleet.ledger.of_worker[w].next_step_s for w in self.fleet.live_workers if self._may_hold(w)]
         return min(self._deadlines.next_s(), self.handovers.next_due_s(), self.fleet.ledger.next_due_s(), *held_s)
 
     def step(self) -> list[Update]:
@@ -246,7 +241,7 @@ class Engine:
         """Keep `steps_in_flight` steps out; returns whether a sequence was preempted and left for another worker."""
         scheduler, has_left = self.schedulers[worker], False
         while len(scheduler.in_flight) < self.config.steps_in_flight:
-            if self._may_hold(worker) and self.clock() < self.fleet.ledger_of(worker).next_step_s:
+            if self._may_hold(worker) and self.clock() < self.fleet.ledger.of_worker[worker].next_step_s:
                 break
             scheduled = scheduler.schedule()
             for seq in scheduled.admitted:
@@ -351,4 +346,4 @@ class Engine:
     def check_integrity(self) -> None:
         """Raise AssertionError if a block or a slot of a live worker was lost."""
         for worker in self.fleet.live_workers:
-            self.schedulers[worker].check_integrity(self.handovers.tables(worker), self.handovers.pinned(worker))
+            self.schedulers[worker].check_integrity(self.handovers.held(worker))

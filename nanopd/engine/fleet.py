@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 
 from nanopd.config import EngineConfig, ModelConfig
-from nanopd.core.in_flight import Ledger, WorkerLedger
+from nanopd.core.in_flight import Ledger
 from nanopd.core.scheduler import Scheduled, Scheduler
 from nanopd.core.sequence import Sequence
 from nanopd.errors import WorkerError
@@ -19,6 +19,8 @@ from nanopd.messages import Role, StepBatch, StepResult, TransferAck, TransferPl
 from nanopd.routing.cost_model import CostModel, MoveSample, StepSample, chunk_pairs, rows_of
 from nanopd.workers.client import WorkerClient
 from nanopd.workers.paths import send_plan
+
+Clock = Callable[[], float]  # seconds
 
 HOST_BYTES_PER_MS = 25e6  # to and from host memory; an H200 does 55e6, older buses half of that
 
@@ -33,7 +35,7 @@ class Fleet:
         config: EngineConfig,
         model: ModelConfig,
         clients: list[WorkerClient],
-        clock: Callable[[], float],
+        clock: Clock,
         replace: Callable[[int], bool] | None,
         costs: CostModel | None,
     ) -> None:
@@ -82,15 +84,15 @@ class Fleet:
         for extras in scheduled.extras:
             client.send(extras)
         client.send(batch)
-        self.ledger_of(worker).sent(batch, self._clock())
+        self.ledger.of_worker[worker].sent(batch, self._clock())
 
     def send_plan(self, plan: TransferPlan) -> None:
         send_plan(plan, self.clients)
-        self.ledger_of(plan.dst_worker).sent(plan, self._clock())
+        self.ledger.of_worker[plan.dst_worker].sent(plan, self._clock())
 
     def answered(self, worker: int, answer: StepResult | TransferAck, now_s: float) -> None:
         """Account for what the worker has done, before the answer is taken."""
-        sent = self.ledger_of(worker).answered(answer, now_s)
+        sent = self.ledger.of_worker[worker].answered(answer, now_s)
         if self._costs is not None:
             _correct(self._costs, sent, answer)
         if self._on_work is not None:
@@ -100,16 +102,13 @@ class Fleet:
         """Call `on_work` with each step and each move that is done from now on."""
         self._on_work = on_work
 
-    def ledger_of(self, worker: int) -> WorkerLedger:
-        return self.ledger.of_worker[worker]
-
     # ------------------------------------------------------------------------------------------- lives and deaths
 
     def bury(self, worker: int, error: WorkerError) -> list[Sequence]:
         """A worker is gone. Returns the sequences that it was computing something of."""
         logger.error("%s", str(error))  # the record must not keep the traceback and all that it refers to
         self.errors[worker] = error
-        self.ledger_of(worker).forget()
+        self.ledger.of_worker[worker].forget()
         if self._replace is not None and self._replace(worker):
             self._returning.add(worker)
         return self.schedulers[worker].die()

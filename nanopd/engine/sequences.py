@@ -22,15 +22,9 @@ class Sequences:
 
     def new(self, request: Request, chooser: Chooser | None = None) -> Sequence:
         assert self._config.max_model_len is not None
-        seq = Sequence(
-            self._count,
-            request,
-            max_model_len=self._config.max_model_len,
-            eos_token_ids=self._model.eos_token_ids,
-            seed=_mix(self._config.seed, self._count),
-            root_key=self._root_key,
-            chooser=chooser,
-        )
+        limits = self._config.max_model_len, self._model.eos_token_ids
+        seed = _mix(self._config.seed, self._count)
+        seq = Sequence(self._count, request, *limits, seed, self._root_key, chooser)
         if self._config.num_speculative_tokens and chooser is None and not seq.params.changes_logits:
             seq.drafter, seq.is_watched = Drafter(seq.token_ids), True
         self._count += 1

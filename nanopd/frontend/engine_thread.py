@@ -30,6 +30,7 @@ from nanopd.ipc.doorbell import Doorbell
 from nanopd.messages import FinishReason, RequestLog
 from nanopd.request import SamplingParams
 from nanopd.routing.policy import Policy
+from nanopd.workers.client import WorkerClient
 from nanopd.workers.supervisor import WorkerSupervisor
 
 MAX_WAIT_S = 1.0
@@ -117,21 +118,13 @@ class EngineThread(threading.Thread):
         waiting = (SequenceStatus.WAITING, SequenceStatus.PREEMPTED)
         num_waiting = sum(seq.status in waiting for seq in engine.seqs.values())
         fleet = engine.fleet
-        pools = [scheduler.residency.blocks for scheduler in fleet.schedulers]
-        stats = EngineStats(
-            [
-                BlockStats(pool.num_usable - pool.num_free, peak, pool.num_usable)
-                for pool, peak in zip(pools, fleet.peak_blocks, strict=True)
-            ],
-            list(self._logs),
-            [ledger.busy_us / 1e6 for ledger in fleet.ledger.of_worker],
-            fleet.roles,
-            costs.drift if (costs := engine.policy.costs) else {},
-            sum(scheduler.num_preemptions for scheduler in fleet.schedulers),
-            list(self._processes.num_restarts),
-            len(engine.seqs) - num_waiting,
-            num_waiting,
-        )
+        pools = zip((scheduler.residency.blocks for scheduler in fleet.schedulers), fleet.peak_blocks, strict=True)
+        blocks = [BlockStats(pool.num_usable - pool.num_free, peak, pool.num_usable) for pool, peak in pools]
+        busy_s = [ledger.busy_us / 1e6 for ledger in fleet.ledger.of_worker]
+        drift = costs.drift if (costs := engine.policy.costs) else {}
+        num_preemptions = sum(scheduler.num_preemptions for scheduler in fleet.schedulers)
+        counts = num_preemptions, list(self._processes.num_restarts), len(engine.seqs) - num_waiting, num_waiting
+        stats = EngineStats(blocks, list(self._logs), busy_s, fleet.roles, drift, *counts)
         if reset:
             self._logs.clear()
             fleet.reset_statistics()
@@ -140,16 +133,9 @@ class EngineThread(threading.Thread):
     def run(self) -> None:
         end = NanopdError("the engine was shut down")
         try:
-            workers = self._processes.start(self._on_progress)
-            engine = Engine(
-                self._config,
-                self._model,
-                list(workers),
-                time.monotonic,
-                make_text=self._make_text(),
-                replace=self._processes.replace,
-                policy=self._policy,
-            )
+            workers: list[WorkerClient] = [*self._processes.start(self._on_progress)]
+            rest = self._make_text(), self._processes.replace, self._policy
+            engine = Engine(self._config, self._model, workers, time.monotonic, *rest)
             gc.collect()
             gc.freeze()  # to walk through all that libraries have made takes 0.25 s, in which nobody would be served
             self.started.set_result(engine)
@@ -205,8 +191,7 @@ class EngineThread(threading.Thread):
         self._handle_of[seq.seq_id] = handle
 
     def _abort(self, request_id: str, engine: Engine) -> None:
-        handle = self._handles.get(request_id)
-        if handle is None:
+        if (handle := self._handles.get(request_id)) is None:
             return
         if handle.search is not None:
             handle.search.end(FinishReason.ABORT)

@@ -42,6 +42,9 @@ from nanopd.routing.factory import find_parameters, keep_lengths, make_policy
 from nanopd.routing.policy import Decision, Policy
 
 Prompt = str | list[int]
+Prompts = Prompt | SequenceOf[Prompt]  # one, or many
+Sampling = SamplingParams | SequenceOf[SamplingParams] | None  # for all, or one for each; None: the defaults
+Settings = str | Path | EngineConfig | None  # name or path of a YAML file, or a configuration; None: the defaults
 
 SHUTDOWN_TIMEOUT_S = 30.0
 
@@ -53,12 +56,7 @@ class LLM:
     """
 
     def __init__(
-        self,
-        model: str | None = None,
-        *,
-        config: str | Path | EngineConfig | None = None,
-        show_progress: bool = False,
-        **overrides: Any,
+        self, model: str | None = None, *, config: Settings = None, show_progress: bool = False, **overrides: Any
     ) -> None:
         """Load the model on every worker.
 
@@ -80,14 +78,11 @@ class LLM:
         policy = _policy(self.config, self.model_config)
         self._numbers = itertools.count()
         with tqdm(total=100, desc="loading", unit="%", disable=not show_progress) as bar:
-            self._thread = EngineThread(
-                self.config,
-                self.model_config,
-                path,
-                self.tokenizer,
-                policy,
-                on_progress=lambda share: bar.update(round(100 * share) - bar.n),
-            )
+
+            def on_progress(share: float) -> None:
+                bar.update(round(100 * share) - bar.n)
+
+            self._thread = EngineThread(self.config, self.model_config, path, self.tokenizer, policy, on_progress)
             self._thread.start()
             keep = partial(keep_lengths, policy, self.config.answer_lengths)
             self._stop = weakref.finalize(self, _end_thread, self._thread, keep)
@@ -100,10 +95,7 @@ class LLM:
     # ------------------------------------------------------------------------------------------------- requests
 
     def generate(
-        self,
-        prompts: Prompt | SequenceOf[Prompt],
-        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
-        use_tqdm: bool = True,
+        self, prompts: Prompts, sampling_params: Sampling = None, use_tqdm: bool = True
     ) -> list[RequestOutput]:
         """Continue one prompt, or each of many; results are in the order of the prompts.
 
@@ -119,10 +111,7 @@ class LLM:
         return self._results([self._request(p, s) for p, s in zip(prompt_list, params_list, strict=True)], use_tqdm)
 
     def beam_search(
-        self,
-        prompts: Prompt | SequenceOf[Prompt],
-        params: BeamSearchParams | None = None,
-        use_tqdm: bool = True,
+        self, prompts: Prompts, params: BeamSearchParams | None = None, use_tqdm: bool = True
     ) -> list[RequestOutput]:
         """The `num_beams` likeliest continuations that a search finds of each prompt, with their scores, best first.
 
@@ -136,7 +125,7 @@ class LLM:
     def chat(
         self,
         messages: list[dict] | list[list[dict]],
-        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+        sampling_params: Sampling = None,
         use_tqdm: bool = True,
         **template_args: Any,
     ) -> list[RequestOutput]:
@@ -178,17 +167,9 @@ class LLM:
         Raises:
             RequestError: it can never be served.
         """
-        request = self._request(
-            prompt,
-            sampling_params or SamplingParams(),
-            request_id=request_id,
-            arrival_s=arrival_time_s,
-            is_streamed=stream,
-            deadline_s=deadline_s,
-            queue_timeout_s=queue_timeout_s,
-            priority=priority,
-            route=route,
-        )
+        wishes = {"deadline_s": deadline_s, "queue_timeout_s": queue_timeout_s, "priority": priority, "route": route}
+        params = sampling_params or SamplingParams()
+        request = self._request(prompt, params, request_id, arrival_time_s, is_streamed=stream, **wishes)
         handle = RequestHandle(request, self._output, self.abort, on_delta)
         self._thread.submit_all([handle])
         return handle
@@ -217,9 +198,8 @@ class LLM:
         if not (messages and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)):
             raise RequestError("messages", messages, "mappings with role and content")
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False, **template_args
-            )
+            how = {**template_args, "add_generation_prompt": True, "tokenize": False}
+            text = self.tokenizer.apply_chat_template(messages, **how)
         except (TypeError, ValueError, TemplateError) as error:
             raise RequestError("messages", messages, f"what the chat template takes ({error})") from error
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -252,15 +232,10 @@ class LLM:
     # --------------------------------------------------------------------------------------------------- pieces
 
     def _request(
-        self,
-        prompt: Prompt,
-        params: SamplingParams,
-        request_id: str | None = None,
-        arrival_s: float | None = None,
-        **more: Any,
+        self, prompt: Prompt, params: SamplingParams, name: str | None = None, due_s: float | None = None, **more: Any
     ) -> Request:
-        """`more` fields of Request."""
-        arrival_s = time.monotonic() if arrival_s is None else arrival_s
+        """`due_s` is its `arrival_s`, None: now; `more` fields of Request."""
+        arrival_s = time.monotonic() if due_s is None else due_s
         if not isinstance(params, SamplingParams):
             raise RequestError("sampling_params", params, "a SamplingParams")
         if self.tokenizer is not None and params.bad_words:
@@ -268,7 +243,7 @@ class LLM:
             params = replace(params, bad_words=tuple(words))
         if more.get("is_streamed") and params.best_of not in (None, params.n):
             raise RequestError("best_of", params.best_of, "None or n, for a stream")
-        name = f"request-{next(self._numbers)}" if request_id is None else request_id
+        name = f"request-{next(self._numbers)}" if name is None else name
         text = prompt if isinstance(prompt, str) else None
         return Request(name, self._encode(prompt), params, arrival_s, text, **more)
 
@@ -382,7 +357,7 @@ def _check_main_guard() -> None:
         raise RuntimeError('a worker imports this script, which makes an LLM: it needs `if __name__ == "__main__":`')
 
 
-def _settings(config: str | Path | EngineConfig | None, overrides: dict[str, Any]) -> EngineConfig:
+def _settings(config: Settings, overrides: dict[str, Any]) -> EngineConfig:
     if config is None:
         return EngineConfig.from_dict(overrides)
     if isinstance(config, EngineConfig):
@@ -422,12 +397,12 @@ def _policy(config: EngineConfig, model: ModelConfig) -> Policy:
     return make_policy(config, parameters)
 
 
-def _as_list(prompts: Prompt | SequenceOf[Prompt]) -> list[Prompt]:
+def _as_list(prompts: Prompts) -> list[Prompt]:
     is_one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
     return [cast(Prompt, prompts)] if is_one else list(cast(SequenceOf[Prompt], prompts))
 
 
-def _as_params(params: SamplingParams | SequenceOf[SamplingParams] | None, count: int) -> list[SamplingParams]:
+def _as_params(params: Sampling, count: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
     if len(params) != count:

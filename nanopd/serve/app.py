@@ -53,7 +53,8 @@ class Api:
     def __init__(self, llm: AsyncLLM) -> None:
         self._llm = llm
         self._model = llm.llm.config.model
-        self._created = int(time.time())
+        about = {"owned_by": "nanopd", "max_model_len": llm.llm.config.max_model_len}
+        self._card: Json = {"id": self._model, "object": "model", "created": int(time.time()), **about}
         tokenizer = llm.llm.tokenizer
         self._pieces = None if tokenizer is None else TokenPieces(tokenizer, skip_special_tokens=False)
         self._metrics = Metrics()
@@ -66,11 +67,11 @@ class Api:
         return await self._answer(body, http)
 
     async def models(self) -> Json:
-        return {"object": "list", "data": [self._model_card()]}
+        return {"object": "list", "data": [self._card]}
 
     async def model(self, name: str) -> Json:
         self._check_model(name)
-        return self._model_card()
+        return self._card
 
     async def health(self) -> Json:
         await self._llm.stats()  # raises if the engine has ended
@@ -130,15 +131,6 @@ class Api:
         if name not in (None, self._model):
             message = f"model={name!r} is not served here; there is {self._model!r}"
             raise ApiError(404, message, "model", "model_not_found")
-
-    def _model_card(self) -> Json:
-        return {
-            "id": self._model,
-            "object": "model",
-            "created": self._created,
-            "owned_by": "nanopd",
-            "max_model_len": self._llm.llm.config.max_model_len,
-        }
 
     def _token_text(self, token_id: int) -> str:
         return "" if self._pieces is None else self._pieces.decode_inside([token_id])

@@ -132,7 +132,9 @@ class Warp:
         self._copies: list[tuple[Any, np.ndarray]] = []  # since the last commit
         self._groups: list[list[tuple[Any, np.ndarray]]] = []
 
-    def __call__(self, instruction: Instruction, *operands: Any) -> Any:
+    def __call__(self, instruction: Any, *operands: Any) -> Any:
+        if not isinstance(instruction, Instruction):
+            return instruction.body(self, *operands)
         assert len(operands) == len(instruction.operands), instruction.text
         mask = np.ones(32, bool)
         if instruction.predicated:

@@ -14,6 +14,7 @@ from model_zoo import load_hf
 from tiny_chat_model import EOS, make_tiny_chat_model
 
 from nanopd import LLM, AsyncLLM, BeamSearchParams, RequestError, Route, SamplingParams
+from nanopd.frontend.handle import RequestHandle
 from nanopd.messages import FinishReason
 
 pytestmark = pytest.mark.process
@@ -172,7 +173,7 @@ def test_beam_search(llm: LLM, model: Path) -> None:
 def test_a_beam_search_that_is_aborted_or_impossible(llm: LLM) -> None:
     params = BeamSearchParams(num_beams=2, max_tokens=400, ignore_eos=True)
     sampling = SamplingParams(temperature=0, max_tokens=400, logprobs=4, ignore_eos=True)
-    handle = llm._handle(PROMPT, sampling, beams=params)
+    handle = RequestHandle(llm._request(PROMPT, sampling, beams=params), llm._output, llm.abort)
     llm._thread.submit_all([handle])
     while llm.stats().num_running < 2:
         time.sleep(0.001)
