@@ -14,15 +14,15 @@ def test_what_leaves_is_parked_until_the_last_step_that_may_name_it_is_done() ->
     batches = [scheduler.schedule().batch for _ in range(3)]
     num_free, slot = residency.slots.num_free, seq.slot
     scheduler.remove(seq)
-    assert residency.has_parked and residency.num_parked_blocks == 2
+    assert residency.num_parked_blocks == 2
     batches.append(scheduler.schedule().batch)
     assert slot not in batches[-1].row_slots
     for batch in batches[:2]:
         answer(scheduler, batch)
-        assert (residency.has_parked, residency.slots.num_free) == (True, num_free)
+        assert (residency.num_parked_blocks, residency.slots.num_free) == (2, num_free)
         scheduler.check_integrity()
     answer(scheduler, batches[2])
-    assert (residency.has_parked, residency.num_parked_blocks, residency.slots.num_free) == (False, 0, num_free + 1)
+    assert (residency.num_parked_blocks, residency.slots.num_free) == (0, num_free + 1)
 
 
 def test_a_parked_slot_is_not_given_to_another_sequence() -> None:
@@ -45,7 +45,7 @@ def test_nothing_is_parked_where_no_step_is_in_flight() -> None:
     scheduler.add(seq)
     answer(scheduler, scheduler.schedule().batch)
     scheduler.remove(seq)
-    assert not scheduler.residency.has_parked
+    assert not scheduler.residency.num_parked_blocks
     assert scheduler.residency.blocks.num_free == scheduler.residency.blocks.num_usable
 
 
