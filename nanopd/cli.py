@@ -42,10 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options, and as `job` the one of JOBS that they ask for."""
-    parser = argparse.ArgumentParser(
-        prog="nanopd",
-        description="Serve prompts of a file, of the command line or over HTTP; else chat at a terminal or run a demo.",
-    )
+    about = "Serve prompts of a file, of the command line or over HTTP; else chat at a terminal or run a demo."
+    parser = argparse.ArgumentParser("nanopd", description=about)
     parser.add_argument("command", nargs="?", choices=["profile", "plan"], help=COMMAND_HELP)
     parser.add_argument("--params", metavar="JSON", help="what `profile` writes (default: the cache) and `plan` reads")
     parser.add_argument("--config", required=True, metavar="NAME_OR_PATH", help="a shipped one, or a YAML file")

@@ -39,7 +39,9 @@ TOKEN_ID = integer(0)
 BIAS_VALUE = number(-100, 100)
 LOGPROBS = integer(0, MAX_LOGPROBS)
 TIMEOUT = optional(positive())
-BAD_WORD = Rule(_is_word, f"text, or 1 to {MAX_BAD_WORD_TOKENS} token ids")
+BAD_WORDS = list_of(Rule(_is_word, f"text, or 1 to {MAX_BAD_WORD_TOKENS} token ids"), most=MAX_BAD_WORDS)
+FUNCTIONS = list_of(Rule(callable, "a function"))
+COUNT = integer(1, MAX_ANSWERS)
 BIASES = Rule(_is_bias, f"a mapping of token ids, each to {BIAS_VALUE.text}")
 
 
@@ -69,19 +71,13 @@ class SamplingParams:
         1.0, number(1e-6, 10**6), "divides logits > 0 and multiplies others of tokens seen before, prompt included"
     )
     logit_bias: Mapping[int, float] | None = ruled(None, optional(BIASES), "added to the logits of these tokens")
-    bad_words: tuple[str | tuple[int, ...], ...] = ruled(
-        (), list_of(BAD_WORD, most=MAX_BAD_WORDS), "never generated; LLM makes token ids of texts"
-    )
+    bad_words: tuple[str | tuple[int, ...], ...] = ruled((), BAD_WORDS, "never generated; LLM makes token ids of texts")
     allowed_token_ids: tuple[int, ...] | None = ruled(
         None, optional(list_of(TOKEN_ID, least=1)), "no other tokens are generated; None: all are allowed"
     )
-    logits_processors: tuple[LogitsProcessor, ...] = ruled(
-        (), list_of(Rule(callable, "a function")), "run in the worker, to which they go pickled"
-    )
-    n: int = ruled(1, integer(1, MAX_ANSWERS), "number of answers; answer i of a seeded request has the seed + i")
-    best_of: int | None = ruled(
-        None, optional(integer(1, MAX_ANSWERS)), "number of answers to choose the n likeliest from; None: n"
-    )
+    logits_processors: tuple[LogitsProcessor, ...] = ruled((), FUNCTIONS, "run in the worker, to which they go pickled")
+    n: int = ruled(1, COUNT, "number of answers; answer i of a seeded request has the seed + i")
+    best_of: int | None = ruled(None, optional(COUNT), "number of answers to choose the n likeliest from; None: n")
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_token_ids", "bad_words", "logits_processors"):

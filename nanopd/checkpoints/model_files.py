@@ -44,9 +44,7 @@ def resolve(model: str, *, load_format: str) -> Path:
         if load_format != "dummy":
             raise ConfigError("load_format", load_format, f"dummy, as {model} is a configuration without weights")
         return path if path.is_file() else shape
-    if model == demo_model.NAME:
-        return demo_model.path()
-    return _download(model)
+    return demo_model.path() if model == demo_model.NAME else _download(model)
 
 
 def _download(model: str) -> Path:

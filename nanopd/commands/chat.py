@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+import nanopd
 from nanopd.errors import RequestError
 from nanopd.request import SamplingParams
 
-if TYPE_CHECKING:
-    from nanopd.frontend.llm import LLM
 
-
-def chat(llm: LLM, params: SamplingParams) -> None:
+def chat(llm: nanopd.LLM, params: SamplingParams) -> None:
     """Talk with the model until /exit or the end of input."""
     print("/reset starts over, /exit leaves, Ctrl-C stops an answer.")
     messages: list[dict[str, str]] = []
@@ -33,7 +29,7 @@ def _ask() -> str:
         return "/exit"
 
 
-def _print_answer(llm: LLM, messages: list[dict[str, str]], params: SamplingParams) -> str:
+def _print_answer(llm: nanopd.LLM, messages: list[dict[str, str]], params: SamplingParams) -> str:
     handle = llm.submit(llm.encode_chat(messages), params, stream=True)
     pieces = []
     try:

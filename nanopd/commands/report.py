@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
+import nanopd
 from nanopd.frontend.jsonl import PREDICTED_KEYS, Row
 from nanopd.lab.tables import format_table
 from nanopd.metrics import Summary, by_route, summarize
-
-if TYPE_CHECKING:
-    from nanopd.frontend.llm import LLM
 
 ROUTE_COLUMNS = ("route", "completed", "TTFT ms p50 / p99", "first gap", "TPOT", "E2E", "output tokens/s")
 PREDICTED_COLUMNS = ("request", "route", "TTFT ms predicted / actual", "first gap", "TPOT")
@@ -19,7 +16,7 @@ DECISION_COLUMNS = (*PREDICTED_COLUMNS, "best other", *PREDICTED_KEYS)
 WORKER_COLUMNS = ("worker", "device", "role", "peak blocks", "still used", "of blocks")
 
 
-def report(llm: LLM, explained: Iterable[Row] = ()) -> None:
+def report(llm: nanopd.LLM, explained: Iterable[Row] = ()) -> None:
     """Print what was served, by route, and the KV blocks that it took.
 
     Before that comes what was predicted of the `explained` answers, after it by how much the cost model was wrong.
@@ -31,10 +28,8 @@ def report(llm: LLM, explained: Iterable[Row] = ()) -> None:
     whole = summarize(stats.logs)
     if len(routes) > 1:
         routes.append(_route_cells("all", whole))
-    workers = [
-        (number, worker.device, role.value, blocks.peak, blocks.used, blocks.total)
-        for number, (worker, role, blocks) in enumerate(zip(llm.config.workers, stats.roles, stats.blocks))
-    ]
+    found = enumerate(zip(llm.config.workers, stats.roles, stats.blocks))
+    workers = [(i, worker.device, role.value, b.peak, b.used, b.total) for i, (worker, role, b) in found]
     if routes:
         tables += [format_table(ROUTE_COLUMNS, routes), format_table(WORKER_COLUMNS, workers)]
     if whole.num_draft_tokens:

@@ -8,7 +8,7 @@ import json
 import sys
 from collections import deque
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from tqdm import tqdm
 
@@ -20,9 +20,6 @@ from nanopd.config import PREDICTING, EngineConfig
 from nanopd.errors import ConfigError
 from nanopd.frontend.jsonl import Row, serve_rows
 from nanopd.request import PLAIN_FIELDS, SamplingParams
-
-if TYPE_CHECKING:
-    from nanopd.frontend.llm import LLM
 
 DEMO_PROMPTS = (
     "What is the capital of France?",
@@ -86,7 +83,7 @@ def _open(path: str | None, mode: str, standard: IO[Any]) -> contextlib.Abstract
     return Path(path).open(mode, encoding=None if "b" in mode else "utf-8")
 
 
-def _own_rows(args: argparse.Namespace, llm: LLM) -> list[str]:
+def _own_rows(args: argparse.Namespace, llm: nanopd.LLM) -> list[str]:
     """Rows of --prompt, or of the demo: chats if the model knows chats, token ids if it has no tokenizer."""
     rows: list[Row]
     if args.prompt or (llm.tokenizer is not None and llm.tokenizer.chat_template is None):

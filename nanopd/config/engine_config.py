@@ -28,7 +28,6 @@ POLICIES = ("collocated", "disaggregated", "round_robin", *PREDICTING)
 DTYPES = tuple(ITEMSIZES)
 LEVELS = ("ttft_ms", "tpot_ms", "first_gap_ms")
 MAX_STEPS_IN_FLIGHT = 4
-MAX_SPECULATIVE_TOKENS = 15
 
 
 def allowed_routes(roles: Sequence[Role]) -> list[Route]:
@@ -39,12 +38,8 @@ def allowed_routes(roles: Sequence[Role]) -> list[Route]:
 
 def routes_for_policy(policy: str, roles: Sequence[Role]) -> list[Route]:
     """The allowed routes that `policy` chooses from; none if the roles cannot serve it."""
-    routes = allowed_routes(roles)
-    if policy == "collocated":
-        return [route for route in routes if route.is_collocated]
-    if policy == "disaggregated":
-        return [route for route in routes if not route.is_collocated]
-    return routes
+    kinds = {"collocated": [True], "disaggregated": [False]}.get(policy, [True, False])
+    return [route for route in allowed_routes(roles) if route.is_collocated in kinds]
 
 
 DEVICE = Rule(
@@ -55,6 +50,7 @@ WORKERS = Rule(
     lambda workers: isinstance(workers, tuple) and len(workers) > 0,
     "a non-empty list of {device: cpu or cuda:N, role: ..., count: ...}",
 )
+DRAFTS = integer(0, 15)
 LIMITS = Rule(lambda limits: isinstance(limits, Mapping), f"a mapping of {', '.join(LEVELS)} to milliseconds")
 LIMIT = Rule(positive().allows, "milliseconds, a number above 0")
 WORKER = Rule(lambda entry: isinstance(entry, Mapping), "a mapping {device: cpu or cuda:N, role: ..., count: ...}")
@@ -112,9 +108,7 @@ class EngineConfig:
     transfer: str = ruled("auto", one_of("auto", *TransferPath), "how KV blocks get from worker to worker")
     verify_transfers: bool = ruled(False, BOOLEAN, "digests of moved blocks are compared")
     steps_in_flight: int = ruled(2, integer(1, MAX_STEPS_IN_FLIGHT), "steps of a worker that are in flight at once")
-    num_speculative_tokens: int = ruled(
-        0, integer(0, MAX_SPECULATIVE_TOKENS), "drafts of a sequence that a step may verify; 0: none"
-    )
+    num_speculative_tokens: int = ruled(0, DRAFTS, "drafts of a sequence that a step may verify; 0: none")
     handover_timeout_s: float = ruled(
         1.0, positive(), "how long a prefilled sequence waits for room on its decode worker"
     )

@@ -15,6 +15,7 @@ from array import array
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
 from hashlib import blake2b
+from itertools import takewhile
 
 from nanopd.errors import NanopdError
 
@@ -76,13 +77,7 @@ class BlockManager:
 
     def find(self, keys: Iterable[bytes]) -> list[int]:
         """The published blocks of the longest prefix of `keys`, for `allocate`."""
-        blocks = []
-        for key in keys:
-            block = self._by_key.get(key)
-            if block is None:
-                break
-            blocks.append(block)
-        return blocks
+        return [self._by_key[key] for key in takewhile(self._by_key.__contains__, keys)]
 
     def publish(self, blocks: Iterable[int], keys: Iterable[bytes]) -> None:
         """Blocks in use hold the tokens of `keys` and are not written any more; of two for one key, one is found."""
@@ -201,8 +196,7 @@ class BlockManager:
 
     def _forget(self, block: int) -> None:
         """It will hold other tokens than those of its key, if it has one."""
-        key = self._key_of.pop(block, None)
-        if key is not None:
+        if (key := self._key_of.pop(block, None)) is not None:
             del self._by_key[key]
 
     def _release(self, blocks: Iterable[int]) -> None:

@@ -185,7 +185,8 @@ class Decodes:
         if (t.is_watched | t.stops_at_eos)[slots].any():
             return 0
         num_steps = int((t.last_start[slots] - t.num_computed[slots]).min())
-        while num_steps > 0 and self._num_blocks_for(slots, num_steps) > self._residency.blocks.num_free:
+        missing, blocks = t.num_computed[slots] - t.writable_len[slots], self._residency.blocks
+        while num_steps > 0 and (-(-np.maximum(missing + num_steps, 0) // blocks.block_size)).sum() > blocks.num_free:
             num_steps //= 2
         return num_steps
 
@@ -198,8 +199,3 @@ class Decodes:
             table = residency.seq(slot).block_table
             residency.blocks.append(table, int(t.writable_len[slot]), int(t.num_computed[slot]))
             t.writable_len[slot] = len(table) * residency.blocks.block_size
-
-    def _num_blocks_for(self, slots: np.ndarray, num_steps: int) -> int:
-        t = self._residency.slots
-        missing = t.num_computed[slots] + num_steps - t.writable_len[slots]
-        return int((-(-np.maximum(missing, 0) // self._residency.blocks.block_size)).sum())

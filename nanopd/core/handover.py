@@ -36,10 +36,6 @@ class _Refusal:
     num_free: int  # blocks, without those kept for sequences that decode
     num_seqs: int
 
-    @classmethod
-    def of(cls, dst: Scheduler, num_tokens: int) -> _Refusal:
-        return cls(num_tokens, dst.queues.num_spare_blocks, dst.queues.num_seqs)
-
     def holds(self, dst: Scheduler) -> bool:
         return dst.queues.num_seqs >= self.num_seqs and dst.queues.num_spare_blocks <= self.num_free
 
@@ -69,8 +65,7 @@ class Handovers:
 
     def start(self, seq: Sequence, now_s: float) -> None:
         """The prefill has started: from now on a reservation is worth its blocks."""
-        handover = self._by_seq.get(seq.seq_id)
-        if handover is None:
+        if (handover := self._by_seq.get(seq.seq_id)) is None:
             return
         others = (other for other in self._blocked.values() if other.dst is handover.dst and other.seq.rank < seq.rank)
         if any(other.is_complete for other in others) or not self._try_reserve(handover, handover.dst, now_s):
@@ -122,8 +117,7 @@ class Handovers:
         return None if handover is None or handover.home is not None else handover
 
     def acknowledge(self, ack: TransferAck, now_s: float) -> None:
-        handover = self._plans.acknowledge(ack.plan_id)
-        if handover is not None and handover.has_arrived:
+        if (handover := self._plans.acknowledge(ack.plan_id)) is not None and handover.has_arrived:
             self._arrive(handover, now_s)
 
     def cancel(self, seq: Sequence) -> None:
@@ -139,8 +133,8 @@ class Handovers:
         gets free.
         """
         if self._blocked:
-            may_fit = self._is_changed or not all(refusal.holds(dst) for dst, refusal in self._refusals.items())
-            if may_fit or now_s >= self._due_s:
+            is_due = self._is_changed or now_s >= self._due_s
+            if is_due or not all(refusal.holds(dst) for dst, refusal in self._refusals.items()):
                 self._retry(now_s)
             else:
                 for dst in self._refusals:
@@ -201,12 +195,11 @@ class Handovers:
         if refusal is not None and num_tokens >= refusal.num_tokens and refusal.holds(dst):
             dst.queues.turn_away()
             return False
-        reserved = dst.queues.reserve(num_tokens, seq.block_keys)
-        if reserved is None:
+        if (reserved := dst.queues.reserve(num_tokens, seq.block_keys)) is None:
             if dst.queues.keeps_room:  # whatever gets free
                 self._is_changed = True
             else:
-                self._refusals[dst] = _Refusal.of(dst, num_tokens)
+                self._refusals[dst] = _Refusal(num_tokens, dst.queues.num_spare_blocks, dst.queues.num_seqs)
             return False
         self._blocked.pop(seq.seq_id, None)
         if seq.status is SequenceStatus.RUNNING:

@@ -58,10 +58,8 @@ class WorkerLedger:
 
     def restart(self, now_s: float) -> None:
         """Count time from now on."""
-        if self._steps:
-            self._steps_since_s = now_s
-        if self._plans:
-            self._plans_since_s = now_s
+        self._steps_since_s = max(self._steps_since_s, now_s)
+        self._plans_since_s = max(self._plans_since_s, now_s)
 
     def reset_busy(self) -> None:
         self.busy_us = 0

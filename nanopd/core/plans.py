@@ -74,8 +74,7 @@ class Plans:
 
     def acknowledge(self, plan_id: int) -> Handover | None:
         """The hand-over that has one plan less to wait for; None: nobody waits for this plan."""
-        out = self._out.pop(plan_id, None)
-        if out is None:
+        if (out := self._out.pop(plan_id, None)) is None:
             return None  # of a plan that was dropped with its destination
         out.unpin()
         if out.handover is not None:

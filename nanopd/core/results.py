@@ -93,10 +93,14 @@ class Results:
             if seq.is_watched:  # the sequence's own list is always up to date
                 seq.token_ids.append(token)
                 seq.token_times_s.append(now_s)
-                t.is_awaited[slot] = seq.awaits_choice = seq.chooser is not None
-                if seq.drafter is not None:  # which may have to wait for what is in flight
+                if seq.chooser is not None:
+                    t.is_awaited[slot] = seq.awaits_choice = True
+                    outcome.proposed.append(seq)
+                else:
+                    t.is_awaited[slot] = False
+                    outcome.watched.append(seq)
+                if seq.drafter is not None:  # last, as it may have to wait for what is in flight
                     self._decodes.observe(seq, slot, token)
-                (outcome.watched if seq.chooser is None else outcome.proposed).append(seq)
             else:
                 t.sync(seq)
             if token in seq.stop_ids:

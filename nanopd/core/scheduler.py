@@ -49,12 +49,11 @@ class Scheduler:
         model: ModelConfig,
         generation: int = 0,
     ) -> None:
-        """`config` with its `max_model_len`; `generation` of the worker process, which rises when it is replaced."""
-        assert config.max_model_len is not None
+        """`generation` of the worker process, which rises when it is replaced."""
         self.worker, self.role, self.generation = worker, role, generation
         self.is_dead = False
         self.max_num_batched_tokens = config.max_num_batched_tokens  # the chunk budget; see `limit_chunks`
-        self.residency = Residency(config, num_blocks, num_host_blocks, config.max_model_len)
+        self.residency = Residency(config, num_blocks, num_host_blocks, config.max_len_of(model))
         self.in_flight = self.residency.in_flight
         self._decodes = Decodes(config, self.residency)
         self.queues = Queues(self.residency, self._decodes, config.max_num_seqs)
@@ -77,9 +76,8 @@ class Scheduler:
         self._swap_pays = pays
 
     def succeed(self, old: Scheduler) -> None:
-        """Go on in place of the scheduler of the worker's dead process, with its settings and counts."""
-        self.num_preemptions = old.num_preemptions
-        self.max_num_batched_tokens, self._swap_pays = old.max_num_batched_tokens, old._swap_pays
+        """Go on in place of the scheduler of the worker's dead process, with its budget and counts."""
+        self.num_preemptions, self.max_num_batched_tokens = old.num_preemptions, old.max_num_batched_tokens
 
     def die(self) -> list[Sequence]:
         """The worker is dead. Returns the sequences that a step in flight computes something of."""
@@ -145,7 +143,7 @@ class Scheduler:
                 break
             self._add_chunk(batch, seq)
         self._admit_waiting(batch)
-        if batch.is_empty:
+        if not batch.rows and not len(batch.decodes[0]):
             for seq in self._preempted:  # nothing is sent that would save their blocks
                 self.residency.forget_swapped(seq)
             return None

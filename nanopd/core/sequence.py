@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import InitVar, dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -108,7 +108,7 @@ class Sequence:
     stop_reason: int | str | None = None
     text: TextStream | None = None  # where tokens become text while they come
     error: str | None = None
-    decision: object = None  # of the policy, with the numbers behind it
+    decision: Any = None  # of the policy, with the numbers behind it
     num_deaths: int = 0  # of workers that were computing it
     events: list[RequestEvent] = field(init=False)
 

@@ -54,10 +54,6 @@ class BatchBuilder:
         self.admitted: list[Sequence] = []  # their prefill starts with this step
         self.num_prompt_tokens = 0  # of the chunks
 
-    @property
-    def is_empty(self) -> bool:
-        return not self.rows and not len(self.decodes[0])
-
     def enter(self, seq: Sequence, slot: int) -> None:
         """Tell the worker who holds the slot from now on, and in which blocks."""
         params = seq.params

@@ -7,7 +7,7 @@ step brings is a proposal, and when all beams have theirs, some go on, some are 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -140,23 +140,18 @@ class BeamSearch:
 
     def log(self) -> RequestLog:
         """As if the longest answer had been generated alone."""
-        first = self.first.log()
-        events = [event for event in first.events if event.kind is not EventKind.FINISHED]
-        first.events = [*events, RequestEvent(self._ended_s, EventKind.FINISHED)]
-        first.token_times_s = np.array(self._token_times_s)
-        first.finish_reason = self.reason or FinishReason.STOP
-        return first
+        log, end = self.first.log(), RequestEvent(self._ended_s, EventKind.FINISHED)
+        events = [*(event for event in log.events if event.kind is not EventKind.FINISHED), end]
+        times_s, reason = np.array(self._token_times_s), self.reason or FinishReason.STOP
+        return replace(log, events=events, token_times_s=times_s, finish_reason=reason)
 
     def _go_on(self, choices: list[tuple[int, int]]) -> None:
         """Of those that go on from one beam, the first takes its sequence, and the others get forks of it."""
-        old, tokens = self.seqs, {}
+        old, tokens = self.seqs, dict[Sequence, int]()  # of those that go on in their own sequence
         self.seqs = []
         for i, token in choices:
-            if old[i] not in tokens:
-                tokens[old[i]] = token
-                self.seqs.append(old[i])
-            else:
-                self.seqs.append(self._fork(old[i], token))
+            self.seqs.append(self._fork(old[i], token) if old[i] in tokens else old[i])
+            tokens.setdefault(old[i], token)
         for seq in old:
             if seq not in tokens:
                 self._engine.abort(seq.request_id)

@@ -100,9 +100,8 @@ class Dispatcher:
 
     def _try(self, seq: Sequence) -> bool:
         """Queue the sequence, or let it wait for a worker; False: it cannot be served, its `error` says why."""
-        routes = self._roles.feasible(seq)
-        if not routes:
-            if self._roles.may_come_back(seq.end_len):
+        if not (routes := self._roles.feasible(seq)):
+            if self._roles.can_serve(self._roles.allowed, seq.end_len):  # once dead workers have come back
                 self._stranded.append(seq)
                 return True
             seq.error = f"no route is left: {'; '.join(map(str, self._fleet.errors.values()))}"

@@ -110,8 +110,7 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """End a request with what it has so far; one that is unknown or finished is left alone."""
-        seq = self.seqs.get(request_id)
-        if seq is not None:
+        if (seq := self.seqs.get(request_id)) is not None:
             self._finish(seq, SequenceStatus.FINISHED_ABORTED)
 
     def fork(self, parent: Sequence, request_id: str, token_ids: list[int]) -> Sequence:

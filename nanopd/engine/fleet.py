@@ -41,7 +41,6 @@ class Fleet:
     ) -> None:
         """See `Engine.__init__`. `costs` is corrected by measured times; None: nothing depends on them."""
         self.clients = clients
-        self.schedulers: list[Scheduler] = []
         self.errors: dict[int, WorkerError] = {}  # of dead workers
         self.ledger = Ledger(len(clients), config.step_timeout_s)
         self.peak_blocks = [0] * len(clients)  # in use, since `reset_statistics`
@@ -49,15 +48,15 @@ class Fleet:
         self._config, self._model, self._clock, self._replace = config, model, clock, replace
         self._costs = costs
         self._on_work: Callable[[Work], None] | None = None
-        for worker, role in enumerate(config.roles):
-            self.schedulers.append(self._new_scheduler(worker, role))
-            if costs is not None:
-                self.schedulers[worker].swap_where(partial(_swap_pays, costs))
+        self.schedulers = [self._new_scheduler(worker, role) for worker, role in enumerate(config.roles)]
 
     def _new_scheduler(self, worker: int, role: Role, generation: int = 0) -> Scheduler:
         client = self.clients[worker]
         pools = client.num_blocks, client.num_host_blocks
-        return Scheduler(worker, role, self._config, *pools, self._model, generation)
+        scheduler = Scheduler(worker, role, self._config, *pools, self._model, generation)
+        if self._costs is not None:
+            scheduler.swap_where(partial(_swap_pays, self._costs))
+        return scheduler
 
     @property
     def live_workers(self) -> list[int]:

@@ -27,14 +27,14 @@ class Roles:
         asked_for = [seq.request.route] if seq.request.route in self.allowed else self._policy.routes
         able = [not s.is_dead and s.can_hold(seq.end_len) for s in self._fleet.schedulers]
         for routes in (asked_for, self.allowed):
-            live = [route for route in routes if able[route.prefill_worker] and able[route.decode_worker]]
-            if live:
+            if live := [route for route in routes if able[route.prefill_worker] and able[route.decode_worker]]:
                 return live
         return []
 
-    def may_come_back(self, num_tokens: int) -> bool:
-        """Whether a sequence of so many tokens has a route if all replacements of dead workers succeed."""
-        return any(self._may_serve(route, num_tokens) for route in self.allowed)
+    def can_serve(self, routes: list[Route], num_tokens: int) -> bool:
+        """Whether one of the routes is there for so many tokens, or will be if dead workers' replacements succeed."""
+        live = (route for route in routes if not any(map(self._fleet.is_lost, _workers_of(route))))
+        return any(self._has_capacity(route, num_tokens) for route in live)
 
     def check(self, request: Request, max_model_len: int) -> None:
         """Raise RequestError if no route can ever serve the request, as long as roles stay as they are."""
@@ -51,16 +51,12 @@ class Roles:
         """Whether the policy has a route for a sequence of `longest` tokens if the worker has that role."""
         roles = self._fleet.roles
         roles[worker] = role
-        return any(self._may_serve(route, longest) for route in routes_for_policy(self._policy_name, roles))
+        return self.can_serve(routes_for_policy(self._policy_name, roles), longest)
 
     def change(self, worker: int, role: Role) -> None:
         self._fleet.schedulers[worker].set_role(role)
         self.allowed = allowed_routes(self._fleet.roles)
         self._policy.set_routes(routes_for_policy(self._policy_name, self._fleet.roles))
-
-    def _may_serve(self, route: Route, num_tokens: int) -> bool:
-        """Whether the route is there, or will be if all replacements succeed."""
-        return self._has_capacity(route, num_tokens) and not any(map(self._fleet.is_lost, _workers_of(route)))
 
     def _has_capacity(self, route: Route, num_tokens: int) -> bool:
         return all(self._fleet.schedulers[worker].can_hold(num_tokens) for worker in _workers_of(route))

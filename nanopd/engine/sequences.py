@@ -14,15 +14,13 @@ class Sequences:
     """The sequences of one engine, numbered in order of submission."""
 
     def __init__(self, config: EngineConfig, model: ModelConfig) -> None:
-        """`config` with its `max_model_len`."""
         self.unfinished: dict[str, Sequence] = {}  # by request_id
         self._config, self._model = config, model
         self._count = 0
         self._root_key = repr((config.model, model)).encode()  # of all prefixes: KV entries depend on the model
 
     def new(self, request: Request, chooser: Chooser | None = None) -> Sequence:
-        assert self._config.max_model_len is not None
-        limits = self._config.max_model_len, self._model.eos_token_ids
+        limits = self._config.max_len_of(self._model), self._model.eos_token_ids
         seed = _mix(self._config.seed, self._count)
         seq = Sequence(self._count, request, *limits, seed, self._root_key, chooser)
         if self._config.num_speculative_tokens and chooser is None and not seq.params.changes_logits:

@@ -167,11 +167,9 @@ class StopStrings:
 
     def _first_possible_start(self, text: str) -> int:
         """Where the longest suffix of `text` starts that is a prefix of a stop string; len(text) if there is none."""
-        for start in range(max(0, len(text) - self._max_held), len(text)):
-            end = text[start:]
-            if any(stop.startswith(end) and stop != end for stop in self._stop):
-                return start
-        return len(text)
+        starts = range(max(0, len(text) - self._max_held), len(text))
+        begun = (i for i in starts if any(s.startswith(text[i:]) and s != text[i:] for s in self._stop))
+        return next(begun, len(text))
 
 
 class StoppableText:

@@ -48,17 +48,12 @@ class EngineThread(threading.Thread):
     """
 
     def __init__(
-        self,
-        config: EngineConfig,
-        model: ModelConfig,
-        path: Path,
-        tokenizer: Any,
-        policy: Policy,
-        on_progress: Callable | None,
+        self, config: EngineConfig, model: ModelConfig, path: Path, tokenizer: Any, policy: Policy, progress: Callable
     ) -> None:
+        """`progress` is called with the share of the weights that is loaded; the others are what `Engine` needs."""
         super().__init__(name="nanopd-engine", daemon=True)
         self._config, self._model, self._tokenizer = config, model, tokenizer
-        self._policy, self._on_progress = policy, on_progress
+        self._policy, self._progress = policy, progress
         self._bell = Doorbell()
         self._processes = WorkerSupervisor(config, model, path, self._bell)
         self._lock = threading.Lock()  # of the following three
@@ -133,8 +128,10 @@ class EngineThread(threading.Thread):
     def run(self) -> None:
         end = NanopdError("the engine was shut down")
         try:
-            workers: list[WorkerClient] = [*self._processes.start(self._on_progress)]
-            rest = self._make_text(), self._processes.replace, self._policy
+            workers: list[WorkerClient] = [*self._processes.start(self._progress)]
+            # One cache of tokens' texts serves all requests.
+            make_text = None if self._tokenizer is None else partial(StoppableText, TokenPieces(self._tokenizer))
+            rest = make_text, self._processes.replace, self._policy
             engine = Engine(self._config, self._model, workers, time.monotonic, *rest)
             gc.collect()
             gc.freeze()  # to walk through all that libraries have made takes 0.25 s, in which nobody would be served
@@ -238,12 +235,6 @@ class EngineThread(threading.Thread):
     def _check_running(self) -> None:
         if self._end is not None:
             raise NanopdError(str(self._end)) from self._end.__cause__
-
-    def _make_text(self) -> Callable[[list[int], tuple[str, ...]], StoppableText] | None:
-        if self._tokenizer is None:
-            return None
-        pieces = TokenPieces(self._tokenizer)  # one cache for all requests
-        return lambda prompt_token_ids, stop: StoppableText(pieces, prompt_token_ids, stop)
 
 
 def _run_command(engine: Engine, command: Callable[[Engine], Any], future: Future | None) -> None:

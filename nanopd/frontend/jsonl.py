@@ -113,9 +113,7 @@ class _Job:
     def answer(self) -> Row:
         """Wait for the result, and return the row of the answer."""
         echo = {"line": self.line} | {key: self.row[key] for key in ("request_id", *PROMPT_KEYS) if key in self.row}
-        if self.handle is None:
-            return echo | {"error": self.error}
-        return echo | _answer(self.handle.result())
+        return echo | ({"error": self.error} if self.handle is None else _answer(self.handle.result()))
 
 
 def _submit(llm: LLM, number: int, line: str | bytes, sampling: Mapping[str, Any]) -> _Job:

@@ -39,10 +39,11 @@ from nanopd.messages import FinishReason, RequestLog, Route, Work
 from nanopd.metrics import RequestMetrics
 from nanopd.request import BeamSearchParams, Request, SamplingParams
 from nanopd.routing.factory import find_parameters, keep_lengths, make_policy
-from nanopd.routing.policy import Decision, Policy
+from nanopd.routing.policy import Policy
 
 Prompt = str | list[int]
 Prompts = Prompt | SequenceOf[Prompt]  # one, or many
+Chat = list[dict]  # messages
 Sampling = SamplingParams | SequenceOf[SamplingParams] | None  # for all, or one for each; None: the defaults
 Settings = str | Path | EngineConfig | None  # name or path of a YAML file, or a configuration; None: the defaults
 
@@ -123,11 +124,7 @@ class LLM:
         return self._results([self._request(p, sampling, beams=beams) for p in _as_list(prompts)], use_tqdm)
 
     def chat(
-        self,
-        messages: list[dict] | list[list[dict]],
-        sampling_params: Sampling = None,
-        use_tqdm: bool = True,
-        **template_args: Any,
+        self, messages: Chat | list[Chat], sampling_params: Sampling = None, use_tqdm: bool = True, **template_args: Any
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of many, through the model's chat template.
 
@@ -187,7 +184,7 @@ class LLM:
         """End a request with what it has; unknown and finished ones are left alone."""
         self._thread.abort_all([request_id])
 
-    def encode_chat(self, messages: list[dict], **template_args: Any) -> list[int]:
+    def encode_chat(self, messages: Chat, **template_args: Any) -> list[int]:
         """Token ids of a conversation, ready for the model's answer.
 
         Raises:
@@ -274,33 +271,20 @@ class LLM:
             first, log = seqs[0], seqs[0].log()
             error = next((seq.error for seq in seqs if seq.error is not None), None)
             completions = self._completions(seqs, params)
-        return RequestOutput(
-            first.request_id,
-            handle.request.prompt,
-            first.token_ids[: first.num_prompt_tokens],
-            completions,
-            RequestMetrics.from_log(log),
-            first.route,
-            error,
-            decision=cast("Decision | None", first.decision),
-            num_cached_tokens=first.num_cached_tokens or 0,
-            prompt_logprobs=None if params.prompt_logprobs is None else first.prompt_logprobs,
-        )
+        asked = first.request_id, handle.request.prompt, list(handle.request.prompt_token_ids)
+        more: dict[str, Any] = {"decision": first.decision, "num_cached_tokens": first.num_cached_tokens or 0}
+        if params.prompt_logprobs is not None:
+            more["prompt_logprobs"] = first.prompt_logprobs
+        return RequestOutput(*asked, completions, RequestMetrics.from_log(log), first.route, error, **more)
 
     def _completions(self, seqs: list[Sequence], params: SamplingParams) -> list[CompletionOutput]:
-        completions = []
-        for seq in seqs:
-            reason, ids = FINISH_REASONS[seq.status].value, seq.output_token_ids
-            output = CompletionOutput(0, self._text(seq), ids, reason, seq.stop_reason, seq.logprobs)
-            if seq.logprobs is not None:
-                output.cumulative_logprob = sum(row[token] for row, token in zip(seq.logprobs, ids, strict=False))
-            completions.append(output)
         if len(seqs) > params.n:
-            completions.sort(key=lambda output: -cast(float, output.cumulative_logprob))
-            completions = completions[: params.n]
-        for index, output in enumerate(completions):
-            output.index = index
-            output.logprobs = None if params.logprobs is None else output.logprobs
+            seqs = sorted(seqs, key=lambda seq: -cast(float, _logprob(seq)))[: params.n]
+        completions = []
+        for index, seq in enumerate(seqs):
+            logprobs = None if params.logprobs is None else seq.logprobs
+            end = FINISH_REASONS[seq.status].value, seq.stop_reason, logprobs, _logprob(seq)
+            completions.append(CompletionOutput(index, self._text(seq), seq.output_token_ids, *end))
         return completions
 
     def _beams(self, search: BeamSearch) -> list[CompletionOutput]:
@@ -309,9 +293,8 @@ class LLM:
         for index, beam in enumerate(beams.complete or beams.running):
             text_ids = _without_end(beam.token_ids, beams.eos_token_ids)
             end = FinishReason.STOP if len(text_ids) < len(beam.token_ids) else FinishReason.LENGTH
-            output = CompletionOutput(index, self._decode(text_ids), beam.token_ids, (search.reason or end).value)
-            output.cumulative_logprob, output.score = beam.logprob, beam.score
-            completions.append(output)
+            answer = index, self._decode(text_ids), beam.token_ids, (search.reason or end).value
+            completions.append(CompletionOutput(*answer, cumulative_logprob=beam.logprob, score=beam.score))
         return completions
 
     def _text(self, seq: Sequence) -> str:
@@ -321,6 +304,12 @@ class LLM:
 
     def _decode(self, token_ids: list[int]) -> str:
         return "" if self.tokenizer is None else self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+
+def _logprob(seq: Sequence) -> float | None:
+    """Of the whole answer; None: it has no log probabilities."""
+    rows = zip(seq.logprobs or (), seq.output_token_ids, strict=False)
+    return None if seq.logprobs is None else sum(row[token] for row, token in rows)
 
 
 def _without_end(token_ids: list[int], end_ids: Collection[int]) -> list[int]:
@@ -360,9 +349,7 @@ def _check_main_guard() -> None:
 def _settings(config: Settings, overrides: dict[str, Any]) -> EngineConfig:
     if config is None:
         return EngineConfig.from_dict(overrides)
-    if isinstance(config, EngineConfig):
-        return config.replace(**overrides)
-    return load_config(config, **overrides)
+    return config.replace(**overrides) if isinstance(config, EngineConfig) else load_config(config, **overrides)
 
 
 def load_settings(config: EngineConfig) -> tuple[EngineConfig, ModelConfig, Path]:

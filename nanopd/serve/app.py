@@ -88,8 +88,7 @@ class Api:
         head = {"id": body.ID + secrets.token_hex(12), "created": int(time.time()), "model": self._model}
         if body.stream:
             return EventStream(self._events(body, {**head, "object": body.CHUNK_OBJECT}, requests), requests)
-        outputs = await _results(requests, http)
-        if outputs is None:
+        if (outputs := await _results(requests, http)) is None:
             return Response(status_code=CLIENT_LEFT)
         completions = [completion for output in outputs for completion in output.outputs]
         choices = [body.choice(i, completion, self._token_text) for i, completion in enumerate(completions)]
@@ -210,8 +209,7 @@ def run(llm: AsyncLLM, listener: socket.socket, api_key: str | None = None) -> N
 
 async def _results(requests: list[AsyncRequest], http: Request) -> list[RequestOutput] | None:
     """The results of all requests; None if the client leaves before they end, which aborts them."""
-    results = asyncio.gather(*requests)
-    left = asyncio.ensure_future(_has_left(http))
+    results, left = asyncio.gather(*requests), asyncio.ensure_future(_has_left(http))
     futures: list[asyncio.Future] = [results, left]
     try:
         await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)

@@ -202,23 +202,16 @@ def usage(outputs: list[RequestOutput]) -> Json:
     """Counts of the tokens of all prompts and answers; a prompt with several choices counts once."""
     num_prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs)
     num_output_tokens = sum(len(choice.token_ids) for output in outputs for choice in output.outputs)
-    return {
-        "prompt_tokens": num_prompt_tokens,
-        "completion_tokens": num_output_tokens,
-        "total_tokens": num_prompt_tokens + num_output_tokens,
-        "prompt_tokens_details": {"cached_tokens": sum(output.metrics.num_cached_tokens for output in outputs)},
-    }
+    details = {"cached_tokens": sum(output.metrics.num_cached_tokens for output in outputs)}
+    counts = {"prompt_tokens": num_prompt_tokens, "completion_tokens": num_output_tokens}
+    return {**counts, "total_tokens": num_prompt_tokens + num_output_tokens, "prompt_tokens_details": details}
 
 
 def _completion_logprobs(rows: list[dict[int, float]], token_text: TokenText, start: int) -> Json:
     tokens = [token_text(next(iter(row))) for row in rows]  # the chosen token stands first in its row
-    lengths = itertools.accumulate(map(len, tokens), initial=start)
-    return {
-        "tokens": tokens,
-        "token_logprobs": [_finite(next(iter(row.values()))) for row in rows],
-        "top_logprobs": [_by_text(row, token_text) for row in rows],
-        "text_offset": list(lengths)[:-1],
-    }
+    chosen, best = [_finite(next(iter(row.values()))) for row in rows], [_by_text(row, token_text) for row in rows]
+    offsets = list(itertools.accumulate(map(len, tokens), initial=start))[:-1]
+    return {"tokens": tokens, "token_logprobs": chosen, "top_logprobs": best, "text_offset": offsets}
 
 
 def _by_text(row: dict[int, float], token_text: TokenText) -> dict[str, float]:
