@@ -89,8 +89,7 @@ def next_unit(place, row, head, token, context, tile, seq_lens, num_rows, num_he
         token = i32(0)
         head = i32(head + 1)
         if head == num_heads:
-            head = i32(0)
-            context = i32(0)
+            head = context = i32(0)
             while context == 0 and row + 1 < num_rows:
                 row = i32(row + 1)
                 context = warp.load_constant_i32(seq_lens + 4 * warp.wide(row))
@@ -292,8 +291,7 @@ def decode_kernel(head_dim: int, dtype: str, num_warps: int, num_stages: int) ->
         place = end = i32(0)
         row = head = token = context = i32(0)
         if cta < active:
-            place = warp.mul_div(cta, total, active)
-            end = warp.mul_div(cta + 1, total, active)
+            place, end = warp.mul_div(cta, total, active), warp.mul_div(cta + 1, total, active)
             row = row_of(place, plan, num_rows, lane)
             context = warp.load_constant_i32(seq_lens + 4 * warp.wide(row))
             cost = i32((context + TILE - 1) // TILE + SEGMENT_COST)
@@ -305,8 +303,7 @@ def decode_kernel(head_dim: int, dtype: str, num_warps: int, num_stages: int) ->
 
         # ---- The unit whose tiles are read, AHEAD units before the one that is computed.
         ring = i32(shared + wid * RING)
-        lane_row = i32(lane // CHUNKS)
-        chunk = i32((lane % CHUNKS) * 16)
+        lane_row, chunk = i32(lane // CHUNKS), i32((lane % CHUNKS) * 16)
         to_k = i32(lane_row * ROW + (chunk ^ ((lane_row & 1) << 6)))
         to_v = i32(V + lane_row * ROW + (chunk ^ ((lane_row & 6) << 4)))
         in_stage = ring
@@ -378,10 +375,8 @@ def decode_kernel(head_dim: int, dtype: str, num_warps: int, num_stages: int) ->
                     max0, max1 = new0, new1
                     s0, s1 = warp.exp2(s0 - new0), warp.exp2(s1 - new1)
                     s2, s3 = warp.exp2(s2 - new0), warp.exp2(s3 - new1)
-                    sum0 = sum0 * decay0 + (s0 + s2)  # of this lane's tokens
-                    sum1 = sum1 * decay1 + (s1 + s3)
-                    p_low = warp.transpose_8x8(pack(s0, s1))
-                    p_high = warp.transpose_8x8(pack(s2, s3))
+                    sum0, sum1 = sum0 * decay0 + (s0 + s2), sum1 * decay1 + (s1 + s3)  # of this lane's tokens
+                    p_low, p_high = warp.transpose_8x8(pack(s0, s1)), warp.transpose_8x8(pack(s2, s3))
                     sums = accumulate(sums, stage + v_lane, decay0, decay1, p_low, p_high)
                 stage = i32(stage + STAGE)
                 if stage == ring + RING:
@@ -399,8 +394,7 @@ def decode_kernel(head_dim: int, dtype: str, num_warps: int, num_stages: int) ->
                     tasks = i32((warp.min_i32(columns - column0, COLUMNS) + 1) // 2 * 2 * QUADS)
                     task = thread
                     while task < tasks:
-                        column = i32(task // QUADS)
-                        dim = i32((task % QUADS) * 4)
+                        column, dim = i32(task // QUADS), i32((task % QUADS) * 4)
                         y0, y1, y2, y3, lse = merge_warps(shared, column, dim)
                         if alone:
                             to = q_row(row, kv_head, column0 + column, num_kv_heads, group, num_queries)
@@ -422,8 +416,7 @@ def decode_kernel(head_dim: int, dtype: str, num_warps: int, num_stages: int) ->
                             warp.store_i32_if(arrived, i32(0), thread == 0)
                             task = thread
                             while task < tasks:
-                                column = i32(task // QUADS)
-                                dim = i32((task % QUADS) * 4)
+                                column, dim = i32(task // QUADS), i32((task % QUADS) * 4)
                                 y0, y1, y2, y3 = merge_ctas(partials, partial_lse, first_cta, last_cta, column, dim)
                                 to = q_row(row, kv_head, column0 + column, num_kv_heads, group, num_queries)
                                 warp.store_8_bytes(out + to * ROW + 2 * dim, pack(y0, y1), pack(y2, y3))
@@ -443,8 +436,7 @@ def plan_kernel(tile: int) -> Callable[..., None]:
     def kernel(seq_lens, plan, num_rows, num_heads):  # type: ignore[no-untyped-def]
         lane = warp.thread_index()
         warp.wait_for_predecessor()
-        before = i32(0)
-        start = i32(0)
+        before = start = i32(0)
         warp.store_i32_if(plan, i32(0), lane == 0)
         while start < num_rows:
             row = i32(start + lane)

@@ -72,8 +72,7 @@ class PrefillAttention:
 
     def __init__(self, max_tokens: int, backends: Backends | None = None) -> None:
         """A step has at most `max_tokens` tokens. `backends` are by default those that are fastest on the device."""
-        self._max_tokens = max_tokens
-        self._backends = backends
+        self._max_tokens, self._backends = max_tokens, backends
         self._plan: Plan | None = None
         self._num_seen: Counter[tuple[int, int]] = Counter()  # steps, by number and length of rows of equal length
 

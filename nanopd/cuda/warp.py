@@ -70,10 +70,7 @@ f32_of_bits = instruction("mov.b32 $0, $1;", "f", "r")
 log2 = instruction("lg2.approx.ftz.f32 $0, $1;", "f", "f")
 
 # ---- Types of 16 bits. A register holds two elements, the first in its low half.
-PACK = {
-    "bf16": instruction("cvt.rn.bf16x2.f32 $0, $2, $1;", "r", "ff"),
-    "f16": instruction("cvt.rn.f16x2.f32 $0, $2, $1;", "r", "ff"),
-}
+PACK = {dtype: instruction(f"cvt.rn.{dtype}x2.f32 $0, $2, $1;", "r", "ff") for dtype in NAMES.values()}
 UNPACK = {
     # A bf16 is the upper half of the float32 of the same value.
     "bf16": instruction("{shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;}", "ff", "r"),
@@ -207,14 +204,9 @@ warp_sum = macro(lambda emit, x: add_lanes(emit, x, 32))
 warp_max = macro(lambda emit, x: combine(emit, x, max_f32, (16, 8, 4, 2, 1)))
 group_sum = macro(lambda emit, x: combine(emit, x, add_f32, GROUP))
 group_max = macro(lambda emit, x: combine(emit, x, max_f32, GROUP))
-
-
-def _prefix_sum(add: Any) -> Any:
-    """A function of x: the sum over the lanes up to and including this one."""
-    return macro(lambda emit, x: reduce(partial(emit, add), (1, 2, 4, 8, 16), x))
-
-
-prefix_sum, prefix_sum_i64 = _prefix_sum(add_shuffled_up), _prefix_sum(add_shuffled_up_i64)
+# The sum over the lanes up to and including this one.
+prefix_sum = macro(lambda emit, x: reduce(partial(emit, add_shuffled_up), (1, 2, 4, 8, 16), x))
+prefix_sum_i64 = macro(lambda emit, x: reduce(partial(emit, add_shuffled_up_i64), (1, 2, 4, 8, 16), x))
 
 
 def zeros(count: int) -> Any:

@@ -24,9 +24,7 @@ class Decoder:
     """A loaded model on one device."""
 
     def __init__(self, config: ModelConfig, weights: DecoderWeights, ops: Operations) -> None:
-        self.config = config
-        self.weights = weights
-        self.ops = ops
+        self.config, self.weights, self.ops = config, weights, ops
         self.device = weights.embedding.device
 
     def forward(self, batch: InputBatch, kv: Tensor) -> Tensor:

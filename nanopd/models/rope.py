@@ -53,8 +53,7 @@ def _llama3(inv_freq: Tensor, scaling: RopeScaling) -> Tensor:
     """Keeps short wavelengths, lengthens long ones by the factor, and blends those between."""
     assert scaling.original_max_position_embeddings is not None
     turns = scaling.original_max_position_embeddings * inv_freq / (2 * math.pi)  # turns within the original context
-    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    blend = blend.clamp(0.0, 1.0)
+    blend = ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0.0, 1.0)
     return (1 - blend) * inv_freq / scaling.factor + blend * inv_freq
 
 
