@@ -46,29 +46,23 @@ class RequestMetrics:
 
     @classmethod
     def from_log(cls, log: RequestLog) -> RequestMetrics:
-        arrived_s = _first_time(log, EventKind.ARRIVED)
-        assert arrived_s is not None, f"{log.request_id} never arrived"
-        finished_s = _first_time(log, EventKind.FINISHED)
+        first_s = {event.kind: event.time_s for event in reversed(log.events)}  # the first event of each kind
+        arrived_s, finished_s = first_s[EventKind.ARRIVED], first_s.get(EventKind.FINISHED)
         times_s = log.token_times_s
         itl_ms = np.diff(times_s) * 1e3
+        names = {field.name for field in fields(cls)}
         return cls(
-            request_id=log.request_id,
-            route=log.route,
-            finish_reason=log.finish_reason,
             arrived_s=arrived_s,
             finished_s=finished_s,
-            queue_ms=_span_ms(arrived_s, _first_time(log, EventKind.SCHEDULED)),
+            queue_ms=_span_ms(arrived_s, first_s.get(EventKind.SCHEDULED)),
             ttft_ms=_span_ms(arrived_s, float(times_s[0])) if len(times_s) else None,
             first_gap_ms=float(itl_ms[0]) if len(itl_ms) else None,
             tpot_ms=float(itl_ms.mean()) if len(itl_ms) else None,
             itl_ms=itl_ms,
             e2e_ms=_span_ms(arrived_s, finished_s),
-            num_prompt_tokens=log.num_prompt_tokens,
             num_output_tokens=len(times_s),
-            num_cached_tokens=log.num_cached_tokens,
-            num_draft_tokens=log.num_draft_tokens,
-            num_accepted_tokens=log.num_accepted_tokens,
             num_preemptions=sum(event.kind is EventKind.PREEMPTED for event in log.events),
+            **{field.name: getattr(log, field.name) for field in fields(log) if field.name in names},
         )
 
     @property
@@ -212,10 +206,6 @@ def _summarize(requests: Sequence[RequestMetrics], duration_s: float, slo: SLO |
         goodput_per_s=None if num_good is None else _ratio(num_good, duration_s),
         **figures,
     )
-
-
-def _first_time(log: RequestLog, kind: EventKind) -> float | None:
-    return next((event.time_s for event in log.events if event.kind is kind), None)
 
 
 def _span_ms(start_s: float, end_s: float | None) -> float | None:

@@ -7,7 +7,7 @@ from collections import deque
 from pathlib import Path
 
 from nanopd.checkpoints.model_files import read_model_config
-from nanopd.config import EngineConfig, ModelConfig
+from nanopd.config import EngineConfig, ModelConfig, WorkerSpec
 from nanopd.engine.engine import Engine
 from nanopd.ipc.shared_memory import Memories
 from nanopd.messages import Peer, SlotExtras, StepBatch, StepResult, TransferAck, TransferPlan
@@ -49,7 +49,7 @@ def local_engine(config: EngineConfig, path: Path, model: ModelConfig | None = N
     model = model or read_model_config(path, config.dtype, True)
     config = config.replace(max_model_len=config.max_model_len or model.max_position_embeddings)
     memories = Memories.of(len(config.workers), with_relays=False)
-    workers = [Worker.load(i, config, model, path, memories) for i in range(len(config.workers))]
+    workers = [Worker.load(WorkerSpec(i, config, model, path), memories) for i in range(len(config.workers))]
     for worker in workers:
         for peer, other in enumerate(workers):
             worker.connect(peer, Peer(0, other.num_blocks))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from nanopd.config import EngineConfig, ModelConfig
+from nanopd.config import WorkerSpec
 from nanopd.ipc.shared_memory import Memories
 from nanopd.messages import TransferPlan
 from nanopd.worker import main as real
 from nanopd.worker.kv_cache import allocate_kv
-from nanopd.worker.kv_transfer import KVTransfer, paths_to
+from nanopd.worker.kv_transfer import KVTransfer
 from nanopd.worker.pending import Pending
 from nanopd.worker.worker import Worker, use_device
 
@@ -26,13 +25,14 @@ class PoolTransfer(KVTransfer):
         return super().launch(plan)
 
 
-def load(index: int, config: EngineConfig, model: ModelConfig, path: Path, memories: Memories, _: Any) -> Worker:
-    """A worker that moves blocks and takes no steps; `config` says how many blocks it has."""
+def load(spec: WorkerSpec, memories: Memories, _: Any) -> Worker:
+    """A worker that moves blocks and takes no steps; its configuration says how many blocks it has."""
+    index, config = spec.index, spec.config
     assert config.num_blocks is not None
     device = use_device(config.workers[index].device)
-    kv = allocate_kv(memories.caches[index], config.num_blocks, config.kv_layout(model), device)
+    kv = allocate_kv(memories.caches[index], config.num_blocks, config.kv_layout(spec.model), device)
     transfer = PoolTransfer(index, kv, memories.relays, config.verify_transfers)
-    return Worker(index, config, model, memories, paths_to(index, config), kv, None, transfer)
+    return Worker(spec, memories, kv, None, transfer)
 
 
 def main(*args: Any) -> None:

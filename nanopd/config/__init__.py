@@ -8,3 +8,4 @@ from nanopd.config.engine_config import allowed_routes as allowed_routes, routes
 from nanopd.config.engine_config import check_devices as check_devices, load_config as load_config
 from nanopd.config.kv_layout import KVLayout as KVLayout
 from nanopd.config.model_config import ITEMSIZES as ITEMSIZES, ModelConfig as ModelConfig, RopeScaling as RopeScaling
+from nanopd.config.worker_spec import WorkerSpec as WorkerSpec

@@ -28,7 +28,7 @@ from nanopd.ipc.doorbell import Doorbell
 from nanopd.messages import BLOCK_COPY, SLOT_INIT, TABLE_UPDATE, Route, RowFlag, StepBatch, TransferPlan
 from nanopd.routing import cost_model
 from nanopd.routing.closed_form import ClosedForm
-from nanopd.routing.cost_model import MoveSample, Parameters, Sample, StepSample, Terms, chunk_pairs
+from nanopd.routing.cost_model import MoveSample, Parameters, Sample, StepSample, Terms, rows_of
 from nanopd.workers.paths import send_plan
 from nanopd.workers.process import WorkerProcess
 from nanopd.workers.supervisor import WorkerSupervisor
@@ -85,10 +85,6 @@ class StepShape:
     num_new: int = 0
     num_cached: int = 0
 
-    def sample(self, ms: float) -> StepSample:
-        pairs = chunk_pairs(self.num_new, self.num_cached)
-        return StepSample(self.batch, self.batch * self.context, self.num_new, pairs, self.num_cached, ms)
-
     def rows(self) -> Iterator[tuple[int, int]]:
         """Start and length of each row."""
         yield from itertools.repeat((self.context - 1, 1), self.batch)
@@ -144,7 +140,8 @@ def _measure(
     # In blocks. The largest move comes first, since the first of a round includes the time in which workers wake up.
     counts = [-(-n // config.block_size) for n in reversed(grid.moved) if n <= num_kv_tokens]
     moves = list(itertools.product(routes, counts))
-    tasks = [partial(_step_ms, workers[0], step_of(shape, config.block_size, model.vocab_size)) for shape in shapes]
+    steps = [step_of(shape, config.block_size, model.vocab_size) for shape in shapes]
+    tasks = [partial(_step_ms, workers[0], step) for step in steps]
     tasks += [partial(_move_ms, workers, *move) for move in moves]
     # All tasks come once in each round, so that a disturbance of some seconds spoils one repeat of each, not all.
     calls = tqdm(tasks * (REPEATS + 1), desc="profiling", disable=not show_progress)
@@ -152,9 +149,9 @@ def _measure(
     best_ms = times_ms[1:].min(axis=0).tolist()
     block_bytes = config.kv_layout(model).bytes_per_block
     of_routes: dict[Route, list[MoveSample]] = {route: [] for route in routes}
-    for (route, count), ms in zip(moves, best_ms[len(shapes) :], strict=True):
+    for (route, count), ms in zip(moves, best_ms[len(steps) :], strict=True):
         of_routes[route].append(MoveSample(count * block_bytes, ms))
-    return [shape.sample(ms) for shape, ms in zip(shapes, best_ms, strict=False)], of_routes
+    return [StepSample(*rows_of(step), ms) for step, ms in zip(steps, best_ms, strict=False)], of_routes
 
 
 def _num_kv_tokens(workers: Sequence[WorkerProcess], config: EngineConfig) -> int:

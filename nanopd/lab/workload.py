@@ -315,7 +315,4 @@ def _hash_ids(values: list[int]) -> tuple[int, ...]:
 
 
 def _json_object(line: str) -> dict[str, Any]:
-    values = json.loads(line)
-    if not isinstance(values, dict):
-        raise ValueError
-    return values
+    return {**json.loads(line)}  # a TypeError for what is no object

@@ -52,11 +52,8 @@ class ClosedForm:
         """`num_decoding`: sequences that the decode worker has without this one."""
         return (self.alpha + self.transfer_rate) * num_prompt + self.step_ms(num_decoding + 1) * num_output
 
-    def disaggregated_wins(self, load: int) -> bool:
-        return load > 0 and self.gamma / self.transfer_rate > self.batch_thresh / load
-
     def winning_load(self) -> int:
-        """The least load from which the disaggregated route is faster."""
+        """The least load from which the disaggregated route is faster: gamma / transfer rate > batch_thresh / load."""
         return int(self.batch_thresh * self.transfer_rate / self.gamma) + 1
 
     def rank(

@@ -212,13 +212,15 @@ class _Processing:
         return logits
 
 
-def adjust_logits(
-    logits: Tensor,  # [num_rows, vocab_size] float32 or a 16-bit type
-    counts: Tensor,  # [num_table_rows, >= vocab_size] int32
-    biases: Tensor | None,  # the same shape, float32
-    records: np.ndarray,  # [num_rows] ADJUSTMENT
-) -> Tensor:
-    """Biases and penalties: [num_rows, vocab_size] float32."""
+def adjust_logits(logits: Tensor, counts: Tensor, biases: Tensor | None, records: np.ndarray) -> Tensor:
+    """Biases and penalties: [num_rows, vocab_size] float32.
+
+    Args:
+        logits: [num_rows, vocab_size] float32 or a 16-bit type.
+        counts: [num_table_rows, >= vocab_size] int32.
+        biases: the same shape, float32.
+        records: [num_rows] ADJUSTMENT.
+    """
     rows, vocab_size = torch.from_numpy(records["row"].astype(np.int64)), logits.shape[1]
     names = ("presence", "frequency", "repetition", "inverse")
     presence, frequency, repetition, inverse = (torch.from_numpy(records[name].copy())[:, None] for name in names)

@@ -13,14 +13,13 @@ import traceback
 from collections import defaultdict, deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import cast
+from typing import TypeAlias, cast
 
 import psutil
 import torch
 
 from nanopd import cpu
-from nanopd.config import EngineConfig, ModelConfig
+from nanopd.config import EngineConfig, WorkerSpec
 from nanopd.ipc.channel import Endpoint
 from nanopd.ipc.doorbell import Waiter
 from nanopd.ipc.shared_memory import Memories
@@ -36,26 +35,21 @@ GPU_SPIN_S = 0.1  # how long a GPU's worker spins before it sleeps, so that a se
 CONTROL_INTERVAL_S = 0.01
 BACKLOG_WAIT_S = 0.001  # how often a worker looks whether the parent, which was behind, has read
 
+Loader: TypeAlias = Callable[..., Worker]  # called as `Worker.load`
+
 
 def main(
-    index: int,
-    config: EngineConfig,
-    model: ModelConfig,
-    path: Path,
-    endpoint: Endpoint,
-    control: Connection,
-    memories: Memories,
-    load: Callable[..., Worker] = Worker.load,
+    spec: WorkerSpec, memories: Memories, endpoint: Endpoint, control: Connection, load: Loader = Worker.load
 ) -> None:
-    """Run worker `index`, which `load` makes, until told to stop.
+    """Run the worker, which `load` makes, until told to stop.
 
     Ctrl-C is for the parent, which blocks it here and then says Shutdown.
     """
     try:
-        _use_threads(num_threads(config))
-        worker = load(index, config, model, path, memories, lambda *done: control.send(Progress(*done)))
+        _use_threads(num_threads(spec.config))
+        worker = load(spec, memories, lambda *done: control.send(Progress(*done)))
         control.send(Ready(worker.num_blocks, worker.num_host_blocks, worker.paths, worker.kv_handle))
-        is_cpu = config.workers[index].device == "cpu"
+        is_cpu = spec.config.workers[spec.index].device == "cpu"
         waits = (CPU_POLL_INTERVAL_S, 0.0) if is_cpu else (0.0, GPU_SPIN_S)
         _Server(worker, endpoint, control, *waits).run()
     except BaseException as error:

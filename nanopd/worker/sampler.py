@@ -91,12 +91,11 @@ class Sampler:
         """The extras hold from when a sequence enters their slot, which is in the next step."""
         self._arrived[extras.slot] = extras
 
-    def apply(
-        self,
-        slot_inits: np.ndarray,  # [*] SLOT_INIT
-        stop_ids: np.ndarray,  # [sum of num_stop_ids] int32, the records' stop ids one after another
-    ) -> None:
-        """Take over the parameters of sequences that enter slots."""
+    def apply(self, slot_inits: np.ndarray, stop_ids: np.ndarray) -> None:
+        """Take over the parameters of sequences that enter slots.
+
+        slot_inits [*] SLOT_INIT; stop_ids [sum of num_stop_ids] int32, the records' stop ids one after another
+        """
         self._slots[slot_inits["slot"]] = slot_inits
         ends = np.cumsum(slot_inits["num_stop_ids"])
         for slot, ids in zip(slot_inits["slot"].tolist(), np.split(stop_ids, ends[:-1]), strict=False):
@@ -107,13 +106,14 @@ class Sampler:
             if extras is not None and extras.num_prompt_logprobs >= 0:
                 self._prompts[slot] = extras
 
-    def sample(
-        self,
-        logits: Tensor,  # [num_rows, vocab_size], float32 or a 16-bit type, contiguous; left as they are
-        slots: np.ndarray,  # [num_rows] int64
-        positions: np.ndarray,  # [num_rows] int64, index in its sequence, prompt included, of the token to choose
-    ) -> Tensor:
-        """The next token of every row, [num_rows] int64; -1 where a user's function has failed."""
+    def sample(self, logits: Tensor, slots: np.ndarray, positions: np.ndarray) -> Tensor:
+        """The next token of every row, [num_rows] int64; -1 where a user's function has failed.
+
+        Args:
+            logits: [num_rows, vocab_size], float32 or a 16-bit type, contiguous; left as they are.
+            slots: [num_rows] int64.
+            positions: [num_rows] int64, index in its sequence, prompt included, of the token to choose.
+        """
         if not self._adjustments.concern(slots):
             return self._draw(logits, slots, positions)
         token_ids = self._draw(self._adjustments.apply(logits, slots), slots, positions)
@@ -193,13 +193,15 @@ def _is_masked(params: np.ndarray, positions: np.ndarray) -> np.ndarray:
     return (positions < params["min_len"]) & (params["num_stop_ids"] > 0)
 
 
-def token_logprobs(
-    logits: Tensor,  # [num_rows, vocab_size] float32 or a 16-bit type
-    token_ids: Tensor,  # [num_rows] int64
-    wanted: Tensor,  # [num_rows] int64, how many best tokens
-    num_best: int,  # the largest of `wanted`
-) -> tuple[Tensor, Tensor]:
-    """Ids and values of `TokenLogprobs`."""
+def token_logprobs(logits: Tensor, token_ids: Tensor, wanted: Tensor, num_best: int) -> tuple[Tensor, Tensor]:
+    """Ids and values of `TokenLogprobs`.
+
+    Args:
+        logits: [num_rows, vocab_size] float32 or a 16-bit type.
+        token_ids: [num_rows] int64.
+        wanted: [num_rows] int64, how many best tokens.
+        num_best: the largest of `wanted`.
+    """
     num_best = min(num_best, logits.shape[1])
     ids = torch.full((len(logits), 1 + MAX_LOGPROBS), -1, dtype=torch.int64, device=logits.device)
     values = torch.full(ids.shape, -torch.inf, device=logits.device)

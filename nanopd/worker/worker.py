@@ -7,12 +7,11 @@ slot or a block belongs to is the parent's to know.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from nanopd.config import EngineConfig, ModelConfig
+from nanopd.config import EngineConfig, ModelConfig, WorkerSpec
 from nanopd.cpu import ops
 from nanopd.ipc.shared_memory import Memories
 from nanopd.messages import Peer, StepBatch, ToWorker, TransferPath, TransferPlan
@@ -28,65 +27,50 @@ class Worker:
     """What one worker process does: steps by its `ModelRunner`, plans by its `KVTransfer`."""
 
     def __init__(
-        self,
-        index: int,
-        config: EngineConfig,
-        model: ModelConfig,
-        memories: Memories,
-        paths: dict[int, TransferPath],
-        kv: Tensor,
-        runner: ModelRunner | None,
-        transfer: KVTransfer,
+        self, spec: WorkerSpec, memories: Memories, kv: Tensor, runner: ModelRunner | None, transfer: KVTransfer
     ) -> None:
         """A worker made of its parts.
 
         Args:
-            paths: by source, how blocks get here.
             kv: [num_blocks, ...], the cache that `runner` and `transfer` read and write.
             runner: None: the worker is never sent a step, and has no host blocks.
 
         Raises:
-            ConfigError: other processes cannot open the cache.
+            ConfigError: blocks cannot get here as the configuration says, or other processes cannot open the cache.
         """
-        self._index, self._config, self._model, self._memories = index, config, model, memories
-        self._runner, self._transfer = runner, transfer
-        self._layout = config.kv_layout(model)
+        self._spec, self._memories, self._runner, self._transfer = spec, memories, runner, transfer
         self._between_layers: Callable[[], object] = lambda: None
         self.num_blocks = len(kv)
         self.num_host_blocks = 1 if runner is None else runner.num_host_blocks
-        self.paths = paths
-        self.kv_handle = export_kv(kv) if TransferPath.IPC in paths.values() else None
+        self.paths = paths_to(spec.index, spec.config)  # by source, how blocks get here
+        self.kv_handle = export_kv(kv) if TransferPath.IPC in self.paths.values() else None
 
     @classmethod
     def load(
-        cls,
-        index: int,
-        config: EngineConfig,
-        model: ModelConfig,
-        path: Path,
-        memories: Memories,
-        on_progress: Callable[[int, int], None] | None = None,
+        cls, spec: WorkerSpec, memories: Memories, on_progress: Callable[[int, int], None] | None = None
     ) -> Worker:
-        """A worker with the weights of `path`; `on_progress(done_bytes, total_bytes)` hears of them while they load.
+        """A worker with its weights; `on_progress(done_bytes, total_bytes)` hears of them while they load.
 
         Raises:
             ConfigError: there is not enough memory, or blocks cannot get here as the configuration says.
         """
-        device, paths = use_device(config.workers[index].device), paths_to(index, config)
+        index, config, model = spec.index, spec.config, spec.model
+        device = use_device(config.workers[index].device)
+        paths_to(index, config)  # raises now what the worker would raise once it has loaded
         layout = config.kv_layout(model)
         operations = cuda_operations(config, model, device) if device.type == "cuda" else ops
         sizes = config.load_format, config.max_len_of(model), config.seed
-        decoder = load_model(model, layout, operations, path, device, *sizes, on_progress)
+        decoder = load_model(model, layout, operations, spec.path, device, *sizes, on_progress)
         kv = allocate_kv(memories.caches[index], derive_num_blocks(decoder, config, model), layout, device)
         transfer = KVTransfer(index, kv, memories.relays, config.verify_transfers)
-        return cls(index, config, model, memories, paths, kv, ModelRunner(decoder, kv, config, model), transfer)
+        return cls(spec, memories, kv, ModelRunner(decoder, kv, config, model), transfer)
 
     def connect(self, worker: int, peer: Peer | None) -> None:
         """Open the KV cache of another worker, in place of its older one. None: the worker is dead, so close that."""
         self._transfer.disconnect(worker)  # before a cache is opened that may need the memory of the old one
-        if peer is not None and worker != self._index:
-            path, shared = self.paths[worker], self._memories.caches[worker]
-            cache = open_kv(path, shared, peer, self._layout)
+        if peer is not None and worker != self._spec.index:
+            layout = self._spec.config.kv_layout(self._spec.model)
+            cache = open_kv(self.paths[worker], self._memories.caches[worker], peer, layout)
             self._transfer.connect(worker, peer.generation, cache)
 
     def knows(self, plan: TransferPlan) -> bool:

@@ -14,11 +14,10 @@ import signal
 import time
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
-from pathlib import Path
 from typing import cast
 
 from nanopd import messages
-from nanopd.config import EngineConfig, ModelConfig
+from nanopd.config import EngineConfig, ModelConfig, WorkerSpec
 from nanopd.errors import WorkerError
 from nanopd.ipc.channel import channel
 from nanopd.ipc.descriptor import Descriptor
@@ -43,34 +42,25 @@ def _run_entry(module: str, *args: object) -> None:
 class WorkerProcess(WorkerClient):
     """A worker that is a spawned process."""
 
-    def __init__(
-        self,
-        index: int,
-        generation: int,
-        config: EngineConfig,
-        model: ModelConfig,
-        path: Path,
-        memories: Memories,
-        waiter: Waiter,
-    ) -> None:
+    def __init__(self, spec: WorkerSpec, generation: int, memories: Memories, waiter: Waiter) -> None:
         """Spawn the process. `waiter` wakes up for what it says, and for its end, until it is killed.
 
         Raises:
             OSError: the system refuses a process, a descriptor or memory.
         """
-        self.index = index
+        self.index = spec.index
         self.generation = generation
         self.share_loaded = 0.0
         self.num_blocks = self.num_host_blocks = 0  # these and the following two are known once the worker is ready
         self.paths = {}
         self.kv_handle: object = None
-        self._endpoint, theirs = channel(_max_message_nbytes(config, model), NUM_MESSAGES)
+        self._endpoint, theirs = channel(_max_message_nbytes(spec.config, spec.model), NUM_MESSAGES)
         import torch.multiprocessing  # not at the top, where the child would import it before `die_with_parent`
 
         context = torch.multiprocessing.get_context("spawn")
         self._control, their_control = context.Pipe()
-        args = (WORKER_ENTRY, index, config, model, path, theirs, their_control, memories)
-        self._process = context.Process(target=_run_entry, args=args, name=f"nanopd-worker-{index}", daemon=True)
+        args = (WORKER_ENTRY, spec, memories, theirs, their_control)
+        self._process = context.Process(target=_run_entry, args=args, name=f"nanopd-worker-{self.index}", daemon=True)
         with _spawning():
             self._process.start()
         their_control.close()

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from nanopd.config import EngineConfig, ModelConfig, routes_for_policy
+from nanopd.config import EngineConfig, ModelConfig, WorkerSpec, routes_for_policy
 from nanopd.errors import NanopdError, WorkerError
 from nanopd.ipc.doorbell import Doorbell, Waiter
 from nanopd.ipc.shared_memory import Memories
@@ -88,9 +88,6 @@ class WorkerSupervisor:
             self._ending.remove(process)
             process.close(0.0)
         outcomes = [self._go_on_with(worker) for worker in list(self._due_s)]
-        for outcome in outcomes:
-            if isinstance(outcome, WorkerProcess):
-                logger.warning("worker %d: has been replaced, restart %d", outcome.index, outcome.generation)
         return [outcome for outcome in outcomes if outcome is not None]
 
     def close(self, timeout_s: float = SHUTDOWN_TIMEOUT_S) -> None:
@@ -111,9 +108,9 @@ class WorkerSupervisor:
         config = self._config
         if worker in self._num_blocks:
             config = config.replace(num_blocks=self._num_blocks[worker])
-        args = worker, self.num_restarts[worker], config, self._model, self._path, self._memories, self._waiter
+        spec = WorkerSpec(worker, config, self._model, self._path)
         try:
-            self._loading[worker] = WorkerProcess(*args)
+            self._loading[worker] = WorkerProcess(spec, self.num_restarts[worker], self._memories, self._waiter)
         except OSError as error:
             raise WorkerError(worker, f"could not be spawned: {error}") from error
 
@@ -146,6 +143,8 @@ class WorkerSupervisor:
                     other.tell(Peers({worker: process.peer}))
                 self._serving[worker] = process
                 process.tell(Peers({index: other.peer for index, other in self._serving.items()}))
+                if process.generation > 0:
+                    logger.warning("worker %d: has been replaced, restart %d", worker, process.generation)
                 return process
         return None
 

