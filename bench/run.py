@@ -21,9 +21,9 @@ from pathlib import Path
 from bench import sweep
 from bench.lib.load import (
     WORKLOADS,
-    Arrangement,
     Workload,
     engine_config,
+    names_of,
     play,
     result_row,
     save_timeline,
@@ -35,6 +35,7 @@ from bench.lib.report import Row, arguments, device_name, emit
 from bench.lib.rows import figures_of
 from nanopd import LLM
 from nanopd.errors import ConfigError
+from nanopd.lab.planner import Arrangement
 from nanopd.metrics import SLO
 
 
@@ -125,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arrangement = Arrangement.parse(args.policy) if args.policy else Arrangement.of(base)
     config = arrangement.applied(base)
     with serving(config) as llm:
-        rows = SOURCES[source](llm, args, {"policy": arrangement.policy, "split": arrangement.split, "seed": args.seed})
+        rows = SOURCES[source](llm, args, {**names_of(arrangement), "seed": args.seed})
     settings = {"engine": settings_of(config), **{SETTINGS[k]: v for k, v in vars(args).items() if k in SETTINGS}}
     table = [figures_of(row) for row in rows]
     emit(source, settings, rows, device=device_name(config), table=table, path=args.json)

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.lib.load import (
-    Arrangement,
     Run,
     Simulation,
     Workload,
     engine_config,
+    names_of,
     play,
     result_row,
     save_timeline,
@@ -36,12 +36,13 @@ from bench.lib.load import (
     settings_of,
 )
 from bench.lib.report import Row, device_name, emit, load, make_report, save
-from bench.lib.rows import figures_of, limits_of
+from bench.lib.rows import figures_of, limits_of, policy_of
 from bench.report import write_page
 from nanopd import EngineConfig
 from nanopd.checkpoints.model_files import read_model_config, resolve
 from nanopd.config import LEVELS, ModelConfig
 from nanopd.errors import ConfigError
+from nanopd.lab.planner import ORACLE, Arrangement
 from nanopd.lab.profiler import cache_file
 from nanopd.metrics import SLO
 from nanopd.routing.cost_model import Parameters
@@ -117,10 +118,10 @@ class Point:
         """What tells its row from all others."""
         of = self.workload
         key = {"workload": of.label, "rate": of.rate, "seed": of.seed, "cv": of.cv}
-        return {**key, "policy": arrangement.policy, "split": arrangement.split, "window_s": self.window_s}
+        return {**key, **names_of(arrangement), "window_s": self.window_s}
 
     def title(self, arrangement: Arrangement) -> str:
-        return f"{arrangement}, {self.workload.label} at {self.workload.rate:g} requests/s"
+        return f"{policy_of(names_of(arrangement))}, {self.workload.label} at {self.workload.rate:g} requests/s"
 
 
 class Results:
@@ -188,7 +189,7 @@ def transformers(base: EngineConfig, arrangement: Arrangement) -> Iterator[Playe
 
 @contextmanager
 def simulation(base: EngineConfig, machine: Machine, arrangement: Arrangement) -> Iterator[Player]:
-    simulated = Simulation(arrangement.applied(base), *machine)
+    simulated = Simulation(base, arrangement, *machine)
     yield lambda point: simulated.play(simulated.requests(point.workload, point.end_s))
 
 
@@ -209,7 +210,7 @@ def runs(served: Sequence[tuple[Arrangement, Server]], points: list[Point], resu
                 except ConfigError as error:
                     if error.field != "params":
                         raise
-                    print(f"{arrangement} is left out: {error}", file=sys.stderr)
+                    print(f"{arrangement.text} is left out: {error}", file=sys.stderr)
                     continue
                 for point in todo:
                     window_s = (point.warm_up_s, point.end_s)
@@ -254,7 +255,7 @@ def parser_of_sweep() -> argparse.ArgumentParser:
     )
     parser.add_argument("--quick", action="store_true", help="the first workload, in short windows")
     parser.add_argument("--simulate", action="store_true", help="predict the rows; needs parameters, and no device")
-    parser.add_argument("--policies", nargs="+", metavar="POLICY", help="[policy:]split; in place of --policy")
+    parser.add_argument("--policies", nargs="+", metavar="POLICY", help="[policy:]split[/chunk budget]")
     parser.add_argument("--peer", choices=["transformers"], help="after the policies the same points by this one")
     parser.add_argument("--points", nargs="+", metavar="WORKLOAD@RATE,..", help="in place of the sweep's own")
     parser.add_argument("--traces", nargs="+", default=[], metavar="PATH@RATE,..", help="besides: *.csv, *.jsonl")
@@ -290,6 +291,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = Results(out, config, device_name(base))
         serve = partial(engine, base, points[min(1, len(points) - 1)], out)
     served = [(Arrangement.parse(policy), serve) for policy in sweep.policies]
+    if not args.simulate and any(arrangement.policy == ORACLE for arrangement, _ in served):
+        parser.error("oracle needs --simulate: it knows the lengths of answers")
     rows = runs([*served, (PEER, partial(transformers, base))] if args.peer else served, points, results)
     outcome = carry_out(rows, results, args.budget_s, 0.0 if args.simulate else sweep.warm_up_s + sweep.window_s)
     if results.rows:

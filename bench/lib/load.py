@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import re
 import sys
 import threading
 import time
@@ -31,62 +30,24 @@ from bench.lib.report import Row, greedy
 from bench.lib.rows import limits_of
 from nanopd import LLM, EngineConfig, NanopdError, SamplingParams
 from nanopd.commands.run import DEMO_PROMPTS
-from nanopd.config import POLICIES, ModelConfig, load_config, routes_for_policy
+from nanopd.config import ModelConfig, load_config, routes_for_policy
 from nanopd.errors import ConfigError
 from nanopd.lab import workload as lengths
+from nanopd.lab.planner import ORACLE, Arrangement, Oracle
 from nanopd.lab.simulator import simulate
 from nanopd.lab.workload import FixedLength, WorkloadRequest
 from nanopd.messages import FinishReason, RequestLog, Work
 from nanopd.metrics import SLO, Percentiles, RequestMetrics, summarize
+from nanopd.routing.adaptive import AdaptivePolicy
 from nanopd.routing.cost_model import Parameters
 from nanopd.routing.factory import make_policy
 
 PROMPTS = {"short": lengths.SHORT_PROMPTS, "long": lengths.LONG_PROMPTS, "mixed": lengths.MIXED_PROMPTS}
 NATURAL = "natural"
 WORKLOADS = f"{', '.join(PROMPTS)}, IN/OUT (tokens), {NATURAL}, a *.txt file with a prompt per line"
-ROLES = {"P": "prefill", "D": "decode", "M": "mixed"}
 LOOK_S = 0.5  # between two looks at the engine while it serves
 WARM_UP_TOKENS = 64
 SAMPLES = ("ttft_ms", "first_gap_ms", "tpot_ms", "e2e_ms")  # of each request, in a row's `samples`
-
-
-@dataclass(frozen=True, slots=True)
-class Arrangement:
-    """`[policy:]split`: what the workers of a configuration do, in their order.
-
-    `2M` are two mixed ones, collocated; `1P1D` one that prefills and one that decodes, disaggregated. Other policies
-    are named, as in `adaptive:2M`.
-
-    Raises:
-        ConfigError: another form, or an unknown policy.
-    """
-
-    policy: str
-    split: str
-
-    @classmethod
-    def parse(cls, text: str) -> Arrangement:
-        policy, _, split = text.rpartition(":")
-        if not re.fullmatch(r"(?:\d+[PDM])+", split) or policy not in ("", *POLICIES):
-            raise ConfigError("policy", text, f"[policy:]split, as 2M, 1P1D or adaptive:2M, a policy of {POLICIES}")
-        return cls(policy or ("collocated" if set(split) <= {*"0123456789M"} else "disaggregated"), split)
-
-    @classmethod
-    def of(cls, config: EngineConfig) -> Arrangement:
-        """What the configuration says itself."""
-        letters = "".join(worker.role.value[0].upper() for worker in config.workers)
-        return cls(config.policy, "".join(f"{len(same[0])}{same[1]}" for same in re.finditer(r"(.)\1*", letters)))
-
-    def __str__(self) -> str:
-        return f"{self.policy} {self.split}"
-
-    def applied(self, config: EngineConfig) -> EngineConfig:
-        """The same devices with these roles and this policy; a ConfigError if their numbers differ."""
-        roles = [ROLES[kind] for count, kind in re.findall(r"(\d+)([PDM])", self.split) for _ in range(int(count))]
-        if len(roles) != len(config.workers):
-            raise ConfigError("policy", str(self), f"as many workers as the configuration has: {len(config.workers)}")
-        workers = [{"device": w.device, "role": role} for w, role in zip(config.workers, roles, strict=True)]
-        return config.replace(policy=self.policy, workers=workers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,9 +211,12 @@ def _looking(llm: LLM, run: Run, total: int, label: str) -> Iterator[None]:
 class Simulation:
     """In place of an LLM: workers that take the time that `parameters` say. Its router too knows what was played."""
 
-    def __init__(self, config: EngineConfig, model: ModelConfig, parameters: Parameters) -> None:
-        self._config, self._model, self._parameters = config, model, parameters
-        self._policy = make_policy(config, parameters)
+    def __init__(
+        self, base: EngineConfig, arrangement: Arrangement, model: ModelConfig, parameters: Parameters
+    ) -> None:
+        self._config, self._model, self._parameters = arrangement.applied(base), model, parameters
+        adaptive = Oracle if arrangement.policy == ORACLE else AdaptivePolicy
+        self._policy = make_policy(self._config, parameters, adaptive)
         self._end_s = 0.0
         self.play([WorkloadRequest(0.0, WARM_UP_TOKENS, 8, seed) for seed in range(8)])  # as `serving` does
 
@@ -271,6 +235,11 @@ class Simulation:
         run.num_peak = engine.fleet.peak_blocks
         run.num_blocks = [scheduler.residency.blocks.num_usable for scheduler in engine.schedulers]
         return run
+
+
+def names_of(arrangement: Arrangement) -> dict[str, str]:
+    """What a row says of it."""
+    return {"policy": arrangement.policy, "split": arrangement.text.rpartition(":")[2]}
 
 
 def num_devices(config: EngineConfig) -> int:

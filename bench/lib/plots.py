@@ -1,4 +1,4 @@
-"""Figures of serving benches: latency and throughput over the rate, attainment, distributions, what workers did when.
+"""Figures of serving benches: latency over the rate, attainment, what workers did when.
 
 Each function takes rows as `load.result_row` makes them and returns a matplotlib figure. Rows of others, which have no
 samples, are drawn where their figures allow. Only bench.report imports this module, as matplotlib is an extra.
@@ -51,10 +51,8 @@ def save_all(rows: Sequence[Row], timelines: Sequence[Path], directory: Path, st
     figures: dict[str, tuple[Figure, str]] = {}
     if rated:
         figures["latency"] = latency(rated), "Latency over the rate: lines p50, bands up to p99."
-        figures["throughput"] = throughput([r for r in rated if "samples" in r]), "Output tokens and goodput."
     if any(row.get("slo") for row in own):
         figures["attainment"] = attained(own), "Share of all arrivals that kept their service levels."
-    figures["distributions"] = distributions(own), "Distribution of latencies at each workload's highest rate."
     traces = [json.loads(path.read_text(encoding="utf-8")) for path in timelines]
     if traces := [trace for trace in traces if any(event["ph"] == "X" for event in trace["traceEvents"])]:
         figures["timeline"] = timeline(traces), "What each worker did, at the same moment of the same load."
@@ -81,24 +79,6 @@ def latency(rows: Sequence[Row]) -> Figure:
     return _finished(figure, "lines: p50, upper edge of the bands: p99")
 
 
-def throughput(rows: Sequence[Row]) -> Figure:
-    found, has_goodput = _by_workload(rows), any(row["goodput_per_s"] is not None for row in rows)
-    size = (3.8 * len(found) + 3, 3 * (1 + has_goodput))
-    figure, axes = plt.subplots(1 + has_goodput, len(found), figsize=size, squeeze=False)
-    for column, (workload, mine) in enumerate(found.items()):
-        _by_policy(axes[0][column], mine, _line("output_tokens_per_s"))
-        axes[0][column].set(title=workload, ylabel="output tokens/s")
-        if has_goodput:
-            bottom, offered = axes[1][column], sorted({row["rate"] for row in mine})
-            bottom.plot(offered, offered, "_:", color="black", linewidth=1, label="all arrivals")
-            _by_policy(bottom, mine, _line("goodput_per_s"))
-            bottom.set(ylabel="goodput, requests/s")
-        for axis in axes[:, column]:
-            _rate_ticks(axis, mine)
-            axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
-    return _finished(figure)
-
-
 def attained(rows: Sequence[Row]) -> Figure:
     """Above: over the rate. Below: with all limits made tighter or looser, at the highest rate."""
     found = _by_workload([row for row in rows if row.get("slo")])
@@ -117,19 +97,6 @@ def attained(rows: Sequence[Row]) -> Figure:
         for axis in (over_rate, over_scale):
             axis.axhline(100 * GOAL, linestyle="--", linewidth=1, color="black", label=f"{GOAL:.0%}")
             axis.set_ylim(-3, 103)
-    return _finished(figure)
-
-
-def distributions(rows: Sequence[Row]) -> Figure:
-    """Cumulative, at the highest rate of each workload."""
-    found = _by_workload(rows)
-    figure, axes = plt.subplots(len(found), 2, figsize=(8.4, 2.9 * len(found) + 0.4), squeeze=False)
-    for line, (workload, mine) in zip(axes, found.items(), strict=True):
-        busiest, at = _busiest(mine)
-        for axis, key, title in zip(line, ("ttft_ms", "itl_ms_percentiles"), ("TTFT", "ITL"), strict=True):
-            _by_policy(axis, busiest, _cumulative(key))
-            axis.set(title=f"{workload} {at}: {title}", xscale="log", xlabel="ms", ylabel="% below", ylim=(0, 101))
-            _plain_ticks(axis.xaxis)
     return _finished(figure)
 
 
@@ -204,14 +171,6 @@ def _over_scale(axis: Axes, rows: Sequence[Row], colour: str, label: str) -> Non
     slo = SLO(**rows[0]["slo"])
     shares = [np.mean([attainment(row, slo, scale) for row in rows]) for scale in SCALES]
     axis.plot(SCALES, 100 * np.array(shares), color=colour, label=label)
-
-
-def _cumulative(key: str) -> Draw:
-    def draw(axis: Axes, rows: Sequence[Row], colour: str, label: str) -> None:
-        values = np.sort(np.concatenate([row["samples"][key] for row in rows]))
-        axis.plot(values, np.linspace(0, 100, len(values)), color=colour, label=label)
-
-    return draw
 
 
 def _plain_ticks(axis: Axis) -> None:

@@ -5,34 +5,26 @@ takes is measured and left out. All sequences decode: prompts are one token long
 microseconds of parent time per step of one worker (all of its sequences), the median over `--steps` engine steps.
 
 Last, what the prefix cache adds when a prompt is admitted: making the keys of its blocks, and finding all of them.
-
-With `--waits` it is another measurement: whether long prompts starve among short ones, in simulation. One request in 50
-has 8,192 tokens, the others 128; the pool holds three long ones, and more comes in than can be served.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from functools import partial
 from itertools import product
-from math import inf
 
 import numpy as np
 
 from bench.lib.report import Row, arguments, emit, seconds_of
 from nanopd.checkpoints.demo_model import NAME as DEMO_MODEL
-from nanopd.checkpoints.model_files import load_tokenizer, read_model_config, resolve
+from nanopd.checkpoints.model_files import load_tokenizer, resolve
 from nanopd.config import EngineConfig, ModelConfig
 from nanopd.core.block_manager import BlockManager, extend_keys
 from nanopd.engine.engine import Engine
 from nanopd.frontend.detokenizer import StoppableText, TokenPieces
 from nanopd.ipc.channel import channel
-from nanopd.lab.simulator import simulate
-from nanopd.lab.workload import FixedLength, MixedLength, synthetic_requests
-from nanopd.messages import EventKind, RowFlag, StepBatch, StepResult, TransferAck, TransferPlan
+from nanopd.messages import RowFlag, StepBatch, StepResult, TransferAck, TransferPlan
 from nanopd.request import Request, SamplingParams
-from nanopd.routing.factory import find_parameters
 from nanopd.wire import decode, encode
 
 MAX_LEN = 4096
@@ -40,8 +32,6 @@ RING_NBYTES = 1 << 20
 BARS_US = {(256, False): 100, (256, True): 400}  # per step of 256 decoding sequences, by streaming
 PREFIX_LEN = 8192
 PREFIX_BARS_US = {16: 600, 64: 350}  # by block size: keys and finding
-SHORT, LONG = 128, 8192  # tokens of prompts that wait
-ROLES, RATES = (["mixed"], ["prefill", "decode"]), (60.0, 120.0, 200.0)
 
 
 class InstantWorker:
@@ -124,42 +114,12 @@ def measure_prefix(block_size: int, num_repeats: int) -> Row:
     return {**row, "bar_us": PREFIX_BARS_US[block_size]}
 
 
-def measure_waits(roles: list[str], rate: float, count: int) -> Row:
-    """`passed`: the most requests that came after a long one and started, or moved to be decoded, before it."""
-    parameters = replace(find_parameters("8xh200"), num_kv_tokens=3 * LONG)
-    model = read_model_config(resolve(parameters.model, load_format="dummy"), "auto", device_is_cpu=False)
-    workers = [{"device": "cpu", "role": role} for role in roles]
-    policy = "collocated" if roles == ["mixed"] else "disaggregated"
-    config = EngineConfig(model=parameters.model, workers=workers, policy=policy, max_model_len=2 * LONG)
-    lengths = MixedLength((FixedLength(SHORT), FixedLength(LONG)), (49, 1))
-    _, logs = simulate(config, model, parameters, synthetic_requests(count, lengths, FixedLength(64), rate, seed=1))
-    logs.sort(key=lambda log: int(log.request_id))
-    arrived_s, started_s, moved_s = (
-        np.array([next((e.time_s for e in log.events if e.kind is kind), inf) for log in logs])
-        for kind in (EventKind.ARRIVED, EventKind.SCHEDULED, EventKind.MOVED)
-    )
-    is_long = np.array([log.num_prompt_tokens == LONG for log in logs])
-    passed = [max(int((s[i:] < s[i]).sum()) for i in np.flatnonzero(is_long)) for s in (started_s, moved_s)]
-    row = {"workers": "+".join(roles), "requests/s": rate, "long": int(is_long.sum()), "passed": passed[0]}
-    row["passed on the move"] = None if roles == ["mixed"] else passed[1]
-    for name, chosen in (("long", is_long), ("short", ~is_long)):
-        waits_s = (started_s - arrived_s)[chosen]
-        row |= {f"{name} wait s": float(waits_s.mean()), f"{name} max s": float(waits_s.max())}
-    return row
-
-
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--waits", type=int, metavar="REQUESTS", help="measure these instead")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--num-seqs", type=int, nargs="+", default=[1, 32, 256])
     parser.add_argument("--num-workers", type=int, nargs="+", default=[1, 2, 8])
     args = parser.parse_args()
-    if args.waits:
-        rows = [measure_waits(roles, rate, args.waits) for rate in RATES for roles in ROLES]
-        settings = {"params": "8xh200", "short": SHORT, "long": LONG}
-        emit("waits", settings, rows, device="simulated", path=args.json)
-        return
     cases = product((False, True), args.num_workers, args.num_seqs)
     rows = [measure(num_seqs, num_workers, streaming, args.steps) for streaming, num_workers, num_seqs in cases]
     rows += [measure_prefix(block_size, args.steps) for block_size in PREFIX_BARS_US]

@@ -14,16 +14,17 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from bench.lib.report import Row, arguments, emit, load, make_report, save
-from bench.studies.simulate import base_config, workload
-from nanopd.lab.planner import Arrangement, Goodput, Scenario, default_slo, search
+from nanopd.config import EngineConfig
+from nanopd.lab.planner import Arrangement, Goodput, Scenario, at_rate, default_slo, search
 from nanopd.lab.tables import format_table
-from nanopd.lab.workload import WorkloadRequest, read_trace
+from nanopd.lab.workload import MIXED_PROMPTS, FixedLength, WorkloadRequest, read_trace, synthetic_requests
 from nanopd.routing.factory import find_parameters
 from nanopd.routing.length_predictor import LengthPredictor
 
@@ -36,6 +37,40 @@ STATICS = ("8M/512", "8M/2048", *(f"{k}P{8 - k}D" for k in range(1, 8)))
 ROUTERS = ("adaptive:8M", "oracle:8M", "closed_form:8M")
 RESULT = Path(__file__).parents[1] / "results" / "simulated" / "routing_study.json"
 QUANTILES = (0.1, 0.5, 0.9)
+MAX_LEN = 18432
+
+
+def workload(trace: str, count: int | None) -> list[WorkloadRequest]:
+    """`trace` is a path, `mixed` (one per second), or several of them joined by +, which take turns."""
+    parts = trace.split("+")
+    if len(parts) > 1:
+        return shifting([at_rate(workload(part, (count or 3000) // len(parts)), 1.0) for part in parts])
+    if trace == "mixed":
+        return synthetic_requests(count or 3000, MIXED_PROMPTS, FixedLength(128), 1.0, seed=1)
+    return read_trace(trace, max_requests=count, max_prompt_tokens=MAX_LEN - 2048, drop_long=True).requests
+
+
+def shifting(parts: list[list[WorkloadRequest]]) -> list[WorkloadRequest]:
+    """The first halves of all parts, then the second halves, each at the rate that costs what the others cost."""
+    requests: list[WorkloadRequest] = []
+    weights = [float(np.mean([r.num_prompt_tokens + 25 * r.num_output_tokens for r in part])) for part in parts]
+    mean = float(np.mean(weights))
+    start_s = 0.0
+    for half in (0, 1):
+        for number, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+            middle = len(part) // 2
+            chosen = part[half * middle : (half + 1) * middle]
+            scale, first_s = weight / mean, chosen[0].arrival_s
+            seed = (2 * number + half) << 40  # parts must not have prompts in common
+            for r in chosen:
+                arrival_s = start_s + (r.arrival_s - first_s) * scale
+                requests.append(replace(r, arrival_s=arrival_s, prompt_seed=r.prompt_seed + seed))
+            start_s = requests[-1].arrival_s + scale
+    return requests
+
+
+def base_config() -> EngineConfig:
+    return EngineConfig(model="none", handover_timeout_s=0.1, max_model_len=MAX_LEN)
 
 
 def study(params: str, name: str, count: int, rows: Sequence[Row]) -> Iterator[Row]:
