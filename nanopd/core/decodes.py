@@ -117,7 +117,7 @@ class Decodes:
             full = ready[starts + t.num_drafts[ready] >= limits]
             if blocks.num_free >= len(full) * (1 + blocks.blocks_for(self._max_drafts)):
                 return full
-            batch.drafts = {}
+            batch.drafts.clear()
             t.num_drafts[ready] = 0
         return ready[starts >= limits]
 
@@ -130,7 +130,7 @@ class Decodes:
                 batch.enter(seq, slot)
                 t.is_entered[slot] = True
             batch.token_ids.append(seq.token_ids[t.num_computed[slot]])
-            batch.token_ids += batch.drafts.get(slot, ())
+            batch.token_ids.extend(batch.drafts.get(slot, ()))
         t.has_last_token[slots] = t.num_drafts[slots] == 0
 
     def _make_room(
@@ -148,7 +148,7 @@ class Decodes:
             assert seq is not None
             table = seq.block_table
             for copy in blocks.append(table, start, start + num_drafts + 1):
-                batch.copies += copy
+                batch.copies.extend(copy)
             if is_entered:  # else the whole table will be sent
                 for index in range(start // block_size, last + 1):
                     updates += (slot, index, table[index])
@@ -170,7 +170,7 @@ class Decodes:
         """The next draft of the slot's sequence was right: its token has been computed by the same step."""
         seq = self._residency.seq(slot)
         assert seq.drafter is not None
-        seq.drafter.num_accepted += 1
+        seq.drafter.count_accepted()
         self._residency.slots.num_computed[slot] += 1
         self.num_context_tokens += seq.status is SequenceStatus.RUNNING
 

@@ -49,7 +49,7 @@ class Results:
             self._slots.num_drafts[list(step.drafts)] = 0
             for slot, drafts in step.drafts.items():
                 if (seq := self._slots.seqs[slot]) is not None and seq.drafter is not None:
-                    seq.drafter.num_drafts += len(drafts)
+                    seq.drafter.count_verified(len(drafts))
             first, *others = rounds_of(slots, step.drafts, result.token_ids)
             accepted = [(slots[rows], result.part(rows)) for rows in others]
             slots, result = slots[first], result.part(first)

@@ -46,6 +46,14 @@ class Drafter:
         else:
             self._guess = self._find() if self.share >= STOP or len(tokens) % PROBE_EVERY == 0 else None
 
+    def count_verified(self, num_drafts: int) -> None:
+        """A step has verified so many drafts."""
+        self.num_drafts += num_drafts
+
+    def count_accepted(self) -> None:
+        """One of the verified drafts was right."""
+        self.num_accepted += 1
+
     def propose(self, max_drafts: int) -> list[int]:
         """What comes next: fewer tokens the less often guesses were right, and at most `max_drafts`."""
         if self._guess is None:

@@ -169,7 +169,7 @@ class EngineThread(threading.Thread):
         request = handle.request
         try:
             if request.beams is not None:
-                handle.search = BeamSearch(engine, request, self._deliver_beams)
+                handle.begin(BeamSearch(engine, request, self._deliver_beams))
                 return
             for params in request.params.split():
                 self._submit_one(handle, params, engine)

@@ -69,6 +69,10 @@ class RequestHandle:
 
     # What follows is for the engine's thread.
 
+    def begin(self, search: BeamSearch) -> None:
+        """The request is answered by a search."""
+        self.search = search
+
     def add(self, seq: Sequence) -> None:
         """One more sequence is generated for the request."""
         self.seqs.append(seq)

@@ -412,13 +412,12 @@ def test_a_prompt_under_way_is_preempted_before_older_decodes() -> None:
     scheduler.check_integrity([others])
 
 
-def test_settings_and_counts_outlive_the_worker_process() -> None:
+def test_budget_and_counts_outlive_the_worker_process() -> None:
     old, new = make_scheduler(), make_scheduler()
     old.num_preemptions = 7
     old.limit_chunks(5)
-    old.swap_where(lambda num_tokens: False)
     new.succeed(old)
-    assert (new.num_preemptions, new.max_num_batched_tokens, new._swap_pays(1)) == (7, 5, False)
+    assert (new.num_preemptions, new.max_num_batched_tokens) == (7, 5)
 
 
 # ---------------------------------------------------------------------------------------------------------- drafts
@@ -434,6 +433,12 @@ class Guesses:
 
     def propose(self, max_drafts: int) -> list[int]:
         return [7] * max(0, max_drafts)
+
+    def count_verified(self, num_drafts: int) -> None:
+        self.num_drafts += num_drafts
+
+    def count_accepted(self) -> None:
+        self.num_accepted += 1
 
     def observe(self, token_id: int) -> None:
         pass

@@ -68,7 +68,7 @@ def test_routes_are_the_policys_else_whatever_roles_allow() -> None:
 def test_only_workers_that_can_hold_a_sequence_serve_it() -> None:
     engine, _ = make_engine(["mixed", "mixed"], "collocated", num_blocks=4, block_size=16)
     roles = engine.dispatcher._roles
-    assert roles.may_come_back(48) and not roles.may_come_back(49)
+    assert roles.can_serve(roles.allowed, 48) and not roles.can_serve(roles.allowed, 49)
     with pytest.raises(RequestError, match=r"max_tokens.*KV caches of \[48, 48\] tokens"):
         submit(engine, "a", PROMPT, SamplingParams(max_tokens=29))
     with pytest.raises(RequestError, match="route='0->2'"):
