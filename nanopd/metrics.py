@@ -93,7 +93,13 @@ class SLO:
             name, _, value = (part.strip() for part in item.partition("="))
             if name not in names or f"{name}_ms" in limits:
                 raise ConfigError("slo", text, f"NAME=MILLISECONDS,..., each name once, of {', '.join(names)}")
-            limits[f"{name}_ms"] = _limit(f"slo.{name}", value)
+            try:
+                limit = float(value)
+            except ValueError:
+                limit = math.nan
+            if not 0 < limit < math.inf:
+                raise ConfigError(f"slo.{name}", value, "milliseconds, a number above 0")
+            limits[f"{name}_ms"] = limit
         return cls(**limits)
 
     def is_met(self, request: RequestMetrics) -> bool:
@@ -218,13 +224,3 @@ def _concatenate(arrays: Iterable[np.ndarray]) -> np.ndarray:  # [*] float64
 
 def _ratio(count: float, total: float) -> float:
     return count / total if total else 0.0
-
-
-def _limit(field: str, text: str) -> float:
-    try:
-        limit = float(text)
-    except ValueError:
-        limit = math.nan
-    if not 0 < limit < math.inf:
-        raise ConfigError(field, text, "milliseconds, a number above 0")
-    return limit
