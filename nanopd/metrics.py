@@ -50,7 +50,6 @@ class RequestMetrics:
         arrived_s, finished_s = first_s[EventKind.ARRIVED], first_s.get(EventKind.FINISHED)
         times_s = log.token_times_s
         itl_ms = np.diff(times_s) * 1e3
-        names = {field.name for field in fields(cls)}
         return cls(
             arrived_s=arrived_s,
             finished_s=finished_s,
@@ -62,13 +61,17 @@ class RequestMetrics:
             e2e_ms=_span_ms(arrived_s, finished_s),
             num_output_tokens=len(times_s),
             num_preemptions=sum(event.kind is EventKind.PREEMPTED for event in log.events),
-            **{field.name: getattr(log, field.name) for field in fields(log) if field.name in names},
+            **{name: getattr(log, name) for name in COPIED},
         )
 
     @property
     def is_completed(self) -> bool:
         """Whether the request got its answer: not aborted, failed or unfinished."""
         return self.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+
+
+# What a request's figures have from its log, under the same names.
+COPIED = [field.name for field in fields(RequestMetrics) if field.name in RequestLog.__dataclass_fields__]
 
 
 @dataclass(frozen=True, slots=True)
