@@ -50,7 +50,6 @@ class RequestMetrics:
         arrived_s, finished_s = first_s[EventKind.ARRIVED], first_s.get(EventKind.FINISHED)
         times_s = log.token_times_s
         itl_ms = np.diff(times_s) * 1e3
-        names = {field.name for field in fields(cls)}
         return cls(
             arrived_s=arrived_s,
             finished_s=finished_s,
@@ -62,13 +61,17 @@ class RequestMetrics:
             e2e_ms=_span_ms(arrived_s, finished_s),
             num_output_tokens=len(times_s),
             num_preemptions=sum(event.kind is EventKind.PREEMPTED for event in log.events),
-            **{field.name: getattr(log, field.name) for field in fields(log) if field.name in names},
+            **{name: getattr(log, name) for name in COPIED},
         )
 
     @property
     def is_completed(self) -> bool:
         """Whether the request got its answer: not aborted, failed or unfinished."""
         return self.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+
+
+# What a request's figures have from its log, under the same names.
+COPIED = [field.name for field in fields(RequestMetrics) if field.name in RequestLog.__dataclass_fields__]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +96,13 @@ class SLO:
             name, _, value = (part.strip() for part in item.partition("="))
             if name not in names or f"{name}_ms" in limits:
                 raise ConfigError("slo", text, f"NAME=MILLISECONDS,..., each name once, of {', '.join(names)}")
-            limits[f"{name}_ms"] = _limit(f"slo.{name}", value)
+            try:
+                limit = float(value)
+            except ValueError:
+                limit = math.nan
+            if not 0 < limit < math.inf:
+                raise ConfigError(f"slo.{name}", value, "milliseconds, a number above 0")
+            limits[f"{name}_ms"] = limit
         return cls(**limits)
 
     def is_met(self, request: RequestMetrics) -> bool:
@@ -218,13 +227,3 @@ def _concatenate(arrays: Iterable[np.ndarray]) -> np.ndarray:  # [*] float64
 
 def _ratio(count: float, total: float) -> float:
     return count / total if total else 0.0
-
-
-def _limit(field: str, text: str) -> float:
-    try:
-        limit = float(text)
-    except ValueError:
-        limit = math.nan
-    if not 0 < limit < math.inf:
-        raise ConfigError(field, text, "milliseconds, a number above 0")
-    return limit

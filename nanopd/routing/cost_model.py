@@ -201,8 +201,7 @@ def prediction_errors(samples: Sequence[Sample], terms: Terms) -> dict[str, dict
     for kind in FITTED_TERMS:
         errors = [abs(s.predict(terms) / s.ms - 1) for s in samples if s.kind == kind]
         if errors:
-            median, p90 = np.percentile(errors, (50, 90))
-            result[kind] = {"median": float(median), "p90": float(p90)}
+            result[kind] = dict(zip(("median", "p90"), np.percentile(errors, (50, 90)).tolist(), strict=True))
     return result
 
 

@@ -63,8 +63,7 @@ class _Pull:
     """A plan that the destination carries out alone."""
 
     def __init__(self, plan: TransferPlan, cache: Any, mover: Mover, num_bytes: int, verify: bool) -> None:
-        self._plan_id, self._src_worker = plan.plan_id, plan.src_worker
-        self._num_bytes, self._verify = num_bytes, verify
+        self._plan, self._num_bytes, self._verify = plan, num_bytes, verify
         self._mover, self._cache = mover, cache  # held so that it stays open until the copy is done
         self._src_ids, self._dst_ids = mover.ids(plan.src_blocks, plan.dst_blocks)
         self._start = mover.mark()
@@ -77,8 +76,8 @@ class _Pull:
     def result(self) -> TransferAck:
         mover = self._mover
         if self._verify and mover.digest(self._src_ids, self._cache) != mover.digest(self._dst_ids):
-            raise DigestMismatch(f"plan {self._plan_id}: blocks pulled from worker {self._src_worker}")
-        return TransferAck(self._plan_id, int(self._start.elapsed_time(self._end) * 1e3), self._num_bytes)
+            raise DigestMismatch(f"plan {self._plan.plan_id}: blocks pulled from worker {self._plan.src_worker}")
+        return TransferAck(self._plan.plan_id, int(self._start.elapsed_time(self._end) * 1e3), self._num_bytes)
 
 
 class KVTransfer:

@@ -46,7 +46,9 @@ def main(
     Ctrl-C is for the parent, which blocks it here and then says Shutdown.
     """
     try:
-        _use_threads(num_threads(spec.config))
+        # Numba goes first: when it starts its threads, it resets OpenMP's number of them, which is torch's too.
+        cpu.prepare_thread()
+        torch.set_num_threads(num_threads(spec.config))
         worker = load(spec, memories, lambda *done: control.send(Progress(*done)))
         control.send(Ready(worker.num_blocks, worker.num_host_blocks, worker.paths, worker.kv_handle))
         is_cpu = spec.config.workers[spec.index].device == "cpu"
@@ -59,17 +61,13 @@ def main(
 
 
 def num_threads(config: EngineConfig) -> int:
-    """A CPU worker's share of this process's cores; all of them where only GPUs work, whose workers use one or two."""
+    """A CPU worker's share of this process's cores; all of them where only GPUs work, whose workers use one or two.
+
+    More threads than cores cost a factor of 50 by spinning.
+    """
     num_cores = len(psutil.Process().cpu_affinity())
     num_cpu_workers = sum(worker.device == "cpu" for worker in config.workers)
     return max(1, num_cores // max(1, num_cpu_workers))
-
-
-def _use_threads(count: int) -> None:
-    """Let torch and numba use `count` threads. More threads than cores cost a factor of 50 by spinning."""
-    # This goes first: when numba starts its threads, it resets OpenMP's number of them, which is torch's too.
-    cpu.prepare_thread()
-    torch.set_num_threads(count)
 
 
 class _Server:
