@@ -66,6 +66,13 @@ class Peer:
             out = self._model.generate(ids, attention_mask=mask, generation_config=settings, streamer=streamer)
         return out[:, ids.shape[1] :].tolist()
 
+    def generate_continuously(self, prompts: list[list[int]], num_tokens: int) -> int:
+        """`num_tokens` tokens for each of some prompts, by its continuous batching on a GPU; how many came."""
+        settings = GenerationConfig(max_new_tokens=num_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        torch.cuda.set_device(self.device)
+        done = self._model.generate_batch(prompts, generation_config=settings)
+        return sum(len(output.generated_tokens) for output in done.values())
+
     def play(self, requests: Sequence[WorkloadRequest], label: str) -> Run:
         """As `load.play`, also in that Ctrl-C ends it; who comes while another is served waits."""
         run = Run(time.monotonic() + 0.1, busy_s=[0.0], num_devices=self.num_devices)

@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 
 from bench.lib.report import Row, abort_all, arguments, emit, gpu_name, greedy, prompts, seconds_of
-from nanopd import LLM
-from nanopd.checkpoints.model_files import resolve
+from nanopd import LLM, EngineConfig
 
 # batch, context -> floor ms, vLLM 0.26 ms
 DECODE_FLOORS = {
@@ -91,19 +90,13 @@ def offline(llm: LLM, count: int, num_in: int, num_out: int) -> float:
 
 def peer_transformers(model: str, device: str, count: int, num_in: int, num_out: int) -> float:
     """Output tokens per second of `generate_batch` with random weights."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from bench.lib.peer import Peer  # it imports torch and transformers, in the process of its own
 
-    torch.cuda.set_device(device)
-    config = AutoConfig.from_pretrained(resolve(model, load_format="dummy"))
-    with torch.device(device):
-        peer = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
-    settings = GenerationConfig(max_new_tokens=num_out, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    peer.generate_batch(prompts(8, num_in, config.vocab_size), generation_config=settings)
+    peer = Peer(EngineConfig(model, load_format="dummy", workers=[{"device": device}]))
+    work = [prompts(n, num_in, peer.model_config.vocab_size) for n in (8, count)]
+    peer.generate_continuously(work[0], num_out)
     start = time.perf_counter()
-    done = peer.generate_batch(prompts(count, num_in, config.vocab_size), generation_config=settings)
-    seconds = time.perf_counter() - start
-    return sum(len(output.generated_tokens) for output in done.values()) / seconds
+    return peer.generate_continuously(work[1], num_out) / (time.perf_counter() - start)
 
 
 def row(what: str, value: float, unit: str, reference: tuple[float | None, float | None]) -> Row:

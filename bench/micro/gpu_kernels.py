@@ -19,12 +19,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.lib.report import Row, arguments, emit, gpu_name, seconds_of
+from bench.lib.report import Row, arguments, emit, gpu_name
 from nanopd import cuda
 from nanopd.config import KVLayout
 from nanopd.cuda import linear
-from nanopd.cuda.elementwise import norm_spec
-from nanopd.cuda.launch import kernel_of
 from nanopd.models import AttentionSpec
 from nanopd.models.weights import PLAIN, Linear
 
@@ -199,16 +197,31 @@ def bench_attention(report: Report, block_size: int) -> None:
     report.measure("decode plan", "256 rows", 2048, [case.plan] * 20)
 
 
+Product = Callable[..., object]
+# of a kernel and shape: bytes, a call for each of the distinct data, the same in torch
+Works = dict[tuple[str, str], tuple[float, list[Product], list[Call] | None]]
+
+
+def bench_works(report: Report, works: Works, **more: object) -> None:
+    for (kernel, shape), (nbytes, calls, peers) in works.items():
+        overlapping = partial(with_overlap, calls)
+        report.measure(kernel, shape, nbytes, overlapping, {"torch": peers} if peers else None, **more)
+
+
 def bench_linear(report: Report) -> None:
-    weights = {
-        name: [random(*shape) * shape[1] ** -0.5 for _ in range(1 if name == "lm_head" else 12)]
-        for name, shape in LINEARS.items()
-    }
     norm = random(HIDDEN)
-    for num_rows in (1, 4, 8, 16):
-        for name, matrices in weights.items():
-            bench_product(report, name, random(num_rows, LINEARS[name][1]), norm, matrices)
-    bench_linears_of_a_step(report, weights, norm)
+    for name, shape in LINEARS.items():
+        matrices = [random(*shape) * shape[1] ** -0.5 for _ in range(1 if name == "lm_head" else 12)]
+        cold = matrices * (4 if len(matrices) == 1 else 1)
+        for num_rows in (1, 4, 8, 16):
+            x = random(num_rows, shape[1])
+            expected = product_in_torch(name, x.double(), norm.double(), matrices[0].double())
+            error = relative_error(product_of(name, x, norm, matrices[0]), expected)
+            calls: tuple[list[Product], list[Call]] = (
+                [partial(product_of, name, x, norm, w) for w in cold],
+                [partial(product_in_torch, name, x, norm, w) for w in cold],
+            )
+            bench_works(report, {("products", f"{num_rows} x {name}"): (matrices[0].nbytes, *calls)}, error=error)
 
 
 def product_of(name: str, x: Tensor, norm: Tensor, weight: Tensor, **keys: bool) -> Tensor:
@@ -228,57 +241,37 @@ def product_in_torch(name: str, x: Tensor, norm: Tensor, weight: Tensor) -> Tens
     return silu_and_mul_in_torch(y) if name == "gate_up" else y
 
 
-def bench_product(report: Report, name: str, x: Tensor, norm: Tensor, matrices: list[Tensor]) -> None:
-    cold = matrices * (4 if len(matrices) == 1 else 1)
-    expected = product_in_torch(name, x.double(), norm.double(), matrices[0].double())
-    error = relative_error(product_of(name, x, norm, matrices[0]), expected)
-    peers = {"torch": [partial(product_in_torch, name, x, norm, w) for w in cold]}
-
-    calls = partial(with_overlap, [partial(product_of, name, x, norm, w) for w in cold])
-    report.measure("products", f"{x.shape[0]} x {name}", matrices[0].nbytes, calls, peers, error=error)
-
-
-def bench_linears_of_a_step(report: Report, weights: dict[str, list[Tensor]], norm: Tensor) -> None:
-    """12 layers of products and the last one, each reading the output of the one before."""
-
-    def step(x: Tensor, product: Callable[..., Tensor], **keys: bool) -> Tensor:
-        product = partial(product, **keys)
-        for qkv, o_proj, gate_up, down in zip(*(weights[name] for name in ("qkv", "o_proj", "gate_up", "down"))):
-            x = product("o_proj", product("qkv", x, norm, qkv)[:, :HIDDEN].contiguous(), norm, o_proj)
-            x = product("down", product("gate_up", x, norm, gate_up), norm, down)
-        return product("lm_head", x, norm, weights["lm_head"][0])
-
-    num_bytes = sum(w.nbytes for matrices in weights.values() for w in matrices)
-    for num_rows in (1, 4, 8, 16):
-        x = random(num_rows, HIDDEN)
-        peers = {"torch": [partial(step, x, product_in_torch)]}
-        calls = partial(with_overlap, [partial(step, x, product_of)])
-        report.measure("products of a step", f"{num_rows} rows, 12 layers", num_bytes, calls, peers)
-
-
 def bench_elementwise(report: Report) -> None:
     kv = torch.zeros(1024, 2, 2, NUM_KV_HEADS, 16, HEAD_DIM, dtype=DTYPE, device=DEVICE)
-    cos_sin = torch.rand(40960, HEAD_DIM, device=DEVICE)
+    spec = spec_of(kv, torch.rand(40960, HEAD_DIM, device=DEVICE))
     norm, head_norm = random(HIDDEN), random(HEAD_DIM)
     for num_rows in (1, 64, 8192):
-        copies = 4 if num_rows > 1000 else 20
+        copies, shape = 4 if num_rows > 1000 else 20, f"{num_rows} rows"
         x, gate_up = random(copies, num_rows, HIDDEN), random(copies, num_rows, 2 * INTERMEDIATE)
-        tokens = torch.arange(num_rows, device=DEVICE)
         qkv = random(copies, num_rows, (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM)
-        where = (tokens, tokens, kv, 1, spec_of(kv, cos_sin), head_norm, head_norm)
-        norms = [partial(F.rms_norm, a, norm.shape, norm, 1e-6) for a in x]
-        silus = [partial(silu_and_mul_in_torch, a) for a in gate_up]
-        num_bytes = 2 * x[0].nbytes, gate_up[0].nbytes * 3 // 2, 2 * qkv[0].nbytes + num_rows * HEAD_DIM * 4
-        works: list[tuple[str, int, list[Callable[..., object]], dict[str, Sequence[Call]] | None]] = [
-            ("RMS norm", num_bytes[0], [partial(cuda.rms_norm, a, norm, 1e-6) for a in x], {"torch": norms}),
-            ("SiLU and multiply", num_bytes[1], [partial(cuda.silu_and_mul, a) for a in gate_up], {"torch": silus}),
-            ("rotary + norms + KV store", num_bytes[2], [partial(cuda.rotary_and_store, a, *where) for a in qkv], None),
-        ]
-        for kernel, nbytes, calls, peers in works:
-            report.measure(kernel, f"{num_rows} rows", nbytes, partial(with_overlap, calls), peers)
+        tokens = torch.arange(num_rows, device=DEVICE)
+        where = (tokens, tokens, kv, 1, spec, head_norm, head_norm)
+        works: Works = {
+            ("RMS norm", shape): (
+                2 * x[0].nbytes,
+                [partial(cuda.rms_norm, a, norm, 1e-6) for a in x],
+                [partial(F.rms_norm, a, norm.shape, norm, 1e-6) for a in x],
+            ),
+            ("SiLU and multiply", shape): (
+                gate_up[0].nbytes * 3 // 2,
+                [partial(cuda.silu_and_mul, a) for a in gate_up],
+                [partial(silu_and_mul_in_torch, a) for a in gate_up],
+            ),
+            ("rotary + norms + KV store", shape): (
+                2 * qkv[0].nbytes + num_rows * HEAD_DIM * 4,
+                [partial(cuda.rotary_and_store, a, *where) for a in qkv],
+                None,
+            ),
+        }
+        bench_works(report, works)
 
 
-def with_overlap(calls: Sequence[Callable[..., object]], overlap: bool) -> list[Call]:
+def with_overlap(calls: Sequence[Product], overlap: bool) -> list[Call]:
     return [partial(call, overlap=overlap) for call in calls]
 
 
@@ -298,38 +291,16 @@ def bench_blocks(report: Report) -> None:
         report.measure("move blocks", shape, 2 * 256 * block_bytes, [call] * 4)
 
 
-def bench_launch(report: Report) -> None:
-    """Time of the CPU per launch."""
-    x, weight = random(1, HIDDEN), random(HIDDEN)
-    kernel = kernel_of(norm_spec, 0, "bf16")
-    out = torch.empty_like(x)
-    arguments = (x.data_ptr(), weight.data_ptr(), out.data_ptr(), HIDDEN // 8, 1e-6)
-    case = AttentionCase([64] * 4, 16)
-    work: dict[str, Call] = {
-        "a kernel with five arguments": partial(kernel, 1, *arguments),
-        "rms_norm": partial(cuda.rms_norm, x, weight, 1e-6),
-        "attention": case.calls(overlap=False)[0],
-        "torch add_": partial(x.add_, 1),
-    }
-    for name, call in work.items():
-        times = []
-        for _ in range(7):
-            torch.cuda.synchronize()
-            times.append(seconds_of(lambda call=call: [call() for _ in range(300)]) / 300)
-        report.rows.append({"kernel": "CPU per launch", "shape": name, "us": min(times) * 1e6})
-
-
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--block-size", type=int, default=16)
-    parser.add_argument("--only", nargs="*", help="attention, linear, elementwise, blocks, launch (default: all)")
+    parser.add_argument("--only", nargs="*", help="attention, linear, elementwise, blocks (default: all)")
     args = parser.parse_args()
     benches: dict[str, Callable[[Report], None]] = {
         "attention": partial(bench_attention, block_size=args.block_size),
         "linear": bench_linear,
         "elementwise": bench_elementwise,
         "blocks": bench_blocks,
-        "launch": bench_launch,
     }
     report = Report()
     for name in args.only or benches:

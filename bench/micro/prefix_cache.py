@@ -1,13 +1,10 @@
-"""What the prefix cache finds of a Mooncake trace, and what that saves.
+"""What the prefix cache finds of a Mooncake trace.
 
-All lengths of the trace are divided by `--scale`, so that it fits; equal hash ids stay equal tokens. Without `--device`
-the whole trace goes through the real engine, scheduler and block manager in its order, `--at-once` requests at a time,
-before a worker that computes nothing (that of bench.micro.scheduler). Its pool has `--pools` percent of the blocks that
-the prompts hold (full and distinct ones); the first row is a pool in which nothing is ever lost. `hit_rate` is of all
-prompt tokens.
-
-With `--device` windows of the trace are replayed, one at each of `--rates`, without the cache and with it, by a model
-of random weights. Where there is a cache, the requests before the windows are computed first, which fills it.
+All lengths of the trace are divided by `--scale`, so that it fits; equal hash ids stay equal tokens. The whole trace
+goes through the real engine, scheduler and block manager in its order, `--at-once` requests at a time, before a worker
+that computes nothing (that of bench.micro.scheduler). Its pool has `--pools` percent of the blocks that the prompts
+hold (full and distinct ones); the first row is a pool in which nothing is ever lost. `hit_rate` is of all prompt
+tokens.
 """
 
 from __future__ import annotations
@@ -18,14 +15,11 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-from bench.lib.load import Job, play, result_row, serving, settings_of
-from bench.lib.report import Row, arguments, device_name, emit, greedy
+from bench.lib.report import Row, arguments, emit, greedy
 from bench.micro.scheduler import InstantWorker
-from nanopd.checkpoints.demo_model import NAME as DEMO_MODEL
 from nanopd.config import EngineConfig, ModelConfig
 from nanopd.core.block_manager import extend_keys
 from nanopd.engine.engine import Engine
-from nanopd.lab.planner import at_rate
 from nanopd.lab.workload import WorkloadRequest, prompt_token_ids, read_trace
 from nanopd.messages import RequestLog
 from nanopd.request import Request
@@ -77,47 +71,6 @@ def curve(trace: Sequence[WorkloadRequest], args: argparse.Namespace) -> list[Ro
     return rows
 
 
-def replay(trace: Sequence[WorkloadRequest], is_on: bool, args: argparse.Namespace) -> tuple[list[Row], EngineConfig]:
-    """A row per rate: the windows follow one another, and behind the requests that fill the cache, if there is one."""
-    config = EngineConfig(
-        model=args.model,
-        load_format="auto" if args.model == DEMO_MODEL else "dummy",
-        workers=[{"device": args.device}],
-        max_model_len=args.max_len,
-        enable_prefix_caching=is_on,
-        num_blocks=args.num_blocks,
-    )
-    rows = []
-    with serving(config) as llm:
-        requests = [scaled(request, args.scale, llm.model_config.vocab_size) for request in trace]
-        if is_on:
-            llm.generate([prompt for prompt, _ in requests[: args.before]], greedy(1), use_tqdm=False)
-        for number, rate in enumerate(args.rates):
-            window = slice(args.before + number * args.window, args.before + (number + 1) * args.window)
-            times_s = [request.arrival_s for request in at_rate(trace[window], rate)]
-            jobs = [Job(t - times_s[0], p, greedy(n)) for t, (p, n) in zip(times_s, requests[window], strict=True)]
-            run = play(llm, jobs)
-            rows.append(result_row(run, {"rate": rate, "cache": is_on, "hit_rate": hit_rate(run.logs)}, None))
-    return rows, config
-
-
-def gain(trace: Sequence[WorkloadRequest], args: argparse.Namespace) -> tuple[list[Row], list[Row], EngineConfig]:
-    """Rows, the table of them, and the configuration of the last ones."""
-    most = args.scale * (args.max_len - 2)
-    trace = [request for request in trace if request.num_prompt_tokens + request.num_output_tokens <= most]
-    off, _ = replay(trace, False, args)
-    on, config = replay(trace, True, args)
-    table = [gain_of(plain, row) for plain, cached in zip(off, on, strict=True) for row in (plain, cached)]
-    return off + on, table, config
-
-
-def gain_of(plain: Row, row: Row) -> Row:
-    cells = {"requests/s": row["rate"], "cache": row["cache"], "hit_rate": row["hit_rate"]}
-    for p in ("p50", "p99"):
-        cells |= {f"ttft {p}": row["ttft_ms"][p], f"gain {p}": plain["ttft_ms"][p] / row["ttft_ms"][p]}
-    return {**cells, "tpot p50": row["tpot_ms"]["p50"], "busy": row["busy"][0], "served": row["num_completed"]}
-
-
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("trace", type=Path, help="a Mooncake trace, *.jsonl")
@@ -126,24 +79,11 @@ def main() -> None:
     parser.add_argument("--pools", type=int, nargs="*", default=[25, 50, 100], help="percent of the distinct blocks")
     parser.add_argument("--at-once", type=int, default=32, help="requests under way")
     parser.add_argument("--max-requests", type=int, help="the first ones of the trace")
-    device = parser.add_argument_group("with a device")
-    device.add_argument("--device", help="cpu or cuda:N")
-    device.add_argument("--model", default=DEMO_MODEL)
-    device.add_argument("--before", type=int, default=2000, help="requests that fill the cache")
-    device.add_argument("--window", type=int, default=400, help="requests that count, at each rate")
-    device.add_argument("--rates", type=float, nargs="+", default=[40.0, 80.0], help="requests/s, on average")
-    device.add_argument("--max-len", type=int, default=8192, help="longer ones are left out")
-    device.add_argument("--num-blocks", type=int, help="of the cache; default: what the memory holds")
     args = parser.parse_args()
     trace = read_trace(args.trace, max_requests=args.max_requests).requests
     settings = {"trace": args.trace.name, "scale": args.scale}
-    if args.device is None:
-        settings |= {"block_size": args.block_size, "at_once": args.at_once, "requests": len(trace)}
-        emit("prefix_cache", settings, curve(trace, args), path=args.json)
-    else:
-        rows, table, config = gain(trace, args)
-        settings |= {"engine": settings_of(config), "before": args.before, "window": args.window}
-        emit("prefix_cache", settings, rows, device=device_name(config), table=table, path=args.json)
+    settings |= {"block_size": args.block_size, "at_once": args.at_once, "requests": len(trace)}
+    emit("prefix_cache", settings, curve(trace, args), path=args.json)
 
 
 if __name__ == "__main__":

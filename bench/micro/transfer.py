@@ -4,7 +4,7 @@ Two real worker processes that hold a KV cache of the model's shape and no weigh
 as the engine sends them. `ms` is what the acknowledgement says (on the GPU: from event to event), `seen_ms` from the
 parent's sending to its reading of the acknowledgement; both are medians. The floor is one large copy between the same
 two devices, measured in the same run: peer to peer, or, for the relay, the slower of device to host and host to device.
-With --sweep also the number of CTAs that a pull runs on, and, on GPUs, the ways to fill and to empty a slot.
+With --sweep also the number of CTAs that a pull runs on.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
@@ -27,7 +26,6 @@ from nanopd.config import KVLayout, ModelConfig
 from nanopd.ipc.doorbell import Doorbell
 from nanopd.messages import TransferAck, TransferPath, TransferPlan
 from nanopd.worker.block_mover import MAX_CTAS
-from nanopd.worker.relay import BUFFER_BYTES
 from nanopd.workers import process
 from nanopd.workers.paths import send_plan
 from nanopd.workers.process import WorkerProcess
@@ -143,40 +141,13 @@ def token_row(pool: Pool, block_bytes: int, count: int, plain_ms: float, link: f
     return {**row, "floor_GB/s": round(link, 1), "of_floor": round(row["GB/s"] / link, 2)}
 
 
-def slot_rows(device: str, block_bytes: int) -> list[Row]:
-    """Filling and emptying slots of the relay: by a kernel that reaches host memory, or by way of the device's."""
-    from nanopd.cuda import Side, move_blocks
-
-    kv = torch.zeros(512, block_bytes, dtype=torch.uint8, device=device)
-    index, rows = kv.get_device(), []
-    for slot_bytes in (BUFFER_BYTES // 2, BUFFER_BYTES, 2 * BUFFER_BYTES):
-        count = max(1, slot_bytes // block_bytes)
-        slot = torch.empty(count * block_bytes, dtype=torch.uint8, pin_memory=True)
-        staging = torch.empty_like(slot, device=device)
-        ids = torch.randperm(len(kv), device=device)[:count].int()
-        there, host, here = Side.of(kv, ids), Side(slot.data_ptr(), block_bytes), Side(staging.data_ptr(), block_bytes)
-        move = partial(move_blocks, num_blocks=count, block_bytes=block_bytes, device=index)
-        ways: dict[str, Callable[[], object]] = {
-            "gather, copy to host": lambda: (move(there, here), slot.copy_(staging, non_blocking=True)),  # noqa: B023
-            "copy from host, scatter": lambda: (staging.copy_(slot, non_blocking=True), move(here, there)),  # noqa: B023
-        }
-        for ctas in (8, 16, 64):
-            ways[f"kernel to host, {ctas} CTAs"] = partial(move, there, host, max_ctas=ctas)
-            ways[f"kernel from host, {ctas} CTAs"] = partial(move, host, there, max_ctas=ctas)
-        for name, way in ways.items():
-            ms = timed_ms(way, [device], 32)
-            gb_s = round(slot.nbytes / ms / 1e6, 1)
-            rows.append({"what": f"slot of {slot.nbytes / 1e6:.1f} MB: {name}", "ms": round(ms, 3), "GB/s": gb_s})
-    return rows
-
-
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--model", default="Qwen3-8B", help="the shape")
     parser.add_argument("--devices", default="cuda:0,cuda:1", help="source, destination")
     parser.add_argument("--paths", nargs="+", help="values of `transfer`; default: auto relay")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
-    parser.add_argument("--sweep", action="store_true", help="numbers of CTAs, and how slots are filled and emptied")
+    parser.add_argument("--sweep", action="store_true", help="numbers of CTAs")
     args = parser.parse_args()
     devices = args.devices.split(",")
     on_gpu = devices != ["cpu", "cpu"]
@@ -188,7 +159,8 @@ def main() -> None:
     plain_ms = {count: plain.peer_ms(-(-count // BLOCK_SIZE) * block_bytes) for count in args.tokens}
     links = {True: plain.through_host_gb_s(LINK_BYTES), False: LINK_BYTES / plain.peer_ms(LINK_BYTES) / 1e6}
     del plain
-    rows, sweep = [], slot_rows(devices[0], block_bytes) if sweep_tokens else []
+    rows: list[Row] = []
+    sweep: list[Row] = []
     if on_gpu:
         torch.cuda.empty_cache()
     for transfer in args.paths or ("auto", "relay"):
