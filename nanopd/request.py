@@ -9,6 +9,7 @@ import math
 import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from numbers import Real
 from typing import Any
 
 from nanopd.errors import RequestError
@@ -38,7 +39,10 @@ def _is_bias(value: object) -> bool:
 TOKEN_ID = integer(0)
 BIAS_VALUE = number(-100, 100)
 LOGPROBS = integer(0, MAX_LOGPROBS)
-TIMEOUT = optional(positive())
+# What callers compute: numpy's numbers too, infinity as a limit that never passes, and any order of priorities.
+DUE = Rule(lambda value: isinstance(value, Real) and math.isfinite(value), "a finite number")
+TIMEOUT = Rule(lambda value: value is None or (isinstance(value, Real) and value > 0), "None, or more than 0 seconds")
+PRIORITY = Rule(lambda value: isinstance(value, int), "an integer")
 BAD_WORDS = list_of(Rule(_is_word, f"text, or 1 to {MAX_BAD_WORD_TOKENS} token ids"), most=MAX_BAD_WORDS)
 FUNCTIONS = list_of(Rule(callable, "a function"))
 COUNT = integer(1, MAX_ANSWERS)
@@ -169,13 +173,13 @@ class Request:
     request_id: str
     prompt_token_ids: list[int]  # must not be changed
     params: SamplingParams
-    arrival_s: float = ruled(0.0, number(-math.inf), "when it was due, on the engine's clock")
+    arrival_s: float = ruled(0.0, DUE, "when it was due, on the engine's clock")
     prompt: str | None = None  # None where token ids were given
     is_streamed: bool = False  # each token is delivered as it comes
     deadline_s: float | None = ruled(None, TIMEOUT, "after arrival, when it is aborted")
     queue_timeout_s: float | None = ruled(None, TIMEOUT, "the same if its prefill has not started")
     # Who was submitted first goes first among equals.
-    priority: int = ruled(0, integer(-(2**63), 2**63 - 1), "lower goes first and is preempted last")
+    priority: int = ruled(0, PRIORITY, "lower goes first and is preempted last")
     route: Route | None = None  # asked for in place of one of the policy's
     beams: BeamSearchParams | None = None  # None: sample; else `params` are those of the search's sequences
 

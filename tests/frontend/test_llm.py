@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import threading
@@ -199,6 +200,14 @@ def test_deadline(llm: LLM) -> None:
     assert llm.submit("Hello", GREEDY, deadline_s=60).result(WAIT_S).error is None
 
 
+@pytest.mark.parametrize("limit_s", [math.inf, np.float32(60), np.int64(60)])
+def test_numbers_that_callers_compute(llm: LLM, limit_s: float) -> None:
+    """Infinity is a limit that never passes; numbers may be numpy's, and a priority is any integer."""
+    due_s = np.float32(time.monotonic())
+    options = {"deadline_s": limit_s, "queue_timeout_s": limit_s, "arrival_time_s": due_s, "priority": 2**70}
+    assert llm.submit("Hello", GREEDY, **options).result(WAIT_S).error is None
+
+
 def test_abort_by_another_thread(llm: LLM) -> None:
     handle = llm.submit("Hello", LONG, request_id="mine", stream=True)
     deltas = iter(handle)
@@ -302,6 +311,8 @@ BAD_REQUESTS = {
 }
 BAD_OPTIONS = {
     "deadline": ({"deadline_s": 0.0}, "deadline_s"),
+    "deadline of text": ({"deadline_s": "1"}, "deadline_s"),
+    "priority": ({"priority": 1.5}, "priority"),
     "deadline that is none": ({"deadline_s": float("nan")}, "deadline_s"),
     "route": ({"route": Route(0, 2)}, "route"),
     "sampling parameters": ({"sampling_params": {"temperature": 0}}, "sampling_params"),
