@@ -1,9 +1,7 @@
 """The hand-over from prefill to decode through `LLM`: one worker prefills, one decodes.
 
 1. Hand-over of one request while nothing else runs: `moved` is the time from the parent's reading of the first token to
-   its reading of the last acknowledgement (MOVING to MOVED in the request's log). The first token comes after the last
-   layer, the output head and the sampling, which `moved` leaves out; `head` is the time of the head's matrix product,
-   measured alone, so the last layer's end to decode-ready is `moved` + `head` + the way of a result to the parent.
+   its reading of the last acknowledgement (MOVING to MOVED in the request's log).
 2. Decode steps of 60 sequences on the decode worker, the median gap between their tokens: alone, and while requests of
    1024 tokens, which decode one token each, are handed over to it at 24 requests/s. (A step then has up to 64 rows:
    the same graph.)
@@ -53,23 +51,6 @@ def handover_rows(llm: LLM, num_tokens: int, chunk: int, repeats: int) -> Iterat
     yield row(f"decode step after it, {name}", *median_and_p99([np.median(gap[2:]) for gap in gaps]))
 
 
-def head_ms(llm: LLM, device: str) -> float:
-    """The matrix product of the output head for one token, by itself."""
-    import torch
-
-    model, dtype = llm.model_config, getattr(torch, llm.model_config.dtype)
-    weight = torch.zeros(model.vocab_size, model.hidden_size, dtype=dtype, device=device)
-    x = torch.zeros(1, model.hidden_size, dtype=dtype, device=device)
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    for repeats in (3, 20):
-        events[0].record()
-        for _ in range(repeats):
-            torch.nn.functional.linear(x, weight)
-        events[1].record()
-        torch.cuda.synchronize()
-    return events[0].elapsed_time(events[1]) / repeats
-
-
 def decode_gaps(llm: LLM, num_decoding: int, jobs: Sequence[Job], seconds: float) -> np.ndarray:
     """[gaps] float64, ms between tokens of sequences that decode while `jobs` arrive, over `seconds`."""
     vocab_size, room = llm.model_config.vocab_size, llm.config.max_len_of(llm.model_config) - DECODE_CONTEXT
@@ -110,8 +91,6 @@ def main() -> None:
             rows += handover_rows(llm, args.prompt, chunk, 4 if args.quick else 20)
             if chunk == max(MOVED_BARS):
                 rows += interference_rows(llm, args.decoding, 2.0 if args.quick else 8.0)
-    if config.workers[0].device != "cpu":
-        rows.append(row("head", head_ms(llm, config.workers[0].device), None))
     emit("handover", {"engine": settings_of(base)}, rows, device=device_name(config), path=args.json)
 
 

@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 
 from bench.lib.report import Row, load
-from bench.lib.rows import figures_of, policy_of, share, with_slo
+from bench.lib.rows import figures_of, policy_of, share
 from nanopd.lab.tables import format_table
-from nanopd.metrics import SLO
 
 KEY = ("workload", "rate", "seed", "cv", "policy", "split", "window_s")  # of a run of a sweep
 COMPARED = {  # figure -> how near a simulation should come; None: shown only
@@ -114,15 +113,12 @@ def _compared(found: Mapping[str, float] | None, figure: str) -> str | None:
     return f"{real} / {simulated} {found['difference']:+.0%}"
 
 
-def write_page(
-    path: Path, out: Path, figures: Path | None, beside: Sequence[Path] = (), slo: SLO | None = None
-) -> dict[str, str]:
+def write_page(path: Path, out: Path, figures: Path | None, beside: Sequence[Path] = ()) -> dict[str, str]:
     """Markdown at `out` of the report at `path`, with figures in the directory `figures`, if matplotlib is there.
 
     Returns the figures by path, relative to the page, with their captions.
     """
     report, others = load(path), [load(other) for other in beside]
-    report["rows"] = [with_slo(row, slo) for row in report["rows"]]
     measured = {(row["workload"], row.get("rate")) for row in report["rows"]}
     for other in others:
         other["rows"] = [row for row in other["rows"] if (row["workload"], row["rate"]) in measured]
@@ -145,7 +141,6 @@ def main() -> None:
     parser.add_argument("report", type=Path)
     parser.add_argument("--beside", type=Path, nargs="*", default=[], help="reports of others, for the same workloads")
     parser.add_argument("--figures", type=Path, help="directory for figures (needs matplotlib)")
-    parser.add_argument("--slo", type=SLO.parse, help="other service levels, as ttft=200,tpot=10")
     parser.add_argument("--out", type=Path, help="the page; default: beside the report, with suffix .md")
     parser.add_argument("--against", type=Path, metavar="SIMULATED", help="print real / simulated and the difference")
     args = parser.parse_args()
@@ -155,7 +150,7 @@ def main() -> None:
         print(json.dumps({"bench": "comparison", "rows": rows}))
         return
     out = args.out or args.report.with_suffix(".md")
-    print(*write_page(args.report, out, args.figures, args.beside, args.slo), out, sep="\n")
+    print(*write_page(args.report, out, args.figures, args.beside), out, sep="\n")
 
 
 if __name__ == "__main__":

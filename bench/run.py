@@ -19,18 +19,7 @@ from math import inf
 from pathlib import Path
 
 from bench import sweep
-from bench.lib.load import (
-    WORKLOADS,
-    Workload,
-    engine_config,
-    names_of,
-    play,
-    result_row,
-    save_timeline,
-    serving,
-    serving_arguments,
-    settings_of,
-)
+from bench.lib import load
 from bench.lib.report import Row, arguments, device_name, emit
 from bench.lib.rows import figures_of
 from nanopd import LLM
@@ -42,42 +31,42 @@ from nanopd.metrics import SLO
 def static(llm: LLM, args: argparse.Namespace, key: Row) -> list[Row]:
     rows = []
     for name in args.workloads:
-        workload = Workload(name, inf, args.seed, output_len=args.output_len)
+        workload = load.Workload(name, inf, args.seed, output_len=args.output_len)
         for batch in (None, *args.batches):
             label = f"{workload.label}, {f'{batch} at once' if batch else 'one by one'}"
             jobs = replace(workload, seed=args.seed + (batch or 0)).jobs(llm, inf, batch or args.requests)
-            run = play(llm, jobs, label, one_by_one=batch is None)
-            rows.append(result_row(run, {**key, "workload": label}, args.slo))
+            run = load.play(llm, jobs, label, one_by_one=batch is None)
+            rows.append(load.result_row(run, {**key, "workload": label}, args.slo))
     return rows
 
 
 def poisson(llm: LLM, args: argparse.Namespace, key: Row) -> list[Row]:
-    workload = Workload(args.workload, args.rate, args.seed, args.cv, args.output_len)
+    workload = load.Workload(args.workload, args.rate, args.seed, args.cv, args.output_len)
     window_s = args.warm_up, args.warm_up + args.window
-    run = play(llm, workload.jobs(llm, window_s[1]), workload.label)
+    run = load.play(llm, workload.jobs(llm, window_s[1]), workload.label)
     if args.timeline:
-        save_timeline(run, llm.config, f"{workload.label} at {args.rate:g}/s", args.timeline, window_s)
+        load.save_timeline(run, llm.config, f"{workload.label} at {args.rate:g}/s", args.timeline, window_s)
     row = {**key, "workload": workload.label, "rate": args.rate, "cv": args.cv, "window_s": args.window}
-    return [result_row(run, row, args.slo, window_s)]
+    return [load.result_row(run, row, args.slo, window_s)]
 
 
 def trace(llm: LLM, args: argparse.Namespace, key: Row) -> list[Row]:
-    workload, speed = Workload(args.trace, args.rate, args.seed), None if args.rate else args.speed
+    workload, speed = load.Workload(args.trace, args.rate, args.seed), None if args.rate else args.speed
     jobs = [replace(j, due_s=j.due_s / (speed or 1.0)) for j in workload.jobs(llm, inf, args.max_requests)]
-    run = play(llm, jobs, workload.label)
+    run = load.play(llm, jobs, workload.label)
     rate = args.rate or (len(jobs) - 1) / jobs[-1].due_s
     row = {**key, "workload": workload.label, "rate": rate, "speed": speed}
-    return [result_row(run, row, args.slo, (args.warm_up, jobs[-1].due_s + 1e-3))]
+    return [load.result_row(run, row, args.slo, (args.warm_up, jobs[-1].due_s + 1e-3))]
 
 
 def trace_file(text: str) -> str:
-    if not Workload(text).is_trace:
+    if not load.Workload(text).is_trace:
         raise ConfigError("trace", text, "*.csv (Azure), *.jsonl (Mooncake)")
     return text
 
 
 def parser_of(source: str) -> argparse.ArgumentParser:
-    parser = serving_arguments(arguments(__doc__))
+    parser = load.serving_arguments(arguments(__doc__))
     parser.prog = f"python -m bench.run {source}"
     add = parser.add_argument
     add("--policy", help="[policy:]split, as 2M, 1P1D, adaptive:2M; default: the configuration's own")
@@ -93,11 +82,11 @@ def parser_of(source: str) -> argparse.ArgumentParser:
         return parser
     add("--output-len", type=int, default=128, help="tokens of an answer (of text: at most)")
     if source == "static":
-        add("--workloads", nargs="+", default=["short", "long"], help=WORKLOADS)
+        add("--workloads", nargs="+", default=["short", "long"], help=load.WORKLOADS)
         add("--requests", type=int, default=5, help="of the serial row")
         add("--batches", type=int, nargs="*", default=[4, 16])
     else:
-        add("--workload", default="mixed", help=WORKLOADS)
+        add("--workload", default="mixed", help=load.WORKLOADS)
         add("--rate", type=float, default=1.0, help="requests per second")
         add("--cv", type=float, default=1.0, help="coefficient of variation of the gaps between arrivals")
         add("--warm-up", type=float, default=10.0, help="seconds")
@@ -122,12 +111,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__doc__, file=sys.stderr)
         return 2 * (source not in ("-h", "--help"))
     args = parser_of(source).parse_args(rest)
-    base = engine_config(args)
+    base = load.engine_config(args)
     arrangement = Arrangement.parse(args.policy) if args.policy else Arrangement.of(base)
     config = arrangement.applied(base)
-    with serving(config) as llm:
-        rows = SOURCES[source](llm, args, {**names_of(arrangement), "seed": args.seed})
-    settings = {"engine": settings_of(config), **{SETTINGS[k]: v for k, v in vars(args).items() if k in SETTINGS}}
+    with load.serving(config) as llm:
+        rows = SOURCES[source](llm, args, {**load.names_of(arrangement), "seed": args.seed})
+    settings = {"engine": load.settings_of(config), **{SETTINGS[k]: v for k, v in vars(args).items() if k in SETTINGS}}
     table = [figures_of(row) for row in rows]
     emit(source, settings, rows, device=device_name(config), table=table, path=args.json)
     return 0

@@ -1,6 +1,6 @@
 """What changes with the number of workers, a GPU each: start, transfers, a sequence on its way, the parent, a death.
 
-start     Seconds until N workers have given first answers, and the memory of each.
+start     Seconds until N workers have given first answers.
 hops      A sequence that is handed around all workers while it decodes; its tokens should be those of one left alone.
           `moved` is the time from MOVING to MOVED in its log, in which its steps in flight come back and its blocks
           move; the gap is what its reader sees. The first round does not count.
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -28,7 +27,6 @@ from math import inf
 from typing import Any
 
 import numpy as np
-import psutil
 
 from bench.lib.load import Run, Workload, engine_config, play, serving, serving_arguments, settings_of
 from bench.lib.report import Row, abort_all, arguments, device_name, emit, make_report, median_and_p99, save
@@ -78,18 +76,6 @@ def pid_of(engine: Engine, worker: int) -> int:
     process = engine.workers[worker]
     assert isinstance(process, WorkerProcess) and process._process.pid is not None
     return process._process.pid
-
-
-def start_rows(llm: LLM, seconds: float) -> Iterator[Row]:
-    yield row("ready, with first answers, after", seconds, "s")
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]  # makes no context on a GPU
-    on_gpu = llm.config.workers[0].cuda_index is not None
-    gpu_mib = subprocess.check_output(query, text=True).splitlines() if on_gpu else []
-    for worker, pid in enumerate(ask(llm, lambda engine: [pid_of(engine, w) for w in range(len(engine.workers))])):
-        yield row(f"worker {worker}: host memory", psutil.Process(pid).memory_info().rss / 1e6, "MB")
-        index = llm.config.workers[worker].cuda_index
-        if index is not None:
-            yield row(f"worker {worker}: GPU memory in use", 1.048576 * float(gpu_mib[index]), "MB")
 
 
 def hop_rows(llm: LLM, num_tokens: int) -> Iterator[Row]:
@@ -235,7 +221,7 @@ def rows_of(config: EngineConfig, args: argparse.Namespace) -> Iterator[Row]:
         with serving(config.replace(enable_prefix_caching=False)) as llm:
             seconds = time.perf_counter() - start_s
             if "start" in args.sections:
-                yield from start_rows(llm, seconds)
+                yield row("ready, with first answers, after", seconds, "s")
             if "hops" in args.sections and is_many:
                 yield from hop_rows(llm, args.tokens)
             for batch in args.batches if "feed" in args.sections else ():

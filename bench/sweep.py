@@ -22,20 +22,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.lib.load import (
-    Run,
-    Simulation,
-    Workload,
-    engine_config,
-    names_of,
-    play,
-    result_row,
-    save_timeline,
-    serving,
-    serving_arguments,
-    settings_of,
-)
-from bench.lib.report import Row, device_name, emit, load, make_report, save
+from bench.lib import load
+from bench.lib.report import Row, device_name, emit, make_report, save
+from bench.lib.report import load as load_report
 from bench.lib.rows import figures_of, limits_of, policy_of
 from bench.report import write_page
 from nanopd import EngineConfig
@@ -105,7 +94,7 @@ OTHER = Sweep(("2M", "1P1D"), ("mixed@1,2,4",), "ttft=1000,tpot=100")
 class Point:
     """One run of a policy."""
 
-    workload: Workload
+    workload: load.Workload
     slo: SLO
     window_s: float
     warm_up_s: float
@@ -118,10 +107,10 @@ class Point:
         """What tells its row from all others."""
         of = self.workload
         key = {"workload": of.label, "rate": of.rate, "seed": of.seed, "cv": of.cv}
-        return {**key, **names_of(arrangement), "window_s": self.window_s}
+        return {**key, **load.names_of(arrangement), "window_s": self.window_s}
 
     def title(self, arrangement: Arrangement) -> str:
-        return f"{policy_of(names_of(arrangement))}, {self.workload.label} at {self.workload.rate:g} requests/s"
+        return f"{policy_of(load.names_of(arrangement))}, {self.workload.label} at {self.workload.rate:g} requests/s"
 
 
 class Results:
@@ -133,7 +122,7 @@ class Results:
         self.rows: list[Row] = []
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            before = load(path)
+            before = load_report(path)
             if any(before["config"].get(part) != config.get(part) for part in ("engine", "parameters")):
                 raise ConfigError("out", str(path), "a new file, or one of the same model, devices and settings")
             self.rows = before["rows"]
@@ -150,7 +139,7 @@ class Results:
 def points_of(sweep: Sweep, seeds: Sequence[int], cv: float) -> list[Point]:
     slo = SLO.parse(sweep.slo)
     return [
-        Point(Workload(name, float(rate), seed, cv), slo, sweep.window_s, sweep.warm_up_s)
+        Point(load.Workload(name, float(rate), seed, cv), slo, sweep.window_s, sweep.warm_up_s)
         for name, _, rates in (text.rpartition("@") for text in sweep.points)
         for rate in rates.split(",")
         for seed in seeds
@@ -158,22 +147,22 @@ def points_of(sweep: Sweep, seeds: Sequence[int], cv: float) -> list[Point]:
 
 
 # Who serves an arrangement: as long as the context lasts, by a function that plays a point.
-Player = Callable[[Point], Run]
+Player = Callable[[Point], load.Run]
 Server = Callable[[Arrangement], AbstractContextManager[Player]]
 
 
 @contextmanager
 def engine(base: EngineConfig, shown: Point, path: Path, arrangement: Arrangement) -> Iterator[Player]:
     """On the devices of `base`; a timeline of `shown` is kept beside the report at `path`."""
-    with serving(arrangement.applied(base)) as llm:
+    with load.serving(arrangement.applied(base)) as llm:
 
-        def run(point: Point) -> Run:
+        def run(point: Point) -> load.Run:
             title = point.title(arrangement)
-            found = play(llm, point.workload.jobs(llm, point.end_s), title)
+            found = load.play(llm, point.workload.jobs(llm, point.end_s), title)
             if point is shown:
                 beside = path.with_name(f"{path.stem}-timeline-{arrangement.policy}.json")
                 middle_s = (point.warm_up_s + point.end_s) / 2
-                save_timeline(found, llm.config, title, beside, (middle_s, middle_s + TIMELINE_S))
+                load.save_timeline(found, llm.config, title, beside, (middle_s, middle_s + TIMELINE_S))
             return found
 
         yield run
@@ -189,7 +178,7 @@ def transformers(base: EngineConfig, arrangement: Arrangement) -> Iterator[Playe
 
 @contextmanager
 def simulation(base: EngineConfig, machine: Machine, arrangement: Arrangement) -> Iterator[Player]:
-    simulated = Simulation(base, arrangement, *machine)
+    simulated = load.Simulation(base, arrangement, *machine)
     yield lambda point: simulated.play(simulated.requests(point.workload, point.end_s))
 
 
@@ -214,7 +203,7 @@ def runs(served: Sequence[tuple[Arrangement, Server]], points: list[Point], resu
                     continue
                 for point in todo:
                     window_s = (point.warm_up_s, point.end_s)
-                    yield result_row(run(point), point.key(arrangement), point.slo, window_s)
+                    yield load.result_row(run(point), point.key(arrangement), point.slo, window_s)
 
 
 def carry_out(rows: Generator[Row], results: Results, budget_s: float, run_s: float) -> str:
@@ -250,7 +239,7 @@ def sweep_of(args: argparse.Namespace) -> Sweep:
 
 def parser_of_sweep() -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
-    parser = serving_arguments(
+    parser = load.serving_arguments(
         argparse.ArgumentParser("python -m bench.run sweep", None, __doc__, formatter_class=form)
     )
     parser.add_argument("--quick", action="store_true", help="the first workload, in short windows")
@@ -277,10 +266,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--peer is measured: it does not go with --simulate")
     sweep = sweep_of(args)
     slo = {name: limit for name, limit in limits_of(SLO.parse(sweep.slo)).items() if name in LEVELS}
-    base = engine_config(args, sweep.settings).replace(slo=slo)
+    base = load.engine_config(args, sweep.settings).replace(slo=slo)
     kind = "-simulated" if args.simulate else "-quick" if args.quick else ""
     out = args.out or RESULTS / f"sweep-{Path(args.config).stem}{kind}.json"
-    config = {"engine": settings_of(base), "warm_up_s": sweep.warm_up_s, "load_average": os.getloadavg()[0]}
+    config = {"engine": load.settings_of(base), "warm_up_s": sweep.warm_up_s, "load_average": os.getloadavg()[0]}
     points = points_of(sweep, args.seeds, args.cv)
     if args.simulate:
         machine = machine_of(base)

@@ -3,7 +3,6 @@
 Every bench that serves requests over time plays them here, through `LLM.submit`. The clock of a request starts when its
 arrival is due, whether or not anybody is ready to take it. Prompts and arrivals follow from a workload's name, its rate
 and a seed alone, so each policy is given the same. Ctrl-C ends a run early: its row tells of what was done by then.
-The requests come from the caller's thread; another one looks at the engine meanwhile.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import argparse
 import json
 import logging
 import sys
-import threading
 import time
 import zlib
 from collections import Counter
@@ -28,7 +26,7 @@ from tqdm import tqdm
 
 from bench.lib.report import Row, greedy
 from bench.lib.rows import limits_of
-from nanopd import LLM, EngineConfig, NanopdError, SamplingParams
+from nanopd import LLM, EngineConfig, SamplingParams
 from nanopd.commands.run import DEMO_PROMPTS
 from nanopd.config import ModelConfig, load_config, routes_for_policy
 from nanopd.errors import ConfigError
@@ -37,7 +35,7 @@ from nanopd.lab.planner import ORACLE, Arrangement, Oracle
 from nanopd.lab.simulator import simulate
 from nanopd.lab.workload import FixedLength, WorkloadRequest
 from nanopd.messages import FinishReason, RequestLog, Work
-from nanopd.metrics import SLO, Percentiles, RequestMetrics, summarize
+from nanopd.metrics import SLO, RequestMetrics, summarize
 from nanopd.routing.adaptive import AdaptivePolicy
 from nanopd.routing.cost_model import Parameters
 from nanopd.routing.factory import make_policy
@@ -45,7 +43,6 @@ from nanopd.routing.factory import make_policy
 PROMPTS = {"short": lengths.SHORT_PROMPTS, "long": lengths.LONG_PROMPTS, "mixed": lengths.MIXED_PROMPTS}
 NATURAL = "natural"
 WORKLOADS = f"{', '.join(PROMPTS)}, IN/OUT (tokens), {NATURAL}, a *.txt file with a prompt per line"
-LOOK_S = 0.5  # between two looks at the engine while it serves
 WARM_UP_TOKENS = 64
 SAMPLES = ("ttft_ms", "first_gap_ms", "tpot_ms", "e2e_ms")  # of each request, in a row's `samples`
 
@@ -137,7 +134,6 @@ class Run:
     logs: list[RequestLog] = field(default_factory=list)
     work: list[Work] = field(default_factory=list)
     busy_s: list[float] = field(default_factory=list)  # per worker
-    num_used: list[list[int]] = field(default_factory=list)  # KV blocks per worker, at each look
     num_devices: int = 1  # GPUs, or workers on the CPU
     num_blocks: list[int] = field(default_factory=list)  # per worker
     num_peak: list[int] = field(default_factory=list)  # blocks per worker
@@ -154,22 +150,21 @@ def play(llm: LLM, jobs: Sequence[Job], label: str = "", one_by_one: bool = Fals
     run = Run(time.monotonic() + (0.0 if one_by_one else 0.1), num_devices=num_devices(llm.config))
     llm.observe(run.work.append)
     handles = []
-    with _looking(llm, run, len(jobs), label):
-        try:
-            for job in jobs:
-                due_s = time.monotonic() if one_by_one else run.start_s + job.due_s
-                time.sleep(max(0.0, due_s - time.monotonic()))
-                handles.append(llm.submit(job.prompt, job.params, arrival_time_s=due_s))
-                run.late_s.append(time.monotonic() - due_s)
-                if one_by_one:
-                    handles[-1].result()
-            while not all(handle.done() for handle in handles):
-                time.sleep(0.02)
-        except KeyboardInterrupt:
-            run.is_interrupted = True
-            for handle in handles:
-                if not handle.done():
-                    handle.abort()
+    try:
+        for job in tqdm(jobs, label, unit="req", file=sys.stderr, disable=None):
+            due_s = time.monotonic() if one_by_one else run.start_s + job.due_s
+            time.sleep(max(0.0, due_s - time.monotonic()))
+            handles.append(llm.submit(job.prompt, job.params, arrival_time_s=due_s))
+            run.late_s.append(time.monotonic() - due_s)
+            if one_by_one:
+                handles[-1].result()
+        while not all(handle.done() for handle in handles):
+            time.sleep(0.02)
+    except KeyboardInterrupt:
+        run.is_interrupted = True
+        for handle in handles:
+            if not handle.done():
+                handle.abort()
     run.seconds = time.monotonic() - run.start_s
     llm.observe(None)
     stats = llm.stats(reset=True)
@@ -178,34 +173,6 @@ def play(llm: LLM, jobs: Sequence[Job], label: str = "", one_by_one: bool = Fals
         run.logs = [log for log in run.logs if log.finish_reason is not FinishReason.ABORT]
     run.num_blocks, run.num_peak = [b.total for b in stats.blocks], [b.peak for b in stats.blocks]
     return run
-
-
-@contextmanager
-def _looking(llm: LLM, run: Run, total: int, label: str) -> Iterator[None]:
-    """Look at the engine from a thread of its own, which no arrival waits for; live figures at a terminal."""
-    is_over = threading.Event()
-
-    def look() -> None:
-        with tqdm(total=total, desc=label, unit="req", file=sys.stderr, disable=None) as bar:
-            while not is_over.wait(LOOK_S):
-                try:
-                    stats = llm.stats()
-                except NanopdError:
-                    return  # who waits for the requests will tell
-                run.num_used.append([blocks.used for blocks in stats.blocks])
-                ttft = Percentiles.of([RequestMetrics.from_log(log).ttft_ms for log in stats.logs[-50:]])
-                full = max(blocks.used / blocks.total for blocks in stats.blocks)
-                shown = f"{stats.num_running} running, {stats.num_waiting} waiting, KV {full:.0%}"
-                bar.set_postfix_str(shown + (f", TTFT p50 {ttft.p50:.0f} ms" if ttft else ""), refresh=False)
-                bar.update(len(stats.logs) - bar.n)
-
-    thread = threading.Thread(target=look, name="bench-look", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        thread.join()
 
 
 class Simulation:
@@ -274,7 +241,6 @@ def result_row(run: Run, key: Row, slo: SLO | None, window_s: tuple[float, float
         "routes": {route: count / len(requests) for route, count in sorted(routes.items())},
         "busy": [busy_s / run.seconds for busy_s in run.busy_s],
         "kv_peak": [n / total for n, total in zip(run.num_peak, run.num_blocks)],
-        "kv_mean": (np.mean(run.num_used or [run.num_peak], axis=0) / run.num_blocks).tolist(),
         "is_interrupted": run.is_interrupted,
         "samples": {**samples, "itl_ms_percentiles": quantiles},
     }

@@ -43,15 +43,6 @@ def limits_of(slo: SLO) -> dict[str, float]:
     return {name: limit for name, limit in asdict(slo).items() if limit is not None}
 
 
-def with_slo(row: Row, slo: SLO | None) -> Row:
-    """The row with attainment and goodput under other service levels, by its samples."""
-    if slo is None or "samples" not in row:
-        return row
-    kept = attainment(row, slo)
-    goodput = kept * row["num_requests"] / row["duration_s"] if row["duration_s"] else 0.0
-    return {**row, "slo": limits_of(slo), "slo_attainment": kept, "goodput_per_s": goodput}
-
-
 def attainment(row: Row, slo: SLO, scale: float = 1.0) -> float:
     """Share of all arrivals of a row that kept `slo` with its limits times `scale`."""
     kept = np.ones(row["num_completed"], bool)

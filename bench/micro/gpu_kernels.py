@@ -193,19 +193,6 @@ def bench_attention(report: Report, block_size: int) -> None:
         case = AttentionCase(seq_lens, block_size, queries)
         error = case.error()
         report.measure("decode attention", name, case.num_bytes, case.calls, error=error)
-    case = AttentionCase([100] * 256, block_size)
-    report.measure("decode plan", "256 rows", 2048, [case.plan] * 20)
-
-
-Product = Callable[..., object]
-# of a kernel and shape: bytes, a call for each of the distinct data, the same in torch
-Works = dict[tuple[str, str], tuple[float, list[Product], list[Call] | None]]
-
-
-def bench_works(report: Report, works: Works, **more: object) -> None:
-    for (kernel, shape), (nbytes, calls, peers) in works.items():
-        overlapping = partial(with_overlap, calls)
-        report.measure(kernel, shape, nbytes, overlapping, {"torch": peers} if peers else None, **more)
 
 
 def bench_linear(report: Report) -> None:
@@ -217,11 +204,9 @@ def bench_linear(report: Report) -> None:
             x = random(num_rows, shape[1])
             expected = product_in_torch(name, x.double(), norm.double(), matrices[0].double())
             error = relative_error(product_of(name, x, norm, matrices[0]), expected)
-            calls: tuple[list[Product], list[Call]] = (
-                [partial(product_of, name, x, norm, w) for w in cold],
-                [partial(product_in_torch, name, x, norm, w) for w in cold],
-            )
-            bench_works(report, {("products", f"{num_rows} x {name}"): (matrices[0].nbytes, *calls)}, error=error)
+            calls = partial(with_overlap, [partial(product_of, name, x, norm, w) for w in cold])
+            peers = {"torch": [partial(product_in_torch, name, x, norm, w) for w in cold]}
+            report.measure("products", f"{num_rows} x {name}", matrices[0].nbytes, calls, peers, error=error)
 
 
 def product_of(name: str, x: Tensor, norm: Tensor, weight: Tensor, **keys: bool) -> Tensor:
@@ -251,27 +236,19 @@ def bench_elementwise(report: Report) -> None:
         qkv = random(copies, num_rows, (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM)
         tokens = torch.arange(num_rows, device=DEVICE)
         where = (tokens, tokens, kv, 1, spec, head_norm, head_norm)
-        works: Works = {
-            ("RMS norm", shape): (
-                2 * x[0].nbytes,
-                [partial(cuda.rms_norm, a, norm, 1e-6) for a in x],
-                [partial(F.rms_norm, a, norm.shape, norm, 1e-6) for a in x],
-            ),
-            ("SiLU and multiply", shape): (
-                gate_up[0].nbytes * 3 // 2,
-                [partial(cuda.silu_and_mul, a) for a in gate_up],
-                [partial(silu_and_mul_in_torch, a) for a in gate_up],
-            ),
-            ("rotary + norms + KV store", shape): (
-                2 * qkv[0].nbytes + num_rows * HEAD_DIM * 4,
-                [partial(cuda.rotary_and_store, a, *where) for a in qkv],
-                None,
-            ),
-        }
-        bench_works(report, works)
+        num_bytes = 2 * x[0].nbytes, gate_up[0].nbytes * 3 // 2, 2 * qkv[0].nbytes + num_rows * HEAD_DIM * 4
+        norms = [partial(F.rms_norm, a, norm.shape, norm, 1e-6) for a in x]
+        silus = [partial(silu_and_mul_in_torch, a) for a in gate_up]
+        works: list[tuple[str, int, list[Callable[..., object]], dict[str, Sequence[Call]] | None]] = [
+            ("RMS norm", num_bytes[0], [partial(cuda.rms_norm, a, norm, 1e-6) for a in x], {"torch": norms}),
+            ("SiLU and multiply", num_bytes[1], [partial(cuda.silu_and_mul, a) for a in gate_up], {"torch": silus}),
+            ("rotary + norms + KV store", num_bytes[2], [partial(cuda.rotary_and_store, a, *where) for a in qkv], None),
+        ]
+        for kernel, nbytes, calls, peers in works:
+            report.measure(kernel, shape, nbytes, partial(with_overlap, calls), peers)
 
 
-def with_overlap(calls: Sequence[Product], overlap: bool) -> list[Call]:
+def with_overlap(calls: Sequence[Callable[..., object]], overlap: bool) -> list[Call]:
     return [partial(call, overlap=overlap) for call in calls]
 
 

@@ -2,8 +2,8 @@
 
 Per transport one process asks and another answers with a message of the same size. The transports take turns in
 short rounds, so that all see the same machine. Where the scheduler puts two processes changes a figure severalfold,
-so both placements are pinned and reported; where memory happens to lie changes it by a tenth or two, so all
-processes are started afresh several times. A figure is the median of its rounds' medians over all starts.
+so both placements are pinned and reported; where memory happens to lie changes it by a tenth or two, so it and
+the echoing processes are made afresh several times. A figure is the median of its rounds' medians over all starts.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import multiprocessing
 import os
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from multiprocessing.connection import Connection
-from typing import Protocol
 
 import numpy as np
 
@@ -31,90 +32,77 @@ TIMEOUT_S = 10.0
 PIPES = ("os.pipe", "multiprocessing.Pipe")
 
 
-class Channel(Protocol):
-    """One end of a transport."""
-
-    def send(self, payload: bytes | memoryview) -> None: ...
-
-    def receive(self) -> bytes | memoryview:
-        """The next message, valid until the next call."""
-
-
+Send, Receive = Callable[[bytes], object], Callable[[], bytes]
+Channel = tuple[Send, Receive]  # one end of a transport
 Opener = Callable[[], Channel]  # called in the other process
 End = tuple[SharedMemory, Doorbell]  # of a ring
 
 
-class PipeChannel:
+def pipe_channel(incoming: Descriptor, outgoing: Descriptor, nbytes: int) -> Channel:
     """os.pipe, one write and one read per message (up to PIPE_BUF, 4096 bytes, a read never splits one)."""
 
-    def __init__(self, incoming: Descriptor, outgoing: Descriptor, nbytes: int) -> None:
-        self._incoming, self._outgoing, self._nbytes = incoming, outgoing, nbytes
-
-    def send(self, payload: bytes | memoryview) -> None:
-        os.write(self._outgoing.fileno(), payload)
-
-    def receive(self) -> bytes:
-        payload = os.read(self._incoming.fileno(), self._nbytes)
-        while 0 < len(payload) < self._nbytes:
-            payload += os.read(self._incoming.fileno(), self._nbytes - len(payload))
+    def receive() -> bytes:
+        payload = os.read(incoming.fileno(), nbytes)
+        while 0 < len(payload) < nbytes:
+            payload += os.read(incoming.fileno(), nbytes - len(payload))
         return payload
 
+    return lambda payload: os.write(outgoing.fileno(), payload), receive
 
-class ConnectionChannel:
+
+def connection_channel(connection: Connection) -> Channel:
     """multiprocessing.Pipe."""
-
-    def __init__(self, connection: Connection) -> None:
-        self.send, self.receive = connection.send_bytes, connection.recv_bytes
+    return connection.send_bytes, connection.recv_bytes
 
 
-class RingChannel:
+def ring_channel(incoming: End, outgoing: End, spin_s: float) -> Channel:
     """A ring and a doorbell each way. A message is copied in and copied out, as everywhere in nanopd."""
+    reader, writer, waiter = RingReader(incoming[0]), RingWriter(outgoing[0]), Waiter(spin_s)
+    waiter.add(incoming[1])
 
-    def __init__(self, incoming: End, outgoing: End, spin_s: float) -> None:
-        self._reader, self._writer = RingReader(incoming[0]), RingWriter(outgoing[0])
-        self._outgoing_bell, self._waiter = outgoing[1], Waiter(spin_s)
-        self._waiter.add(incoming[1])
+    def send(payload: bytes) -> None:
+        writer.write(payload)
+        outgoing[1].ring()
 
-    def send(self, payload: bytes | memoryview) -> None:
-        self._writer.write(payload)
-        self._outgoing_bell.ring()
-
-    def receive(self) -> bytes:
-        while (message := self._reader.read()) is None:
-            assert self._waiter.wait(TIMEOUT_S), "no answer"
+    def receive() -> bytes:
+        while (message := reader.read()) is None:
+            assert waiter.wait(TIMEOUT_S), "no answer"
         return message
+
+    return send, receive
 
 
 def open_pipe(nbytes: int) -> tuple[Channel, Opener]:
     (here_in, there_out), (there_in, here_out) = (map(Descriptor, os.pipe()) for _ in range(2))
-    return PipeChannel(here_in, here_out, nbytes), partial(PipeChannel, there_in, there_out, nbytes)
+    return pipe_channel(here_in, here_out, nbytes), partial(pipe_channel, there_in, there_out, nbytes)
 
 
 def open_connection(_: int) -> tuple[Channel, Opener]:
     here, there = multiprocessing.Pipe()
-    return ConnectionChannel(here), partial(ConnectionChannel, there)
+    return connection_channel(here), partial(connection_channel, there)
 
 
 def open_ring(spin_s: float, nbytes: int) -> tuple[Channel, Opener]:
     ends = [(ring_memory(nbytes, 8), Doorbell()) for _ in range(2)]
-    return RingChannel(*ends, spin_s), partial(RingChannel, *ends[::-1], spin_s)
+    return ring_channel(*ends, spin_s), partial(ring_channel, *ends[::-1], spin_s)
 
 
 def echo(open_channel: Opener) -> None:
     """The spawned process; it ends with its parent."""
     die_with_parent()
-    channel = open_channel()
+    send, receive = open_channel()
     while True:
-        channel.send(channel.receive())
+        send(receive())
 
 
 def round_trips_us(channel: Channel, payload: bytes, count: int) -> np.ndarray:
     """[count] float64, one after the other."""
+    send, receive = channel
     times = np.empty(count + 1)
     times[0] = time.perf_counter()
     for trip in range(count):
-        channel.send(payload)
-        answer = channel.receive()
+        send(payload)
+        answer = receive()
         times[trip + 1] = time.perf_counter()
         assert len(answer) == len(payload)
     return np.diff(times) * 1e6
@@ -123,46 +111,31 @@ def round_trips_us(channel: Channel, payload: bytes, count: int) -> np.ndarray:
 Samples = dict[tuple[str, str], list[np.ndarray]]  # by placement and transport: [trips] float64 per round
 
 
-def ask(args: argparse.Namespace, connection: Connection) -> None:
-    """The process that measures; sends its Samples. The echoing processes are its children."""
-    die_with_parent()
+def measure(args: argparse.Namespace, samples: Samples) -> None:
+    """Adds to `samples` what fresh memory and fresh echoing processes, which are pinned, bring."""
     openers: dict[str, Callable[[int], tuple[Channel, Opener]]] = {
         "os.pipe": open_pipe,
         "multiprocessing.Pipe": open_connection,
         "ring": partial(open_ring, 0.0),
         "ring, spinning": partial(open_ring, args.spin_us * 1e-6),
     }
-    here, *others = sorted(os.sched_getaffinity(0))
-    placements = {"two cores": others[0]} if others else {}
-    placements["one core"] = here
-    os.sched_setaffinity(0, {here})
+    cores, payload = args.cores, os.urandom(args.nbytes)
+    placements = {**({"two cores": cores[1]} if cores[1:] else {}), "one core": cores[0]}
     channels: dict[str, Channel] = {}
     echoes = []
     for name, opener in openers.items():
         channels[name], there = opener(args.nbytes)
-        process = multiprocessing.get_context("spawn").Process(target=echo, args=(there,), daemon=True)
-        process.start()
-        echoes.append(process)
-    connection.send(measure(channels, [process.pid or 0 for process in echoes], placements, args))
+        echoes.append(multiprocessing.get_context("spawn").Process(target=echo, args=(there,), daemon=True))
+        echoes[-1].start()
+    for round_, (placement, core) in product(range(args.rounds + 1), placements.items()):
+        for process in echoes:
+            os.sched_setaffinity(process.pid or 0, {core})
+        for name, channel in channels.items():
+            times = round_trips_us(channel, payload, args.trips)
+            if round_ > 0:  # the first is the warm-up
+                samples[placement, name].append(times)
     for process in echoes:
         process.kill()
-
-
-def measure(
-    channels: dict[str, Channel], echoes: list[int], placements: dict[str, int], args: argparse.Namespace
-) -> Samples:
-    """`echoes` are the process ids of the other ends, `placements` name the core that they run on."""
-    payload = os.urandom(args.nbytes)
-    samples: Samples = {(placement, name): [] for placement in placements for name in channels}
-    for round_ in range(args.rounds + 1):
-        for placement, core in placements.items():
-            for pid in echoes:
-                os.sched_setaffinity(pid, {core})
-            for name, channel in channels.items():
-                times = round_trips_us(channel, payload, args.trips)
-                if round_ > 0:  # the first is the warm-up
-                    samples[placement, name].append(times)
-    return samples
 
 
 def summarize(samples: Samples) -> Sequence[Row]:
@@ -180,22 +153,17 @@ def summarize(samples: Samples) -> Sequence[Row]:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--nbytes", type=int, default=4096)
-    parser.add_argument("--starts", type=int, default=5, help="how often all processes are started afresh")
+    parser.add_argument("--starts", type=int, default=5, help="how often all echoing processes are started afresh")
     parser.add_argument("--rounds", type=int, default=5, help="per start")
     parser.add_argument("--trips", type=int, default=1000, help="round trips per round, placement and transport")
     parser.add_argument("--spin-us", type=float, default=50.0, help="of the row that spins before it sleeps")
     args = parser.parse_args()
-    samples: Samples = {}
-    context = multiprocessing.get_context("spawn")
+    args.cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, args.cores[:1])
+    samples: Samples = defaultdict(list)
     for _ in range(args.starts):
-        here, there = context.Pipe()
-        asker = context.Process(target=ask, args=(args, there))
-        asker.start()
-        there.close()  # so that the end of the process ends `recv`
-        for key, rounds in here.recv().items():
-            samples.setdefault(key, []).extend(rounds)
-        asker.join()
-    settings = {name: value for name, value in vars(args).items() if name != "json"}
+        measure(args, samples)
+    settings = {name: value for name, value in vars(args).items() if name not in ("json", "cores")}
     emit("ipc", settings, summarize(samples), path=args.json)
 
 

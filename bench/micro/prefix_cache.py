@@ -21,20 +21,10 @@ from nanopd.config import EngineConfig, ModelConfig
 from nanopd.core.block_manager import extend_keys
 from nanopd.engine.engine import Engine
 from nanopd.lab.workload import WorkloadRequest, prompt_token_ids, read_trace
-from nanopd.messages import RequestLog
 from nanopd.request import Request
 
 BAR = 0.95  # of the hits of an endless cache, with room for all blocks
 VOCAB_SIZE = 150_000
-
-
-def scaled(request: WorkloadRequest, scale: int, vocab_size: int) -> tuple[list[int], int]:
-    """A prompt and the length of its answer: every `scale`-th token, so that a hash id stands for as many fewer."""
-    return prompt_token_ids(request, vocab_size)[::scale], -(-request.num_output_tokens // scale)
-
-
-def hit_rate(logs: Sequence[RequestLog]) -> float:
-    return sum(log.num_cached_tokens for log in logs) / sum(log.num_prompt_tokens for log in logs)
 
 
 def serve(requests: Sequence[tuple[list[int], int]], num_blocks: int, block_size: int, at_once: int) -> Row:
@@ -49,12 +39,14 @@ def serve(requests: Sequence[tuple[list[int], int]], num_blocks: int, block_size
         for number, (prompt, num_output) in islice(arrivals, at_once - len(engine.seqs)):
             engine.submit(Request(str(number), prompt, greedy(num_output), time.monotonic()))
         logs += [update.seq.log() for update in engine.step() if update.is_finished]
+    hit_rate = sum(log.num_cached_tokens for log in logs) / sum(log.num_prompt_tokens for log in logs)
     preempted = engine.schedulers[0].num_preemptions
-    return {"blocks": num_blocks, "hit_rate": hit_rate(logs), "preempted": preempted, "s": time.perf_counter() - start}
+    return {"blocks": num_blocks, "hit_rate": hit_rate, "preempted": preempted, "s": time.perf_counter() - start}
 
 
 def curve(trace: Sequence[WorkloadRequest], args: argparse.Namespace) -> list[Row]:
-    requests = [scaled(request, args.scale, VOCAB_SIZE) for request in trace]
+    # every scale-th token, so that a hash id stands for as many fewer
+    requests = [(prompt_token_ids(r, VOCAB_SIZE)[:: args.scale], -(-r.num_output_tokens // args.scale)) for r in trace]
     num_tokens, distinct = 0, set[bytes]()
     for prompt, num_output in requests:
         keys: list[bytes] = []
