@@ -10,7 +10,7 @@ import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 from nanopd.errors import RequestError
 from nanopd.messages import (
@@ -41,7 +41,8 @@ BIAS_VALUE = number(-100, 100)
 LOGPROBS = integer(0, MAX_LOGPROBS)
 # What callers compute: numpy's numbers too, infinity as a limit that never passes, and any order of priorities.
 DUE = Rule(lambda value: isinstance(value, Real) and math.isfinite(value), "a finite number")
-TIMEOUT = Rule(lambda value: value is None or (isinstance(value, Real) and value > 0), "None, or more than 0 seconds")
+POSITIVE = Rule(lambda value: isinstance(value, Real) and cast(float, value) > 0, "more than 0 seconds")
+TIMEOUT = Rule(lambda value: value is None or POSITIVE.allows(value), f"None, or {POSITIVE.text}")
 PRIORITY = Rule(lambda value: isinstance(value, int), "an integer")
 BAD_WORDS = list_of(Rule(_is_word, f"text, or 1 to {MAX_BAD_WORD_TOKENS} token ids"), most=MAX_BAD_WORDS)
 FUNCTIONS = list_of(Rule(callable, "a function"))
