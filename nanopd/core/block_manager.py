@@ -15,7 +15,6 @@ from array import array
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
 from hashlib import blake2b
-from itertools import takewhile
 
 from nanopd.errors import NanopdError
 
@@ -77,7 +76,12 @@ class BlockManager:
 
     def find(self, keys: Iterable[bytes]) -> list[int]:
         """The published blocks of the longest prefix of `keys`, for `allocate`."""
-        return [self._by_key[key] for key in takewhile(self._by_key.__contains__, keys)]
+        blocks = []
+        for key in keys:  # with one look-up each: a long prompt has hundreds of them
+            if (block := self._by_key.get(key)) is None:
+                break
+            blocks.append(block)
+        return blocks
 
     def publish(self, blocks: Iterable[int], keys: Iterable[bytes]) -> None:
         """Blocks in use hold the tokens of `keys` and are not written any more; of two for one key, one is found."""
