@@ -27,11 +27,11 @@ class Decodes:
 
     def __init__(self, config: EngineConfig, residency: Residency) -> None:
         self.seqs: list[Sequence] = []
-        self.num_context_tokens = 0  # computed of all of them
+        self.num_context_tokens = 0  # computed tokens of all these sequences
         self._residency = residency
         self._max_drafts, self._max_rows = config.num_speculative_tokens, config.max_decode_rows
         self._slots: np.ndarray | None = None  # of `seqs`; None: they have changed
-        self._needs_feedback = False  # any of them does
+        self._needs_feedback = False  # whether any of the sequences does
         self._ones = np.ones(config.max_num_seqs, np.int32)
 
     def __len__(self) -> int:

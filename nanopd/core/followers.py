@@ -34,7 +34,7 @@ class Followers:
         for parent, followers in list(self._of.items()):
             if parent.status is SequenceStatus.RUNNING and parent.worker is not None:
                 scheduler = self._schedulers[parent.worker]
-                if not scheduler.role.may_decode:  # it has changed
+                if not scheduler.role.may_decode:  # its role has changed
                     left += self.release(parent)
                     continue
                 while followers and _has_joined(followers[0], parent, scheduler, now_s):

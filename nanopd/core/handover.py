@@ -50,8 +50,8 @@ class Handovers:
         self._by_seq: dict[int, Handover] = {}  # from routing on
         self._blocked: dict[int, Handover] = {}  # those of started sequences without a reservation, oldest first
         self._refusals: dict[Scheduler, _Refusal] = {}
-        self._is_changed = False  # since the last `tick`: somebody else waits for a destination
-        self._due_s = math.inf  # before that, nobody has to be redirected
+        self._is_changed = False  # whether since the last `tick` another sequence waits
+        self._due_s = math.inf  # no hand-over has to be redirected before this time
         self._draining: dict[int, Handover] = {}  # those that have a reservation and steps in flight to come back
 
     @property
@@ -74,7 +74,7 @@ class Handovers:
     def move(self, seq: Sequence, dst: int, now_s: float) -> None:
         """Let a decoding sequence go on at another worker, as soon as there is room within the time-out."""
         assert seq.status is SequenceStatus.RUNNING and seq.route is not None
-        self.cancel(seq)  # an earlier move that has not begun
+        self.cancel(seq)  # a move that was asked for earlier and has not begun is replaced
         src = self._schedulers[seq.route.decode_worker]
         handover = Handover(seq, src, self._schedulers[dst], home=seq.route, waits_since_s=now_s)
         self._add(handover)
@@ -142,7 +142,7 @@ class Handovers:
         for handover in list(self._draining.values()):
             if handover.src.residency.is_drained(handover.seq):
                 self._complete(handover)
-                if handover.has_arrived:  # nothing had been computed of it, so no plan will tell
+                if handover.has_arrived:  # nothing had been computed of the sequence, so there is no plan
                     self._arrive(handover, now_s)
 
     def _retry(self, now_s: float) -> None:
@@ -196,7 +196,7 @@ class Handovers:
             dst.queues.turn_away()
             return False
         if (reserved := dst.queues.reserve(num_tokens, seq.block_keys)) is None:
-            if dst.queues.keeps_room:  # whatever gets free
+            if dst.queues.keeps_room:  # what gets free there is kept for a sequence that was swapped out
                 self._is_changed = True
             else:
                 self._refusals[dst] = _Refusal(num_tokens, dst.queues.num_spare_blocks, dst.queues.num_seqs)
@@ -245,7 +245,8 @@ class Handovers:
         seq, src, dst = handover.seq, handover.src, handover.dst
         is_move, may_stay = handover.home is not None, src.role.may_decode
         others = self.destinations(seq, src, dst)
-        may_go = seq.slot is not None and not (is_move and may_stay)  # who may stay moves as asked for, or not at all
+        # A sequence that may stay goes where it was asked to go, or not at all.
+        may_go = seq.slot is not None and not (is_move and may_stay)
         if may_go and any(self._try_reserve(handover, other, now_s) for other in others):
             return True
         if not may_stay and (others or not dst.is_dead):
@@ -294,7 +295,7 @@ class Handovers:
         handover.dst.queues.expect(-1)
         dst.queues.expect(1)
         handover.dst = dst
-        if handover.seq.status is not SequenceStatus.RUNNING:  # else it is at home still
+        if handover.seq.status is not SequenceStatus.RUNNING:  # else the sequence still decodes at home
             handover.seq.route = Route(handover.src.worker, dst.worker)
 
     def _cancel_reservation(self, handover: Handover) -> None:

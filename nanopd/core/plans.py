@@ -31,7 +31,7 @@ class Handover:
     num_planned: int = 0  # blocks that plans have been sent for, or that the destination had already
     num_plans_out: int = 0
     is_complete: bool = False  # nothing more will be computed at the source
-    waits_since_s: float = math.inf  # for room, with a time limit from then on
+    waits_since_s: float = math.inf  # when the sequence began to wait for room with a time limit; inf: it does not
 
     @property
     def has_arrived(self) -> bool:
@@ -75,7 +75,7 @@ class Plans:
     def acknowledge(self, plan_id: int) -> Handover | None:
         """The hand-over that has one plan less to wait for; None: nobody waits for this plan."""
         if (out := self._out.pop(plan_id, None)) is None:
-            return None  # of a plan that was dropped with its destination
+            return None  # the plan was dropped with its destination
         out.unpin()
         if out.handover is not None:
             out.handover.num_plans_out -= 1

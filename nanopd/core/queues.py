@@ -23,9 +23,9 @@ class Load(NamedTuple):
     """What a worker has to do, at one moment."""
 
     num_decoding: int  # sequences that decode
-    num_context_tokens: int  # theirs in the cache
-    num_waiting_tokens: int  # of prompts to be computed there, steps in flight included
-    num_seqs: int  # places taken: of `num_bound`, those that have blocks there already
+    num_context_tokens: int  # tokens that these have in the cache
+    num_waiting_tokens: int  # tokens of prompts that are to be computed there, steps in flight included
+    num_seqs: int  # places taken: sequences of `num_bound` that have blocks there already
     max_num_seqs: int  # places
     num_bound: int  # sequences that it has to serve, with those that wait and those that are still bound for it
     num_free_tokens: int  # what the cache has room for now
@@ -151,7 +151,7 @@ class Queues:
         """Take a started sequence's slot and blocks, which stay parked while steps in flight may name them."""
         if seq.status is SequenceStatus.RUNNING:
             self.decodes.remove(seq)
-        elif seq in self.prefilling:  # what is in flight is still computed
+        elif seq in self.prefilling:  # the chunks in flight are still computed
             self.num_waiting_tokens -= seq.num_tokens - int(self._residency.slots.num_computed[seq.slot])
             self.prefilling.remove(seq)
         else:

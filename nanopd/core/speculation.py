@@ -14,10 +14,10 @@ import numpy as np
 
 MAX_NGRAM = 3
 WINDOW = 1 << 14  # latest tokens that are looked through
-WEIGHT = 0.25  # of the latest guess in the share of right ones
-FIRST = 0.3  # what is taken for it in the beginning
+WEIGHT = 0.25  # the weight of the latest guess in the share of right guesses
+FIRST = 0.3  # the share that is assumed in the beginning
 START, STOP = 0.4, 0.2  # the share at which drafting begins and ends
-PROBE_EVERY = 4  # tokens between looks of a sequence whose guesses are wrong
+PROBE_EVERY = 4  # a sequence whose guesses are wrong looks for a match after so many tokens
 MIN_LIKELY = 0.2  # a draft that is less likely than that to be reached and right is left out
 
 

@@ -99,7 +99,7 @@ class BeamSearch:
         assert params is not None
         eos_token_ids = () if params.ignore_eos else engine.model.eos_token_ids
         self.beams = Beams(params, eos_token_ids)
-        self.reason: FinishReason | None = None  # why it has ended, if not for having all answers
+        self.reason: FinishReason | None = None  # why the search has ended; None: it has all answers, or goes on
         self.error: str | None = None
         self._engine, self._on_end = engine, on_end
         self._rows: dict[Sequence, dict[int, float]] = {}  # of the beams that have their proposal
@@ -156,7 +156,7 @@ class BeamSearch:
             if seq not in tokens:
                 self._engine.abort(seq.request_id)
         for seq, token in tokens.items():
-            if self.seqs:  # one that cannot go on ends them all
+            if self.seqs:  # a beam that cannot go on has ended the search
                 self._engine.choose(seq, token)
 
     def _fork(self, seq: Sequence, token: int) -> Sequence:
