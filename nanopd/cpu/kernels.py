@@ -213,18 +213,21 @@ def linear(x, weight, bias, out):
     weight [out_features, in_features]. Where ROWS does not divide out_features, the last tile repeats some rows.
     """
     num_tokens, out_features = out.shape
-    tiled = num_tokens - num_tokens % COLUMNS  # the tokens that fill whole tiles
     num_tasks = max(out_features // ROWS_PER_TASK, 1)  # the last one takes the remainder, so that no two share a row
     needs_rest = bias is not None or x.shape[1] % LANES > 0
     for task in prange(num_tasks):
         last = out_features if task == num_tasks - 1 else (task + 1) * ROWS_PER_TASK
         for first in range(task * ROWS_PER_TASK, last, ROWS):
             row = min(first, out_features - ROWS)
-            if tiled > 0:
+            t = 0  # loops over ranges measured 10 % slower for one token
+            if num_tokens >= COLUMNS:
                 _prefetching_tile(weight, row, x, 0, out)
-            for t in range(COLUMNS, tiled, COLUMNS):
+                t = COLUMNS
+            while t + COLUMNS <= num_tokens:
                 _tile(weight, row, x, t, out)
-            for t in range(tiled, num_tokens):
+                t += COLUMNS
+            while t < num_tokens:
                 _narrow_tile(weight, row, x, t, out)
+                t += 1
             if needs_rest:
                 _add_rest(weight, row, x, bias, out)
